@@ -1,0 +1,34 @@
+// What this machine is, and which instruction-set level to use on it.
+#pragma once
+#include <string>
+#include <vector>
+
+#include "base/types.h"
+
+namespace fastdl {
+
+// What a plan needs to know of a machine. Pure data, so that plans for other machines can be made and tested here.
+struct Machine {
+  Isa isa;
+  int threads;
+  i64 l1d, l2, l3;  // bytes; l3 is the whole shared cache
+};
+
+struct CpuInfo {
+  std::string vendor, brand;
+  std::vector<Isa> supported;  // by the processor, the operating system and this build
+  Isa isa;                     // the highest of them within FASTDL_ISA
+  std::string cap;             // FASTDL_ISA, or ""
+  i64 l1d, l2, l3;
+};
+
+const CpuInfo& cpu_info();  // detected once; throws Error when FASTDL_ISA names no level
+const char* isa_name(Isa isa);
+bool parse_isa(const std::string& name, Isa* isa);
+bool isa_compiled(Isa isa);
+bool isa_supported(Isa isa);
+
+// CPUs that this process may use: the affinity mask, cut by the cgroup's quota. Re-read at most once a second.
+int usable_cpus();
+
+}  // namespace fastdl

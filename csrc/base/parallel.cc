@@ -1,0 +1,74 @@
+#include "base/parallel.h"
+
+#include <atomic>
+
+#include "base/cpu_info.h"
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#endif
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
+
+namespace fastdl {
+namespace {
+
+#if defined(__x86_64__)
+using FloatState = unsigned;
+FloatState float_state() { return _mm_getcsr(); }
+void set_float_state(FloatState s) { _mm_setcsr(s); }
+#else
+using FloatState = int;
+FloatState float_state() { return 0; }
+void set_float_state(FloatState) {}
+#endif
+
+// libgomp's workers do not survive fork: a child that opens a team waits for threads that are not there.
+std::atomic<bool> g_forked{false};
+[[maybe_unused]] const int g_fork_handler = [] {
+#if defined(__unix__) || defined(__APPLE__)
+  return pthread_atfork(nullptr, nullptr, [] { g_forked.store(true, std::memory_order_relaxed); });
+#else
+  return 0;
+#endif
+}();
+
+}  // namespace
+
+Team current_team(int requested) {
+#if defined(_OPENMP)
+  if (g_forked.load(std::memory_order_relaxed)) return {1, "serial in a forked child"};
+  if (omp_in_parallel()) return {1, "serial inside a parallel region"};
+  if (requested > 0) return {requested, "as requested"};
+  const int threads = omp_get_max_threads();
+  if (threads > 1 && usable_cpus() < threads) return {1, "serial: fewer CPUs than threads"};
+  return {threads, "torch.get_num_threads()"};
+#else
+  (void)requested;
+  return {1, "built without OpenMP"};
+#endif
+}
+
+void parallel(int threads, void (*body)(void*, int, int), void* context) {
+#if defined(_OPENMP)
+  if (threads > 1) {
+    const FloatState state = float_state();
+#pragma omp parallel num_threads(threads)
+    {
+      const FloatState own = float_state();
+      set_float_state(state);
+      // The runtime may grant fewer threads (OMP_THREAD_LIMIT, nesting): then each takes several shares.
+      for (int t = omp_get_thread_num(); t < threads; t += omp_get_num_threads()) body(context, t, threads);
+      set_float_state(own);
+    }
+    return;
+  }
+#endif
+  for (int t = 0; t < threads; ++t) body(context, t, threads);
+}
+
+}  // namespace fastdl

@@ -1,0 +1,112 @@
+#include "bind/tensor.h"
+
+#include <algorithm>
+#include <string>
+
+#include "base/check.h"
+
+namespace py = pybind11;
+
+namespace fastdl {
+namespace {
+
+const dlpack::ExchangeApi* g_api = nullptr;
+PyTypeObject* g_tensor_type = nullptr;
+
+std::string dtype_string(dlpack::DataType t) {
+  const char* name = t.code == dlpack::kInt       ? "int"
+                     : t.code == dlpack::kUInt    ? "uint"
+                     : t.code == dlpack::kFloat   ? "float"
+                     : t.code == dlpack::kBfloat  ? "bfloat"
+                     : t.code == dlpack::kComplex ? "complex"
+                     : t.code == dlpack::kBool    ? "bool"
+                                                  : "type";
+  return concat(name, static_cast<int>(t.bits));
+}
+
+// The text of the pending Python error, which is cleared.
+std::string take_error() {
+  try {
+    throw py::error_already_set();
+  } catch (py::error_already_set& e) {
+    return e.what();
+  }
+}
+
+// Elements from the first to one past the last, 0 for an empty tensor.
+i64 extent(const TensorView& t) {
+  i64 last = 0;
+  for (int i = 0; i < t.ndim; ++i) {
+    if (t.shape[i] == 0) return 0;
+    last += (t.shape[i] - 1) * t.strides[i];
+  }
+  return last + 1;
+}
+
+}  // namespace
+
+i64 TensorView::numel() const {
+  i64 n = 1;
+  for (int i = 0; i < ndim; ++i) n *= shape[i];
+  return n;
+}
+
+TensorView view(py::handle object, const char* op, const char* argument) {
+  if (!PyObject_TypeCheck(object.ptr(), g_tensor_type))
+    throw TypeMismatch(
+        concat(op, ": argument '", argument, "': expected a torch.Tensor, got ", Py_TYPE(object.ptr())->tp_name));
+  dlpack::Tensor t;
+  if (g_api->tensor_from_object(object.ptr(), &t) != 0)
+    fail(op, ": argument '", argument, "': expected a float32 tensor on cpu, got one without memory: ", take_error());
+  const bool cpu = t.device.type == dlpack::kCpu || t.device.type == dlpack::kCudaHost;
+  if (!cpu || t.dtype.code != dlpack::kFloat || t.dtype.bits != 32 || t.dtype.lanes != 1)
+    fail(op, ": argument '", argument, "': expected a float32 tensor on cpu, got ", dtype_string(t.dtype),
+         cpu ? " on cpu" : concat(" on device type ", t.device.type));
+  return {reinterpret_cast<float*>(static_cast<char*>(t.data) + t.byte_offset), t.ndim, t.shape, t.strides};
+}
+
+std::string shape_string(const TensorView& t) {
+  std::string s = "[";
+  for (int i = 0; i < t.ndim; ++i) s += (i ? ", " : "") + std::to_string(t.shape[i]);
+  return s + "]";
+}
+
+void require_writable(const TensorView& out, const char* op) {
+  constexpr int kMax = 64;
+  std::pair<i64, i64> dims[kMax];  // (stride, size) of the dimensions that have more than one element
+  int n = 0;
+  for (int i = 0; i < out.ndim; ++i) {
+    if (out.shape[i] == 0) return;
+    if (out.shape[i] > 1 && n < kMax) dims[n++] = {out.strides[i], out.shape[i]};
+  }
+  std::sort(dims, dims + n);
+  i64 inner = 1;  // elements spanned by the dimensions so far
+  for (int i = 0; i < n; ++i) {
+    if (dims[i].first < inner)
+      fail(op, ": argument 'out': expected elements that do not share memory, got a stride of ", dims[i].first,
+           " over a span of ", inner);
+    inner = dims[i].first * (dims[i].second - 1) + inner;
+  }
+}
+
+void require_apart(const TensorView& out, const TensorView& in, const char* op, const char* argument) {
+  const i64 n = extent(out), m = extent(in);
+  if (n == 0 || m == 0 || out.data + n <= in.data || in.data + m <= out.data) return;
+  fail(op, ": argument 'out': expected memory apart from the inputs, got an overlap with '", argument, "'");
+}
+
+void init_tensors() {
+  const py::object tensor = py::module_::import("torch").attr("Tensor");
+  if (!py::hasattr(tensor, "__dlpack_c_exchange_api__"))
+    throw py::import_error("fastdl needs torch >= 2.10: torch.Tensor has no __dlpack_c_exchange_api__");
+  const py::object capsule = tensor.attr("__dlpack_c_exchange_api__");
+  g_api = static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+  if (!g_api) throw py::error_already_set();
+  while (g_api->version.major != dlpack::kMajorVersion && g_api->previous) g_api = g_api->previous;
+  if (g_api->version.major != dlpack::kMajorVersion || !g_api->tensor_from_object)
+    throw py::import_error(concat("fastdl needs DLPack exchange API version ", dlpack::kMajorVersion,
+                                  ".x, this torch has ", g_api->version.major, ".", g_api->version.minor));
+  g_tensor_type = reinterpret_cast<PyTypeObject*>(tensor.inc_ref().ptr());  // kept for good
+}
+
+}  // namespace fastdl

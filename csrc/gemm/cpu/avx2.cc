@@ -1,0 +1,18 @@
+#include "simd/vec_avx2.h"
+
+#include "gemm/cpu/kernel.h"
+
+namespace fastdl::avx2 {
+
+using L = VecAvx2;
+
+void gemm_f32_6x16_avx2(const TileArgs& t) { run_tile<L, 6, 2>(t); }
+void gemm_f32_dot_3x4_avx2(const TileArgs& t) { run_dot<L, 3>(t); }
+void pack(const float* src, i64 k_step, i64 j_step, i64 k_count, int n, int panel, float* dst) {
+  fastdl::pack<L>(src, k_step, j_step, k_count, n, panel, dst);
+}
+void sum_rows(const float* x, i64 rows, i64 cols, i64 row, i64 col, float* out) {
+  fastdl::sum_rows<L>(x, rows, cols, row, col, out);
+}
+
+}  // namespace fastdl::avx2

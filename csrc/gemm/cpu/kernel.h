@@ -1,0 +1,229 @@
+// The GEMM microkernels, written once over a vector level L (simd/vec.h).
+#pragma once
+#include "gemm/cpu/kernel_args.h"
+#include "simd/vec.h"
+
+namespace fastdl {
+namespace {
+
+// C += A * B with MR rows broadcast against NV vectors of B. kUnitRow: a_row == 1 (packed or column-major A), so that
+// rows are addressed by constant offsets. kTail: the last vector is partial.
+template <class L, int MR, int NV, bool kUnitRow, bool kTail>
+void tile(const TileArgs& t) {
+  constexpr int W = L::width;
+  const auto mask = L::first(kTail ? t.n - (NV - 1) * W : W);
+  const auto load_b = [&](const float* p, int v) {
+    return kTail && v == NV - 1 ? L::load(p + v * W, mask) : L::load(p + v * W);
+  };
+
+  typename L::V acc[MR][NV];
+#pragma GCC unroll 16
+  for (int i = 0; i < MR; ++i) {
+    // C comes from memory while the products run.
+    __builtin_prefetch(t.c + i * t.c_row, 1);
+    if (NV > 1) __builtin_prefetch(t.c + i * t.c_row + t.n - 1, 1);
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) acc[i][v] = L::zero();
+  }
+
+  // Rows in groups of four, one pointer each: x86 addresses p, p+s, p+2s and p+3s without further registers.
+  constexpr int kGroups = (MR + 3) / 4;
+  const i64 a_row = kUnitRow ? 1 : t.a_row;
+  const float* a[kGroups];
+#pragma GCC unroll 4
+  for (int g = 0; g < kGroups; ++g) a[g] = t.a + 4 * g * a_row;
+  const float* b = t.b;
+  for (i64 k = t.k; k > 0; --k) {
+    typename L::V bv[NV];
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) bv[v] = load_b(b, v);
+    b += t.b_row;
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; ++i) {
+      const auto x = L::set1(a[i / 4][(i % 4) * a_row]);
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) acc[i][v] = L::fma(x, bv[v], acc[i][v]);
+    }
+#pragma GCC unroll 4
+    for (int g = 0; g < kGroups; ++g) a[g] += t.a_col;
+  }
+
+  typename L::V bias[NV];
+#pragma GCC unroll 4
+  for (int v = 0; v < NV; ++v)
+    bias[v] = !t.bias ? L::zero() : t.bias_step == 0 ? L::set1(t.bias[0]) : load_b(t.bias, v);
+#pragma GCC unroll 16
+  for (int i = 0; i < MR; ++i) {
+    float* c = t.c + i * t.c_row;
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) {
+      auto x = acc[i][v];
+      if (t.accumulate) x = L::add(load_b(c, v), x);
+      if (t.bias) x = L::add(x, bias[v]);
+      if (kTail && v == NV - 1) {
+        L::store(c + v * W, x, mask);
+      } else {
+        L::store(c + v * W, x);
+      }
+    }
+  }
+}
+
+// Every tile up to MR x NV vectors: fn[rows - 1][vectors - 1][kUnitRow][kTail].
+template <class L, int MR, int NV>
+struct TileTable {
+  void (*fn[MR][NV][2][2])(const TileArgs&) = {};
+
+  constexpr TileTable() { rows<MR>(); }
+  template <int M>
+  constexpr void rows() {
+    columns<M, NV>();
+    if constexpr (M > 1) rows<M - 1>();
+  }
+  template <int M, int C>
+  constexpr void columns() {
+    fn[M - 1][C - 1][0][0] = tile<L, M, C, false, false>;
+    fn[M - 1][C - 1][0][1] = tile<L, M, C, false, true>;
+    fn[M - 1][C - 1][1][0] = tile<L, M, C, true, false>;
+    fn[M - 1][C - 1][1][1] = tile<L, M, C, true, true>;
+    if constexpr (C > 1) columns<M, C - 1>();
+  }
+};
+
+template <class L, int MR, int NV>
+void run_tile(const TileArgs& t) {
+  static constexpr TileTable<L, MR, NV> table;
+  const int vectors = (t.n + L::width - 1) / L::width;
+  table.fn[t.m - 1][vectors - 1][t.a_row == 1][t.n % L::width != 0](t);
+}
+
+// MR rows of A against four columns of B, all contiguous along K. Columns past n repeat the last one and are dropped.
+template <class L, int MR>
+void dot(const TileArgs& t) {
+  constexpr int W = L::width, NR = 4;
+  const float* b[NR];
+  for (int j = 0; j < NR; ++j) b[j] = t.b + (j < t.n ? j : t.n - 1) * t.b_col;
+
+  typename L::V acc[MR][NR];
+#pragma GCC unroll 8
+  for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < NR; ++j) acc[i][j] = L::zero();
+
+  const auto step = [&](auto load) __attribute__((always_inline)) {
+    typename L::V x[MR];
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; ++i) x[i] = load(t.a + i * t.a_row);
+#pragma GCC unroll 4
+    for (int j = 0; j < NR; ++j) {
+      const auto y = load(b[j]);
+#pragma GCC unroll 8
+      for (int i = 0; i < MR; ++i) acc[i][j] = L::fma(x[i], y, acc[i][j]);
+    }
+  };
+  i64 k = 0;
+  for (; k + W <= t.k; k += W) step([&](const float* p) __attribute__((always_inline)) { return L::load(p + k); });
+  if (k < t.k) {
+    const auto mask = L::first(static_cast<int>(t.k - k));
+    step([&](const float* p) __attribute__((always_inline)) { return L::load(p + k, mask); });
+  }
+
+#pragma GCC unroll 8
+  for (int i = 0; i < MR; ++i) {
+    float sum[NR];
+    L::sum4(acc[i][0], acc[i][1], acc[i][2], acc[i][3], sum);
+    float* c = t.c + i * t.c_row;
+    for (int j = 0; j < t.n; ++j) {
+      float x = sum[j];
+      if (t.accumulate) x = c[j] + x;
+      if (t.bias) x = x + t.bias[j * t.bias_step];
+      c[j] = x;
+    }
+  }
+}
+
+template <class L, int MR>
+void run_dot(const TileArgs& t) {
+  if constexpr (MR > 1) {
+    if (t.m < MR) return run_dot<L, MR - 1>(t);
+  }
+  dot<L, MR>(t);
+}
+
+// See GemmKernel::pack. Rows are stored as whole vectors in rising order: what a store writes past its row is
+// overwritten by the next row, and past the last row by the next panel (or lands in the buffer's slack).
+template <class L>
+void pack(const float* src, i64 k_step, i64 j_step, i64 k_count, int n, int panel, float* dst) {
+  constexpr int W = L::width;
+  if (j_step == 1) {  // rows of the panel are contiguous: copy
+    for (i64 k = 0; k < k_count; ++k) {
+      const float* s = src + k * k_step;
+      float* d = dst + k * panel;
+      int j = 0;
+      for (; j + W <= n; j += W) L::store(d + j, L::load(s + j));
+      if (j < n) L::store(d + j, L::load(s + j, L::first(n - j))), j += W;
+      for (; j < panel; j += W) L::store(d + j, L::zero());
+    }
+  } else if (k_step == 1) {  // columns are contiguous: transpose W x W blocks
+    for (int j = 0; j < panel; j += W) {
+      for (i64 k = 0; k < k_count; k += W) {
+        const int depth = k_count - k < W ? static_cast<int>(k_count - k) : W;
+        const auto mask = L::first(depth);
+        typename L::V r[W];
+#pragma GCC unroll 16
+        for (int i = 0; i < W; ++i) {
+          const float* s = src + (j + i) * j_step + k;
+          r[i] = j + i >= n ? L::zero() : depth == W ? L::load(s) : L::load(s, mask);
+        }
+        L::transpose(r);
+        float* d = dst + k * panel + j;
+        if (depth == W) {
+#pragma GCC unroll 16
+          for (int i = 0; i < W; ++i) L::store(d + i * panel, r[i]);
+        } else {
+          for (int i = 0; i < depth; ++i) L::store(d + i * panel, r[i]);
+        }
+      }
+    }
+  } else {
+    for (i64 k = 0; k < k_count; ++k) {
+      for (int j = 0; j < panel; ++j) dst[k * panel + j] = j < n ? src[k * k_step + j * j_step] : 0.0f;
+    }
+  }
+}
+
+// Column sums. Rows are summed in chunks of 256 and the chunks added up: the rounding error grows with
+// 256 + rows/256 instead of rows.
+template <class L>
+void sum_rows(const float* x, i64 rows, i64 cols, i64 row, i64 col, float* out) {
+  constexpr int W = L::width;
+  constexpr i64 kChunk = 256;
+  for (i64 j = 0; j < cols; j += W) {
+    const int n = cols - j < W ? static_cast<int>(cols - j) : W;
+    const auto mask = L::first(n);
+    auto total = L::zero();
+    for (i64 i = 0; i < rows; i += kChunk) {
+      const i64 end = i + kChunk < rows ? i + kChunk : rows;
+      auto chunk = L::zero();
+      for (i64 r = i; r < end; ++r) {
+        const float* p = x + r * row + j * col;
+        if (col == 1) {
+          chunk = L::add(chunk, n == W ? L::load(p) : L::load(p, mask));
+        } else {
+          float gathered[W] = {};
+          for (int l = 0; l < n; ++l) gathered[l] = p[l * col];
+          chunk = L::add(chunk, L::load(gathered));
+        }
+      }
+      total = L::add(total, chunk);
+    }
+    if (n == W) {
+      L::store(out + j, total);
+    } else {
+      L::store(out + j, total, mask);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace fastdl

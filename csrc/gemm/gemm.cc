@@ -1,0 +1,122 @@
+#include "gemm/gemm.h"
+
+#include <atomic>
+#include <utility>
+
+#include "base/check.h"
+#include "base/log.h"
+#include "base/parallel.h"
+
+namespace fastdl {
+
+#define GEMM_KERNEL(name, level, isa, kind, mr, nr, kc)                          \
+  namespace level {                                                              \
+  void name(const TileArgs&);                                                    \
+  void pack(const float*, i64, i64, i64, int, int, float*);                      \
+  void sum_rows(const float*, i64, i64, i64, i64, float*);                       \
+  }
+#include "gemm/cpu/kernels.inc"
+#undef GEMM_KERNEL
+
+const std::vector<GemmKernel>& gemm_kernels() {
+#define GEMM_KERNEL(name, level, isa, kind, mr, nr, kc)                                              \
+  {#name,        Isa::isa,    DType::kFloat32, GemmKind::kind, mr, nr, kc,                           \
+   level::name, level::pack, level::sum_rows},
+  static const std::vector<GemmKernel> table = {
+#include "gemm/cpu/kernels.inc"
+  };
+#undef GEMM_KERNEL
+  return table;
+}
+
+const GemmKernel& gemm_kernel(const std::string& name) {
+  std::string names;
+  for (const GemmKernel& k : gemm_kernels()) {
+    if (name == k.name) return k;
+    names += names.empty() ? k.name : std::string(", ") + k.name;
+  }
+  fail("fastdl.gemm: argument 'kernel': expected one of ", names, "; got '", name, "'");
+}
+
+const GemmKernel& gemm_pack_kernel(Isa isa) {
+  for (const GemmKernel& k : gemm_kernels())
+    if (k.isa <= isa && k.kind == GemmKind::kTile) return k;
+  fail("fastdl.gemm: no tile kernel");
+}
+
+namespace {
+
+// Leading dimensions that A and C step through as they do through their rows, and that B does not have, are rows.
+void fold_batch(GemmDesc* d, GemmArgs* args) {
+  GemmBatch& x = args->batch;
+  const auto drop = [&](int i) {
+    for (--x.dims; i < x.dims; ++i)
+      x.size[i] = x.size[i + 1], x.a[i] = x.a[i + 1], x.b[i] = x.b[i + 1], x.c[i] = x.c[i + 1];
+  };
+  for (int i = x.dims - 1; i >= 0; --i)
+    if (x.size[i] == 1) drop(i);
+  for (int i = x.dims - 2; i >= 0; --i) {
+    const int o = i + 1;
+    if (x.a[i] != x.a[o] * x.size[o] || x.b[i] != x.b[o] * x.size[o] || x.c[i] != x.c[o] * x.size[o]) continue;
+    x.size[o] *= x.size[i];
+    drop(i);
+  }
+  for (int i = x.dims - 1; i >= 0 && x.b[i] == 0; --i) {
+    if (d->M != 1 && (x.a[i] != d->M * d->a_row || x.c[i] != d->M * args->c_row)) break;
+    if (d->M == 1) d->a_row = x.a[i], args->c_row = x.c[i];
+    d->M *= x.size[i];
+    --x.dims;
+  }
+  d->batch = 1;
+  for (int i = 0; i < x.dims; ++i) d->batch *= x.size[i];
+}
+
+}  // namespace
+
+void gemm_canonicalise(GemmDesc* d, GemmArgs* args) {
+  fold_batch(d, args);
+  // C[M,1] = A b is C^T[1,M] = b^T A^T: one row is what the kernels are good at.
+  if (d->N == 1 && d->M > 1 && !d->packed && args->c_row == 1) {
+    std::swap(args->a, args->b);
+    std::swap(d->M, d->N);
+    std::swap(d->a_row, d->b_col);
+    std::swap(d->a_col, d->b_row);
+    for (int i = 0; i < args->batch.dims; ++i) std::swap(args->batch.a[i], args->batch.b[i]);
+    args->bias_step = 0;
+    args->c_row = d->N;
+  }
+  if (d->K == 1) d->a_col = 1;
+  if (d->M == 1) d->a_row = 1;
+  if (!d->packed) {
+    if (d->K == 1) d->b_row = d->N;
+    if (d->N == 1) d->b_col = 1;
+  }
+}
+
+namespace {
+constexpr int kMaxKernels = 64;
+std::atomic<i64> g_calls[kMaxKernels];
+std::atomic<i64>& calls(const GemmKernel& k) { return g_calls[&k - gemm_kernels().data()]; }
+}  // namespace
+
+i64 gemm_calls(const GemmKernel& kernel) { return calls(kernel).load(std::memory_order_relaxed); }
+void gemm_reset_calls() {
+  for (auto& n : g_calls) n.store(0, std::memory_order_relaxed);
+}
+
+GemmPlan gemm(GemmDesc d, GemmArgs args, const GemmKernel* forced, int threads) {
+  gemm_canonicalise(&d, &args);
+  const CpuInfo& cpu = cpu_info();
+  const Machine machine = {cpu.isa, current_team(threads).threads, cpu.l1d, cpu.l2, cpu.l3};
+  const GemmPlan plan = gemm_plan(d, machine, forced);
+  if (log_enabled()) {
+    std::string line = describe(d, plan);
+    for (const std::string& c : gemm_candidates(d, machine, plan)) line += "\n    not " + c;
+    log_once(line);
+  }
+  calls(*plan.kernel).fetch_add(1, std::memory_order_relaxed);
+  gemm_run(d, plan, args);
+  return plan;
+}
+
+}  // namespace fastdl

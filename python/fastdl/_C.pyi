@@ -1,0 +1,130 @@
+"""Stubs of the native module. Tensors cross as `torch.Tensor`; outputs are allocated by the caller.
+
+Every function that takes tensors checks rank, shape, dtype (float32), device (cpu) and overlap itself, raises
+`TypeError` (not a tensor) or `RuntimeError` (anything else) with a message that names operation, argument,
+expected and got, and releases the GIL while it computes.
+"""
+
+from typing import Any, TypedDict
+
+from torch import Tensor
+
+__version__: str
+
+class KernelRow(TypedDict):
+    name: str  # e.g. "gemm_f32_14x32_avx512"; the same name in the log, the tests and the bench rows
+    isa: str  # "scalar" | "avx2" | "avx512" | "amx"
+    dtype: str  # "float32"
+    kind: str  # "tile": C tile += packed or strided A x panel of B; "dot": both operands contiguous along K
+    mr: int  # rows of the register tile
+    nr: int  # columns of the register tile
+    available: bool  # can run on this machine, under FASTDL_ISA
+    reason: str  # why not, or ""
+
+class Plan(TypedDict):
+    op: str
+    M: int
+    N: int
+    K: int
+    batch: int
+    kernel: str
+    isa: str
+    mr: int
+    nr: int
+    mc: int
+    nc: int
+    kc: int
+    pack_a: bool
+    pack_b: bool
+    grid: tuple[int, int]  # how C is cut over threads: (along M, along N); batches are cut first
+    threads: int
+    workspace_bytes: int  # shared + threads x per_thread
+    why: str
+    candidates: list[str]  # what lost, each with the reason, for FASTDL_LOG=1
+
+# --- the machine and the build --------------------------------------------------------------------------------
+def build_info() -> dict[str, Any]:
+    """compiler, openmp (bool), isa_compiled (list), isa_missing ({isa: reason}), cuda ({"built": bool, "reason": str})."""
+
+def cpu_info() -> dict[str, Any]:
+    """vendor, brand, isa_supported (list), isa (the level in use), isa_cap (FASTDL_ISA or ""), l1d, l2, l3 (bytes), cpus."""
+
+def threads(requested: int = 0) -> tuple[int, str]:
+    """Threads a region entered now by this thread would use, and why (requested 0: torch.get_num_threads())."""
+
+def measure_fma(isa: str = "", threads: int = 0, seconds: float = 0.1) -> float:
+    """Peak float32 FMA rate at this level, FLOP/s. RuntimeError where the machine lacks the level."""
+
+def measure_amx(threads: int = 0, seconds: float = 0.1) -> float:
+    """Peak AMX bf16 rate, FLOP/s. RuntimeError without AMX."""
+
+def measure_read_bandwidth(bytes_per_thread: int, threads: int = 0, seconds: float = 0.1) -> float:
+    """Bytes/s read, by all threads together, over a private buffer of this size each."""
+
+def counters() -> dict[str, int]:
+    """Calls of `run` per kernel name since the last reset."""
+
+def reset_counters() -> None: ...
+
+# --- GEMM -----------------------------------------------------------------------------------------------------
+def kernels(op: str) -> list[KernelRow]:
+    """The kernel table of an operation ("gemm"), every row of this build."""
+
+def gemm_plan(
+    M: int,
+    N: int,
+    K: int,
+    *,
+    batch: int = 1,
+    a_strides: tuple[int, int] | None = None,  # (along M, along K) in elements; None: row-major
+    b_strides: tuple[int, int] | None = None,  # (along K, along N); None: row-major
+    packed: bool = False,  # B is a frozen pack
+    isa: str = "",  # plan for this level, runnable here or not; "": the level in use
+    threads: int = 0,
+    l1d: int = 0,
+    l2: int = 0,
+    l3: int = 0,  # cache sizes to plan for; 0: this machine's
+    kernel: str = "",
+) -> Plan:
+    """Pure: the decision for a problem on a machine. Runs nothing."""
+
+def gemm(
+    out: Tensor,
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None = None,
+    accumulate: bool = False,
+    kernel: str = "",
+    threads: int = 0,
+) -> None:
+    """out[..., M, N] (+)= a[..., M, K] @ b[..., K, N] (+ bias[N]).
+
+    a and b may have any strides, 0 included; their batch dimensions broadcast against out's. out is row-major in
+    its last two dimensions (unit stride along N) with any batch strides and overlaps neither input.
+    kernel forces a row of the table; threads > 0 forces the team size (default: design, section 5).
+    """
+
+def linear(out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None, kernel: str = "", threads: int = 0) -> None:
+    """out[..., N] = input[..., K] @ weight[N, K]^T + bias[N]; input 1-D or more, any strides."""
+
+def linear_plan(out: Tensor, input: Tensor, weight: Tensor, packed: bool = False, kernel: str = "", threads: int = 0) -> Plan:
+    """The plan `linear` (or `linear_packed`) would run for these tensors."""
+
+def matmul_plan(out: Tensor, a: Tensor, b: Tensor, kernel: str = "", threads: int = 0) -> Plan:
+    """The plan `gemm` would run for these tensors."""
+
+def sum_rows(out: Tensor, x: Tensor, threads: int = 0) -> None:
+    """out[N] = sum of x[..., N] over all leading dimensions: the bias gradient. Fixed order, any strides."""
+
+# --- frozen packs: the weight in panel order, [ceil(N/nr)][K][nr], zero padded, as a 1-D float32 tensor ---------
+def pack_kernel() -> str:
+    """The table row that frozen packs are laid out for on this machine."""
+
+def pack_numel(K: int, N: int, kernel: str) -> int: ...
+def pack(out: Tensor, b: Tensor, kernel: str) -> None:
+    """Write b[K, N] (any strides) in panel order into out[pack_numel(K, N, kernel)]."""
+
+def linear_packed(
+    out: Tensor, input: Tensor, packed: Tensor, bias: Tensor | None, N: int, kernel: str, threads: int = 0
+) -> None:
+    """linear with a frozen weight: packed = pack of weight.T, shape given by input's K and N."""
