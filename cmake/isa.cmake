@@ -54,6 +54,8 @@ endfunction()
 
 # Gives each file of the list its level's flags; drops those whose level is missing.
 function(fastdl_apply_isa_levels sources_variable)
+  # GCC's own intrinsics start from `__m512 y = y` and then warn of it wherever they are inlined.
+  set(quiet $<$<CXX_COMPILER_ID:GNU>:-Wno-uninitialized> $<$<CXX_COMPILER_ID:GNU>:-Wno-maybe-uninitialized>)
   set(kept)
   foreach(source IN LISTS ${sources_variable})
     set(wanted ON)
@@ -61,7 +63,7 @@ function(fastdl_apply_isa_levels sources_variable)
       if(source MATCHES "[/_]${level}\\.cc$")
         string(TOUPPER ${level} upper)
         set(wanted ${FASTDL_HAVE_${upper}})
-        set_source_files_properties(${source} PROPERTIES COMPILE_OPTIONS "${FASTDL_FLAGS_${level}}")
+        set_source_files_properties(${source} PROPERTIES COMPILE_OPTIONS "${FASTDL_FLAGS_${level}};${quiet}")
       endif()
     endforeach()
     if(wanted)
