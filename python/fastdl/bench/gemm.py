@@ -1,0 +1,231 @@
+"""`fastdl bench gemm`: linear forward, backward and both, plain and batched products, small sizes, call overhead.
+
+A family is one function from a shape and the settings to a `Case`; `FAMILIES` names them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fastdl
+from fastdl import _C, functional
+from fastdl.bench.harness import Case, Check
+from fastdl.bench.settings import Settings
+from fastdl.bench.shapes import Shape
+from fastdl.testing import assert_within_bound, error_measures, gemm_reference
+
+_FRESH_PAGES = 32 << 20  # bytes of output from which every call gets, and pays for, a fresh mapping
+_CHECK_FLOPS = 2e9  # what the float64 reference of one row may cost
+
+
+# --- checks -----------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Product:
+    """One result of a call, by fastdl and by torch, and the operands it is the product of: a @ b + bias."""
+
+    name: str
+    actual: Tensor  # [..., M, N]
+    torch_actual: Tensor
+    a: Tensor  # [..., M, K]
+    b: Tensor  # [..., K, N]
+    bias: Tensor | None = None
+
+
+def _sample(M: int, flops_a_row: float) -> Tensor:
+    """Rows to compare with float64: all of them, or as many as the budget allows, evenly spread, ends included."""
+    count = max(16, int(_CHECK_FLOPS / flops_a_row))
+    return torch.arange(M) if count >= M else torch.linspace(0, M - 1, count).round().long()
+
+
+def _assert_near_torch(p: Product) -> None:
+    """Every element within both results' bounds of torch's, by |a_i| |b_j| >= S: what a sample of rows may miss."""
+    h = p.a.shape[-1] + 1
+    limit = (p.a.norm(dim=-1)[..., None] * p.b.norm(dim=-2)[..., None, :]).mul_(4 * h * 2.0**-24)
+    wrong = int(((p.actual - p.torch_actual).abs_() > limit).sum())
+    if wrong or not bool(p.actual.isfinite().all()):
+        raise AssertionError(f"{wrong} of {p.actual.numel()} elements are far from torch's, or not finite")
+
+
+def check_products(products: list[Product]) -> Check:
+    """Errors of the worst product; the failure names the product."""
+    error = torch_error = 0.0
+    for p in products:
+        try:
+            rows = _sample(p.a.shape[-2], flops_a_row=2 * p.b.numel())
+            if len(rows) < p.a.shape[-2]:
+                _assert_near_torch(p)
+            reference = gemm_reference(p.a[..., rows, :], p.b, p.bias)
+            error = max(error, assert_within_bound(p.actual[..., rows, :], reference).rms)
+            theirs = error_measures(p.torch_actual[..., rows, :], reference.expected, reference.scale)
+            torch_error = max(torch_error, theirs.rms)
+        except AssertionError as failure:
+            return Check(error, torch_error, f"{p.name}: {failure}")
+    return Check(error, torch_error)
+
+
+# --- operands ---------------------------------------------------------------------------------------------------
+def _normal(*shape: int) -> Tensor:
+    """Normal values from a fixed seed; a large tensor repeats a block of odd length, which takes less time."""
+    generator = torch.Generator().manual_seed(0x5EED + math.prod(shape))
+    size, block = math.prod(shape), (1 << 22) + 1
+    values = torch.randn(min(size, block), generator=generator)
+    return values.repeat(math.ceil(size / block))[:size].view(shape) if size > block else values.view(shape)
+
+
+def _linear_operands(shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
+    M, N, K = shape.sizes("M", "N", "K")
+    x, weight, bias = _normal(M, K), _normal(N, K).div_(math.sqrt(K)), _normal(N)
+    return x, weight.requires_grad_(), bias.requires_grad_()
+
+
+def _gradients(linear: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor) -> Any:
+    return torch.autograd.grad(linear(x, weight, bias), (x, weight, bias), dy)
+
+
+def _work(shape: Shape, products: int = 1) -> dict[str, float]:
+    batch, M, N, K = shape.sizes("batch", "M", "N", "K")
+    return {"flops": 2.0 * products * batch * M * N * K, "bytes": 4.0 * products * batch * (M * K + K * N + M * N)}
+
+
+# --- families ---------------------------------------------------------------------------------------------------
+def _forced_linear(kernel: str, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    out = torch.empty(x.shape[0], weight.shape[0])
+    _C.linear(out, x, weight.detach(), bias.detach(), kernel)
+    return out
+
+
+def _frozen_pair(weight: Tensor, bias: Tensor) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """A frozen fastdl layer and torch's, over the same parameters."""
+    N, K = weight.shape
+    layers = []
+    for _ in range(2):
+        layer = torch.nn.Linear(K, N, device="meta")
+        layer.weight, layer.bias = torch.nn.Parameter(weight.detach()), torch.nn.Parameter(bias.detach())
+        layers.append(layer)
+    return fastdl.freeze(fastdl.optimize(layers[0])), layers[1]
+
+
+def forward(shape: Shape, settings: Settings) -> Case:
+    """linear without grad; from 32 MB of output on, also into an output that exists."""
+    x, weight, bias = _linear_operands(shape)
+    if settings.frozen:
+        ours, theirs = _frozen_pair(weight, bias)
+        candidate, baseline = partial(ours, x), partial(theirs, x)
+    else:
+        linear = partial(_forced_linear, settings.kernel) if settings.kernel else functional.linear
+        candidate, baseline = partial(linear, x, weight, bias), partial(F.linear, x, weight, bias)
+    case = Case(
+        candidate,
+        baseline,
+        lambda: check_products([Product("output", candidate(), baseline(), x, weight.mT, bias)]),
+        **_work(shape),
+    )
+    out = torch.empty(x.shape[0], weight.shape[0])
+    if out.numel() * 4 >= _FRESH_PAGES and not settings.frozen:
+        w, b = weight.detach(), bias.detach()
+        case.parts["existing output"] = (
+            partial(_C.linear, out, x, w, b, settings.kernel),
+            partial(torch.addmm, b, x, w.mT, out=torch.empty_like(out)),
+        )
+    return case
+
+
+def _check_gradients(x: Tensor, weight: Tensor, dy: Tensor, ours: Any, theirs: Any) -> Check:
+    dx, dw, db = ours
+    torch_dx, torch_dw, torch_db = theirs
+    ones = torch.ones(1, dy.shape[0])
+    return check_products(
+        [
+            Product("dx", dx, torch_dx, dy, weight.detach()),
+            Product("dw", dw, torch_dw, dy.mT, x.detach()),
+            Product("dbias", db[None], torch_db[None], ones, dy),
+        ]
+    )
+
+
+def backward(shape: Shape, settings: Settings) -> Case:
+    """Gradients of input, weight and bias through autograd, the forward pass left out."""
+    x, weight, bias = _linear_operands(shape)
+    x.requires_grad_()
+    dy = _normal(x.shape[0], weight.shape[0])
+    candidate, baseline = (
+        partial(torch.autograd.grad, linear(x, weight, bias), (x, weight, bias), dy, retain_graph=True)
+        for linear in (functional.linear, F.linear)
+    )
+    return Case(
+        candidate,
+        baseline,
+        lambda: _check_gradients(x, weight, dy, candidate(), baseline()),
+        kernel_calls=2,
+        grad=True,
+        **_work(shape, products=2),
+    )
+
+
+def train(shape: Shape, settings: Settings) -> Case:
+    """Forward and backward; the forward pass (recording for autograd) is also timed alone."""
+    x, weight, bias = _linear_operands(shape)
+    x.requires_grad_()
+    dy = _normal(x.shape[0], weight.shape[0])
+    operands = (x, weight, bias)
+    candidate, baseline = (partial(_gradients, linear, *operands, dy) for linear in (functional.linear, F.linear))
+    return Case(
+        candidate,
+        baseline,
+        lambda: _check_gradients(x, weight, dy, candidate(), baseline()),
+        kernel_calls=3,
+        grad=True,
+        parts={"forward only": (partial(functional.linear, *operands), partial(F.linear, *operands))},
+        **_work(shape, products=3),
+    )
+
+
+def _forced_matmul(kernel: str, a: Tensor, b: Tensor) -> Tensor:
+    out = torch.empty(*a.shape[:-1], b.shape[-1])
+    _C.gemm(out, a, b, kernel=kernel)
+    return out
+
+
+def matmul(shape: Shape, settings: Settings) -> Case:
+    """A product of two contiguous matrices, or of batches of them; B transposed where the shape says so."""
+    batch, M, N, K = shape.sizes("batch", "M", "N", "K")
+    lead = (batch,) if batch > 1 else ()
+    a = _normal(*lead, M, K)
+    b = _normal(*lead, N, K).mT if "transpose_b" in shape.tags else _normal(*lead, K, N)
+    multiply = partial(_forced_matmul, settings.kernel) if settings.kernel else functional.matmul
+    candidate, baseline = partial(multiply, a, b), partial(torch.matmul, a, b)
+    case = Case(
+        candidate,
+        baseline,
+        lambda: check_products([Product("output", candidate(), baseline(), a, b)]),
+        **_work(shape),
+    )
+    out = torch.empty(*lead, M, N)
+    if out.numel() * 4 >= _FRESH_PAGES:
+        case.parts["existing output"] = (
+            partial(_C.gemm, out, a, b, kernel=settings.kernel),
+            partial(torch.matmul, a, b, out=torch.empty_like(out)),
+        )
+    return case
+
+
+FAMILIES: dict[str, Callable[[Shape, Settings], Case]] = {
+    "forward": forward,
+    "backward": backward,
+    "train": train,
+    "matmul": matmul,
+    "batched": matmul,
+    "small": forward,
+    "overhead": forward,
+    "overhead-train": train,
+}
+FROZEN = ("forward", "small", "overhead")  # families in which a frozen weight means something
+FORCED = ("forward", "matmul", "batched", "small")  # families in which a kernel can be forced

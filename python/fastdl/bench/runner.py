@@ -1,0 +1,152 @@
+"""Runs the families of an operation over their shapes and collects one document; `report.py` states its fields."""
+
+from __future__ import annotations
+
+import datetime
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastdl import _C
+from fastdl.bench import gemm
+from fastdl.bench.harness import Stopwatch, geometric_mean, measure_case
+from fastdl.bench.host import Peaks
+from fastdl.bench.settings import Settings
+from fastdl.bench.shapes import Shape, load
+from fastdl.machine import describe
+
+SCHEMA = 1
+OPERATIONS = {"gemm": gemm}
+
+Progress = Callable[[int, int, str], None]
+"""Called with (rows done, rows in all, name of the next row)."""
+
+
+def _validate(operation: str, settings: Settings) -> None:
+    """ValueError for what this build, machine or operation cannot do."""
+    module, table = OPERATIONS[operation], _C.kernels(operation)
+    names, dtypes = {row["name"]: row for row in table}, sorted({row["dtype"] for row in table})
+    if settings.dtype not in dtypes:
+        raise ValueError(
+            f"{operation}: dtype: expected one of {dtypes} (kernels of this build), got {settings.dtype!r}"
+        )
+    if settings.kernel and settings.kernel not in names:
+        raise ValueError(f"{operation}: kernel: expected one of {sorted(names)}, got {settings.kernel!r}")
+    if settings.kernel and not names[settings.kernel]["available"]:
+        raise ValueError(f"{operation}: kernel {settings.kernel}: {names[settings.kernel]['reason']}")
+    if settings.kernel and settings.frozen:
+        raise ValueError(f"{operation}: kernel: a frozen weight is laid out for one kernel, got {settings.kernel!r}")
+    if settings.isa and settings.isa != _C.cpu_info()["isa"]:
+        raise ValueError(f"{operation}: isa: this machine runs at {_C.cpu_info()['isa']}, got {settings.isa!r}")
+    for family in settings.families:
+        if family not in module.FAMILIES:
+            raise ValueError(f"{operation}: family: expected one of {sorted(module.FAMILIES)}, got {family!r}")
+
+
+def families(operation: str, settings: Settings) -> list[str]:
+    """The families to run: the asked ones, or all that the other settings leave a meaning."""
+    module = OPERATIONS[operation]
+    chosen = settings.families or tuple(module.FAMILIES)
+    for name, wanted, able in (("frozen", settings.frozen, module.FROZEN), ("kernel", settings.kernel, module.FORCED)):
+        if wanted:
+            if settings.families and not set(chosen) <= set(able):
+                raise ValueError(f"{operation}: {name} has a meaning for {list(able)} only, got {list(chosen)}")
+            chosen = tuple(family for family in chosen if family in able)
+    return list(chosen)
+
+
+def _selected(operation: str, settings: Settings) -> list[tuple[str, Shape]]:
+    pairs = [(family, shape) for family in families(operation, settings) for shape in load(operation, family)]
+    return [(f, s) for f, s in pairs if settings.shapes.lower() in f"{f}/{s.name}".lower()]
+
+
+def _rates(row: dict[str, Any], work: tuple[float, float], peaks: Peaks, fma: float) -> dict[str, Any]:
+    """GFLOP/s, GB/s and shares of the measured peaks, warm; None for a row without times."""
+    if not row["warm"]:
+        return dict.fromkeys(("gflops", "gbytes", "fma_percent", "read_percent", "memory"))
+    seconds = row["warm"]["fastdl"]["ms"] * 1e-3
+    flops, size = work
+    memory = peaks.memory(size)
+    return {
+        "gflops": flops / seconds * 1e-9,
+        "gbytes": size / seconds * 1e-9,
+        "fma_percent": 100 * flops / seconds / fma,
+        "read_percent": 100 * size / seconds / peaks.read[memory],
+        "memory": memory,
+    }
+
+
+def _rows(operation: str, settings: Settings, peaks: Peaks, progress: Progress) -> Iterator[dict[str, Any]]:
+    selected = _selected(operation, settings)
+    stopwatch = Stopwatch(settings.seconds)
+    for done, (family, shape) in enumerate(selected):
+        name = f"{family}/{shape.name}"
+        progress(done, len(selected), name)
+        case = OPERATIONS[operation].FAMILIES[family](shape, settings)
+        # The peak of this very moment: the clock of a busy or warm machine moves.
+        probes = [_C.measure_fma(peaks.isa, peaks.threads, 0.02)]
+        row = measure_case(case, stopwatch, settings.regimes)
+        probes.append(_C.measure_fma(peaks.isa, peaks.threads, 0.02))
+        head = {
+            "name": name,
+            "operation": operation,
+            "family": family,
+            "model": shape.model,
+            "layer": shape.layer,
+            "shape": dict(shape.dims),
+            "tags": list(shape.tags),
+        }
+        yield head | row | _rates(row, (case.flops, case.bytes), peaks, max(probes))
+    progress(len(selected), len(selected), "")
+
+
+def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A line a family: geometric means of the speed-up over rows that ran fastdl's kernels and passed their check."""
+    means = []
+    for family in dict.fromkeys(row["family"] for row in rows):
+        members = [row for row in rows if row["family"] == family]
+        counted = [row for row in members if row["warm"] and not row["handed_back"]]
+        worst = min(counted, key=lambda row: row["warm"]["speedup"], default=None)
+        mean: dict[str, Any] = {"family": family, "rows": len(members), "counted": len(counted)}
+        for regime in ("warm", "cold", "idle"):
+            speedups = [row[regime]["speedup"] for row in counted if row[regime]]
+            mean[regime] = geometric_mean(speedups) if speedups else None
+        mean["worst"] = worst and {"name": worst["name"], "speedup": worst["warm"]["speedup"]}
+        means.append(mean)
+    return means
+
+
+def run(operation: str, settings: Settings, progress: Progress = lambda done, total, name: None) -> dict[str, Any]:
+    """Measure and return the document. ValueError for settings that this build or machine cannot serve."""
+    _validate(operation, settings)
+    before = torch.get_num_threads()
+    try:
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+        threads, why = _C.threads()
+        if settings.threads and threads != settings.threads:
+            raise ValueError(f"{operation}: threads: {settings.threads} asked, {threads} possible ({why})")
+        settings = replace(settings, threads=threads, isa=_C.cpu_info()["isa"])
+        peaks = Peaks.measure(threads, min(0.05, settings.seconds))
+        rows = list(_rows(operation, settings, peaks, progress))
+        machine = describe()
+    finally:
+        torch.set_num_threads(before)
+    if not rows:
+        raise ValueError(
+            f"{operation}: no row matches families {settings.families or 'all'}, shapes {settings.shapes!r}"
+        )
+    return {
+        "schema": SCHEMA,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "machine": machine,
+        "settings": asdict(settings),
+        "peaks": asdict(peaks),
+        "rows": rows,
+        "means": summarise(rows),
+    }

@@ -1,0 +1,25 @@
+"""What a benchmark run is asked to do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fastdl.bench.harness import REGIMES
+
+
+@dataclass(frozen=True)
+class Settings:
+    """`threads` 0 is torch's default, `isa` "" the level in use, `kernel` "" the plan's own choice, `families` () all.
+
+    `shapes` keeps the rows whose name contains it (case-insensitive); `seconds` is the time a row, regime and part.
+    """
+
+    dtype: str = "float32"
+    threads: int = 0
+    isa: str = ""
+    frozen: bool = False
+    kernel: str = ""
+    families: tuple[str, ...] = ()
+    shapes: str = ""
+    regimes: tuple[str, ...] = REGIMES
+    seconds: float = 0.4

@@ -1,0 +1,69 @@
+"""The shape lists of `shapes.toml`: one loader for tests and benchmarks."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One layer of one model: where it comes from, and the sizes an operation needs (`dims`, by field name)."""
+
+    model: str
+    layer: str
+    families: tuple[str, ...]
+    tags: tuple[str, ...]
+    dims: dict[str, int] = field(hash=False)
+
+    def sizes(self, *names: str) -> tuple[int, ...]:
+        """The named sizes: `M, N, K = shape.sizes("M", "N", "K")`."""
+        return tuple(self.dims[name] for name in names)
+
+    @property
+    def name(self) -> str:
+        """Unique within a family: "Llama-3-8B mlp up 512x14336x4096"."""
+        sizes = "x".join(str(value) for key, value in self.dims.items() if not (key == "batch" and value == 1))
+        return " ".join(part for part in (self.model, self.layer, sizes) if part)
+
+
+def _gemm_dims(row: dict[str, Any], M: int) -> dict[str, int]:
+    return {"batch": row.get("batch", 1), "M": M, "N": row.get("N", M), "K": row.get("K", M)}
+
+
+def _gemm(row: dict[str, Any]) -> list[Shape]:
+    tags = tuple(row.get("tags", ())) + (("transpose_b",) if row.get("transpose_b") else ())
+    values = row["M"] if isinstance(row["M"], list) else [row["M"]]
+    head = (row["model"], row["layer"], tuple(row["families"]), tags)
+    return [Shape(*head, _gemm_dims(row, M)) for M in values]
+
+
+_EXPAND = {"gemm": _gemm}
+
+
+@cache
+def _load(operation: str) -> tuple[Shape, ...]:
+    tables = tomllib.loads(files("fastdl.bench").joinpath("shapes.toml").read_text(encoding="utf-8"))
+    if operation not in _EXPAND:
+        raise ValueError(f"shapes: operation: expected one of {sorted(_EXPAND)}, got {operation!r}")
+    return tuple(shape for row in tables[operation] for shape in _EXPAND[operation](row))
+
+
+def load(operation: str, family: str = "", tag: str = "") -> list[Shape]:
+    """Shapes of an operation ("gemm") in file order, all or those of one family and with one tag.
+
+    Raises ValueError for an operation without shapes.
+    """
+    return [
+        shape
+        for shape in _load(operation)
+        if (not family or family in shape.families) and (not tag or tag in shape.tags)
+    ]

@@ -1,0 +1,238 @@
+"""`fastdl verify`: every kernel of every table against float64, on this machine, offline.
+
+Two tiers: small integers, whose sums are exact, must match bit for bit; other data must stay within the bound of
+`fastdl.testing`. Sizes lie around the register tile of each kernel, and one product reaches beyond its cache blocks.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdl import _C, functional
+from fastdl.testing import (
+    LAYOUTS,
+    GuardedOutput,
+    assert_within_bound,
+    gemm_reference,
+    integer_matrix,
+)
+
+_CROSSING_FLOPS = 1e9  # the most a product beyond the cache blocks may take
+
+Step = tuple[str, str, Callable[[], None]]
+"""(subject, what is checked, the check, which raises AssertionError)."""
+
+
+@dataclass
+class Outcome:
+    """Checks that ran and failed, by subject: a kernel's name, or an operation's."""
+
+    checks: dict[str, int] = field(default_factory=dict)
+    failures: list[tuple[str, str, str]] = field(default_factory=list)  # (subject, what, why)
+    unavailable: dict[str, str] = field(default_factory=dict)  # kernel -> reason
+
+    @property
+    def passed(self) -> bool:
+        """Something ran and nothing failed."""
+        return bool(self.checks) and not self.failures
+
+
+# --- one product --------------------------------------------------------------------------------------------------
+def _integers(generator: torch.Generator, K: int, *shape: int) -> Tensor:
+    return integer_matrix(shape, K, generator)
+
+
+def _normal(generator: torch.Generator, K: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=generator)
+
+
+_DATA = {"exact": _integers, "bound": _normal}
+
+
+def _compare(tier: str, actual: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, initial: Tensor | None) -> None:
+    """Bit for bit, or within the bound."""
+    reference = gemm_reference(a, b, bias, initial)
+    if tier == "bound":
+        assert_within_bound(actual, reference)
+    elif not torch.equal(actual.double(), reference.expected):
+        wrong = (actual.double() != reference.expected).nonzero()
+        where = tuple(wrong[0].tolist())
+        raise AssertionError(
+            f"{len(wrong)} of {actual.numel()} elements wrong, first at {where}: "
+            f"got {actual[where].item()}, expected {reference.expected[where].item()}"
+        )
+
+
+def _check_gemm(kernel: str, tier: str, sizes: tuple[int, int, int], layouts: tuple[str, str], extra: str) -> None:
+    """out = a @ b, plus a bias ("bias") or what out held ("accumulate"), into a guarded output."""
+    M, N, K = sizes
+    generator = torch.Generator().manual_seed(M * 7919 + N * 104729 + K)
+    a = LAYOUTS[layouts[0]](_DATA[tier](generator, K, M, K))
+    b = LAYOUTS[layouts[1]](_DATA[tier](generator, K, K, N))
+    bias = _DATA[tier](generator, K, N) if extra == "bias" else None
+    initial = _DATA[tier](generator, K, M, N) if extra == "accumulate" else None
+    out = GuardedOutput((M, N))
+    if initial is not None:
+        out.view.copy_(initial)
+    _C.gemm(out.view, a, b, bias, accumulate=initial is not None, kernel=kernel)
+    _compare(tier, out.view, a, b, bias, initial)
+    out.assert_guards_intact()
+
+
+def _check_special(kernel: str, sizes: tuple[int, int, int], layouts: tuple[str, str]) -> None:
+    """NaN, infinities, and 0 * infinity surface exactly where float64 has them."""
+    M, N, K = sizes
+    generator = torch.Generator().manual_seed(11)
+    a, b = _normal(generator, K, M, K), _normal(generator, K, K, N)
+    a[0, 0], a[M - 1, K - 1] = torch.inf, torch.nan
+    b[0, N - 1] = 0.0
+    a, b = LAYOUTS[layouts[0]](a), LAYOUTS[layouts[1]](b)
+    out = torch.empty(M, N)
+    _C.gemm(out, a, b, kernel=kernel)
+    _compare("bound", out, a, b, None, None)
+
+
+def _check_threads(kernel: str, sizes: tuple[int, int, int], layouts: tuple[str, str]) -> None:
+    """The same bits on one thread and on three."""
+    M, N, K = sizes
+    generator = torch.Generator().manual_seed(13)
+    a, b = LAYOUTS[layouts[0]](_normal(generator, K, M, K)), LAYOUTS[layouts[1]](_normal(generator, K, K, N))
+    outs = [torch.empty(M, N) for _ in range(2)]
+    for out, threads in zip(outs, (1, 3), strict=True):
+        _C.gemm(out, a, b, kernel=kernel, threads=threads)
+    if not torch.equal(*outs):
+        raise AssertionError(f"{int((outs[0] != outs[1]).sum())} elements differ between 1 and 3 threads")
+
+
+def _check_packed(kernel: str, tier: str, sizes: tuple[int, int, int]) -> None:
+    """A frozen weight gives what the weight gives."""
+    M, N, K = sizes
+    generator = torch.Generator().manual_seed(M + N + K)
+    x, weight = _DATA[tier](generator, K, M, K), _DATA[tier](generator, K, N, K)
+    bias = _DATA[tier](generator, K, N)
+    packed, out = torch.empty(_C.pack_numel(K, N, kernel)), torch.empty(M, N)
+    _C.pack(packed, weight.mT, kernel)
+    _C.linear_packed(out, x, packed, bias, N, kernel)
+    _compare(tier, out, x, weight.mT, bias, None)
+
+
+# --- what is checked ----------------------------------------------------------------------------------------------
+def _sizes(row: dict[str, Any], quick: bool) -> Iterator[tuple[int, int, int]]:
+    """(M, N, K) around the register tile; K of 0 and 1, which leave no stride to speak of, for tiles only."""
+    mr, nr = row["mr"], row["nr"]
+    rows = (1, mr + 1) if quick else (1, mr - 1, mr, mr + 1, 2 * mr + 1)
+    columns = (1, nr - 1, nr + 1) if quick else (1, nr - 1, nr, nr + 1, 2 * nr + 3)
+    depths = (0, 1, 2, 19) if quick else (0, 1, 2, 7, 16, 33, 100)
+    depths = depths if row["kind"] == "tile" else depths[2:]
+    sizes = itertools.product(*(sorted({n for n in values if n > 0}) for values in (rows, columns)), depths)
+    yield from sizes
+
+
+def _crossing(row: dict[str, Any]) -> tuple[int, int, int]:
+    """A product one past the kernel's cache blocks, cut down along N and then M to what scalar code can do."""
+    large = 1 << 14
+    b_strides = (large, 1) if row["kind"] == "tile" else (1, large)
+    plan = _C.gemm_plan(large, large, large, b_strides=b_strides, isa=row["isa"], kernel=row["name"], threads=1)
+    M, N, K = plan["mc"] + 1, plan["nc"] + 1, plan["kc"] + 1
+    N = max(row["nr"] + 1, min(N, int(_CROSSING_FLOPS / (2 * M * K))))
+    M = max(row["mr"] + 1, min(M, int(_CROSSING_FLOPS / (2 * N * K))))
+    return M, N, K
+
+
+def _kernel_steps(row: dict[str, Any], quick: bool) -> Iterator[Step]:
+    kernel, tile = row["name"], row["kind"] == "tile"
+    plain = ("contiguous", "contiguous" if tile else "transposed")
+    layouts = [plain]
+    if tile and not quick:
+        layouts += [
+            ("transposed", "transposed"),
+            ("both_strided", "both_strided"),
+            ("expanded_rows", "expanded_columns"),
+        ]
+    for sizes, pair, tier in itertools.product(_sizes(row, quick), layouts, _DATA):
+        extras = ("", "bias", "accumulate") if pair == plain else ("",)
+        for extra in extras:
+            what = f"{tier} {'x'.join(map(str, sizes))} {'/'.join(pair)} {extra}".rstrip()
+            yield kernel, what, partial(_check_gemm, kernel, tier, sizes, pair, extra)
+    few = (row["mr"] + 2, row["nr"] + 3, 21)
+    yield kernel, "special values", partial(_check_special, kernel, few, plain)
+    many = (4 * row["mr"] + 3, 3 * row["nr"] + 5, 40)
+    yield kernel, "threads", partial(_check_threads, kernel, many, plain)
+    if tile:
+        for sizes, tier in itertools.product((few, (1, row["nr"], 5), many), _DATA):
+            what = f"packed {tier} {'x'.join(map(str, sizes))}"
+            yield kernel, what, partial(_check_packed, kernel, tier, sizes)
+    if not quick:
+        for tier in _DATA:
+            yield kernel, f"{tier} beyond the blocks", partial(_check_gemm, kernel, tier, _crossing(row), plain, "")
+
+
+def _check_sum_rows(tier: str, shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(sum(shape))
+    x = _DATA[tier](generator, 1, *shape)
+    flat = x.reshape(-1, shape[-1])
+    out = torch.empty(shape[-1])
+    _C.sum_rows(out, x)
+    _compare(tier, out[None], torch.ones(1, flat.shape[0]), flat, None, None)
+
+
+def _check_linear(tier: str, sizes: tuple[int, int, int]) -> None:
+    """functional.linear with all its gradients, as a model calls it."""
+    M, N, K = sizes
+    depth = max(sizes)
+    generator = torch.Generator().manual_seed(depth)
+    x, weight, bias, dy = (_DATA[tier](generator, depth, *shape) for shape in ((M, K), (N, K), (N,), (M, N)))
+    operands = [t.clone().requires_grad_() for t in (x, weight, bias)]
+    out = functional.linear(*operands)
+    dx, dw, db = torch.autograd.grad(out, operands, dy)
+    _compare(tier, out.detach(), x, weight.mT, bias, None)
+    _compare(tier, dx, dy, weight, None, None)
+    _compare(tier, dw, dy.mT, x, None, None)
+    _compare(tier, db[None], torch.ones(1, M), dy, None, None)
+
+
+def _check_matmul(tier: str, a_shape: tuple[int, ...], b_shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(sum(a_shape))
+    a, b = (_DATA[tier](generator, a_shape[-1], *shape) for shape in (a_shape, b_shape))
+    _compare(tier, functional.matmul(a, b), a, b, None, None)
+
+
+def _operation_steps(quick: bool) -> Iterator[Step]:
+    sums = [(1, 1), (7, 5), (33, 130)] + ([] if quick else [(3, 17, 64), (1000, 257)])
+    for tier, shape in itertools.product(_DATA, sums):
+        yield "sum_rows", f"{tier} {shape}", partial(_check_sum_rows, tier, shape)
+    linears = [(1, 1, 1), (17, 35, 20)] + ([] if quick else [(130, 65, 257), (64, 512, 64), (1, 300, 400)])
+    for tier, sizes in itertools.product(_DATA, linears):
+        yield "functional.linear", f"{tier} {'x'.join(map(str, sizes))}", partial(_check_linear, tier, sizes)
+    for tier in _DATA:
+        yield "functional.matmul", f"{tier} broadcast", partial(_check_matmul, tier, (2, 1, 9, 11), (3, 11, 34))
+
+
+def steps(quick: bool = False) -> Iterator[Step]:
+    """Every check of the rows this process can run, and of the operations above them."""
+    for row in _C.kernels("gemm"):
+        if row["available"]:
+            yield from _kernel_steps(dict(row), quick)
+    yield from _operation_steps(quick)
+
+
+def verify(quick: bool = False, progress: Callable[[int, int, str], None] | None = None) -> Outcome:
+    """Run all checks; a check that raises anything at all has failed. progress(done, total, subject) before each."""
+    outcome = Outcome(unavailable={row["name"]: row["reason"] for row in _C.kernels("gemm") if not row["available"]})
+    todo = list(steps(quick))
+    for done, (subject, what, check) in enumerate(todo):
+        if progress:
+            progress(done, len(todo), subject)
+        outcome.checks[subject] = outcome.checks.get(subject, 0) + 1
+        try:
+            check()
+        except Exception as error:  # a kernel that refuses a legal call has failed as well
+            outcome.failures.append((subject, what, f"{type(error).__name__}: {error}"))
+    return outcome
