@@ -17,7 +17,8 @@
 namespace fastdl {
 namespace {
 
-#if defined(__x86_64__)
+#if !defined(_OPENMP)
+#elif defined(__x86_64__)
 using FloatState = unsigned;
 FloatState float_state() { return _mm_getcsr(); }
 void set_float_state(FloatState s) { _mm_setcsr(s); }
@@ -49,7 +50,7 @@ Team current_team(int requested) {
   return {threads, "torch.get_num_threads()"};
 #else
   (void)requested;
-  return {1, "built without OpenMP"};
+  return {1, "serial: built without OpenMP"};
 #endif
 }
 

@@ -13,7 +13,7 @@ namespace fastdl {
   namespace level {                                                              \
   void name(const TileArgs&);                                                    \
   void pack(const float*, i64, i64, i64, int, int, float*);                      \
-  void sum_rows(const float*, i64, i64, i64, i64, float*);                       \
+  void sum_rows(const float*, i64, i64, i64, i64, float*, bool);                       \
   }
 #include "gemm/cpu/kernels.inc"
 #undef GEMM_KERNEL
@@ -29,13 +29,13 @@ const std::vector<GemmKernel>& gemm_kernels() {
   return table;
 }
 
-const GemmKernel& gemm_kernel(const std::string& name) {
+const GemmKernel& gemm_kernel(const std::string& name, const char* op) {
   std::string names;
   for (const GemmKernel& k : gemm_kernels()) {
     if (name == k.name) return k;
     names += names.empty() ? k.name : std::string(", ") + k.name;
   }
-  fail("fastdl.gemm: argument 'kernel': expected one of ", names, "; got '", name, "'");
+  fail(op, ": argument 'kernel': expected one of ", names, "; got '", name, "'");
 }
 
 const GemmKernel& gemm_pack_kernel(Isa isa) {
@@ -85,12 +85,12 @@ void gemm_canonicalise(GemmDesc* d, GemmArgs* args) {
     args->bias_step = 0;
     args->c_row = d->N;
   }
-  if (d->K == 1) d->a_col = 1;
+  // Strides of dimensions that nobody steps through say nothing: call them contiguous.
   if (d->M == 1) d->a_row = 1;
-  if (!d->packed) {
-    if (d->K == 1) d->b_row = d->N;
-    if (d->N == 1) d->b_col = 1;
-  }
+  if (d->K <= 1) d->a_col = 1;
+  if (d->packed) return;
+  if (d->K <= 1) d->b_row = 1;
+  if (d->N == 1) d->b_col = 1;
 }
 
 namespace {

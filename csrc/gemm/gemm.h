@@ -54,8 +54,8 @@ struct GemmArgs {
 };
 
 const std::vector<GemmKernel>& gemm_kernels();
-const GemmKernel& gemm_kernel(const std::string& name);  // throws Error naming the rows
-GemmKernel const& gemm_pack_kernel(Isa isa);             // the row that frozen packs are laid out for
+const GemmKernel& gemm_kernel(const std::string& name, const char* op);  // throws Error naming the rows
+const GemmKernel& gemm_pack_kernel(Isa isa);                             // the row that frozen packs are laid out for
 
 // forced: a row to use, or null. The machine's isa must be compiled in, not necessarily runnable here.
 GemmPlan gemm_plan(const GemmDesc& desc, const Machine& machine, const GemmKernel* forced = nullptr);
@@ -68,8 +68,13 @@ void gemm_run(const GemmDesc& desc, const GemmPlan& plan, const GemmArgs& args);
 i64 gemm_pack_size(i64 K, i64 N, const GemmKernel& kernel);
 void gemm_pack_b(const float* b, i64 b_row, i64 b_col, i64 K, i64 N, const GemmKernel& kernel, float* out);
 
-// out[j] = sum_i x[i*row + j*col]: the bias gradient.
-void gemm_sum_rows(const float* x, i64 rows, i64 cols, i64 row, i64 col, float* out, Isa isa, int threads);
+// out[j] = sum_i x(i,j): the bias gradient. The last of the row dimensions is the innermost.
+struct RowsDesc {
+  int dims = 0;
+  i64 size[kMaxBatchDims], stride[kMaxBatchDims];
+  i64 cols, col;  // number of columns and the stride between them
+};
+void gemm_sum_rows(const float* x, const RowsDesc& desc, float* out, Isa isa, int threads);
 
 // Calls of gemm() that ran this row since the last reset.
 i64 gemm_calls(const GemmKernel& kernel);

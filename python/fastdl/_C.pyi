@@ -113,6 +113,15 @@ def linear_plan(out: Tensor, input: Tensor, weight: Tensor, packed: bool = False
 def matmul_plan(out: Tensor, a: Tensor, b: Tensor, kernel: str = "", threads: int = 0) -> Plan:
     """The plan `gemm` would run for these tensors."""
 
+def linear_wgrad(out: Tensor, grad: Tensor, input: Tensor, threads: int = 0) -> None:
+    """out[N, K] = grad[..., N]^T @ input[..., K], contracted over all leading dimensions; any strides."""
+
+def linear_shape(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[int, ...] | None:
+    """The output shape if `linear` can take these as they are; None for whatever it cannot (never raises)."""
+
+def matmul_shape(a: Tensor, b: Tensor) -> tuple[int, ...] | None:
+    """The output shape if `gemm` can take these as they are (both at least 2-D); None otherwise (never raises)."""
+
 def sum_rows(out: Tensor, x: Tensor, threads: int = 0) -> None:
     """out[N] = sum of x[..., N] over all leading dimensions: the bias gradient. Fixed order, any strides."""
 

@@ -50,8 +50,17 @@ void tile(const TileArgs& t) {
 
   typename L::V bias[NV];
 #pragma GCC unroll 4
-  for (int v = 0; v < NV; ++v)
-    bias[v] = !t.bias ? L::zero() : t.bias_step == 0 ? L::set1(t.bias[0]) : load_b(t.bias, v);
+  for (int v = 0; v < NV; ++v) {
+    if (!t.bias) {
+      bias[v] = L::zero();
+    } else if (t.bias_step == 1) {
+      bias[v] = load_b(t.bias, v);
+    } else {
+      float lanes[W] = {};
+      for (int l = 0; l < W && v * W + l < t.n; ++l) lanes[l] = t.bias[(v * W + l) * t.bias_step];
+      bias[v] = L::load(lanes);
+    }
+  }
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i) {
     float* c = t.c + i * t.c_row;
@@ -195,13 +204,13 @@ void pack(const float* src, i64 k_step, i64 j_step, i64 k_count, int n, int pane
 // Column sums. Rows are summed in chunks of 256 and the chunks added up: the rounding error grows with
 // 256 + rows/256 instead of rows.
 template <class L>
-void sum_rows(const float* x, i64 rows, i64 cols, i64 row, i64 col, float* out) {
+void sum_rows(const float* x, i64 rows, i64 cols, i64 row, i64 col, float* out, bool accumulate) {
   constexpr int W = L::width;
   constexpr i64 kChunk = 256;
   for (i64 j = 0; j < cols; j += W) {
     const int n = cols - j < W ? static_cast<int>(cols - j) : W;
     const auto mask = L::first(n);
-    auto total = L::zero();
+    auto total = !accumulate ? L::zero() : n == W ? L::load(out + j) : L::load(out + j, mask);
     for (i64 i = 0; i < rows; i += kChunk) {
       const i64 end = i + kChunk < rows ? i + kChunk : rows;
       auto chunk = L::zero();

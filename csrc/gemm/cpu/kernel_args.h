@@ -35,8 +35,8 @@ struct GemmKernel {
   // dst[k*panel + j] = src[k*k_step + j*j_step] for j < n, 0 for n <= j < panel. panel <= the vector width or a
   // multiple of it; writes up to one vector past dst + k_count*panel.
   void (*pack)(const float* src, i64 k_step, i64 j_step, i64 k_count, int n, int panel, float* dst);
-  // out[j] = sum_i x[i*row + j*col] for j < cols
-  void (*sum_rows)(const float* x, i64 rows, i64 cols, i64 row, i64 col, float* out);
+  // out[j] (+)= sum_i x[i*row + j*col] for j < cols
+  void (*sum_rows)(const float* x, i64 rows, i64 cols, i64 row, i64 col, float* out, bool accumulate);
 };
 
 }  // namespace fastdl

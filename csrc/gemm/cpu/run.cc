@@ -147,15 +147,22 @@ void gemm_pack_b(const float* b, i64 b_row, i64 b_col, i64 K, i64 N, const GemmK
   pack_b(d, kernel, b, K, N, K, out);
 }
 
-void gemm_sum_rows(const float* x, i64 rows, i64 cols, i64 row, i64 col, float* out, Isa isa, int threads) {
-  const GemmKernel* kernel = nullptr;
-  for (const GemmKernel& k : gemm_kernels())
-    if (!kernel && k.isa <= isa) kernel = &k;
-  constexpr i64 kUnit = 64, kSerial = 1 << 16;  // columns a share, elements below which one thread is faster
-  const i64 units = (cols + kUnit - 1) / kUnit;
-  parallel(rows * cols < kSerial ? 1 : threads, [&](int thread, int n) {
-    const i64 begin = units * thread / n * kUnit, end = std::min(cols, units * (thread + 1) / n * kUnit);
-    if (begin < end) kernel->sum_rows(x + begin * col, rows, end - begin, row, col, out + begin);
+void gemm_sum_rows(const float* x, const RowsDesc& d, float* out, Isa isa, int threads) {
+  const GemmKernel& kernel = gemm_pack_kernel(isa);
+  constexpr i64 kUnit = 64, kSerial = 1 << 16;  // columns a share; elements below which one thread is faster
+  i64 outer = 1;
+  for (int i = 0; i + 1 < d.dims; ++i) outer *= d.size[i];
+  const i64 rows = d.dims ? d.size[d.dims - 1] : 1, row = d.dims ? d.stride[d.dims - 1] : 0;
+  const i64 units = (d.cols + kUnit - 1) / kUnit;
+  parallel(outer * rows * d.cols < kSerial ? 1 : threads, [&](int thread, int n) {
+    const i64 begin = units * thread / n * kUnit, end = std::min(d.cols, units * (thread + 1) / n * kUnit);
+    if (begin >= end) return;
+    if (outer == 0) kernel.sum_rows(x, 0, end - begin, row, d.col, out + begin, false);
+    for (i64 o = 0; o < outer; ++o) {
+      const float* p = x + begin * d.col;
+      for (i64 i = d.dims - 2, rest = o; i >= 0; rest /= d.size[i--]) p += rest % d.size[i] * d.stride[i];
+      kernel.sum_rows(p, rows, end - begin, row, d.col, out + begin, o > 0);
+    }
   });
 }
 

@@ -10,8 +10,8 @@ void gemm_f32_4x8_scalar(const TileArgs& t) { run_tile<L, 4, 2>(t); }
 void pack(const float* src, i64 k_step, i64 j_step, i64 k_count, int n, int panel, float* dst) {
   fastdl::pack<L>(src, k_step, j_step, k_count, n, panel, dst);
 }
-void sum_rows(const float* x, i64 rows, i64 cols, i64 row, i64 col, float* out) {
-  fastdl::sum_rows<L>(x, rows, cols, row, col, out);
+void sum_rows(const float* x, i64 rows, i64 cols, i64 row, i64 col, float* out, bool accumulate) {
+  fastdl::sum_rows<L>(x, rows, cols, row, col, out, accumulate);
 }
 
 }  // namespace fastdl::scalar
