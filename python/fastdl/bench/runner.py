@@ -6,7 +6,6 @@ import datetime
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -143,9 +142,9 @@ def run(operation: str, settings: Settings, progress: Progress = lambda done, to
     return {
         "schema": SCHEMA,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": ["fastdl", *sys.argv[1:]],
         "machine": machine,
-        "settings": asdict(settings),
+        "settings": {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(settings).items()},
         "peaks": asdict(peaks),
         "rows": rows,
         "means": summarise(rows),
