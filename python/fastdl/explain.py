@@ -1,0 +1,147 @@
+"""explain: which layer runs on which kernel, and why the others do not."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import sys
+from collections import Counter
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+
+from fastdl.nn.swapped import Swapped
+from fastdl.ops import calls
+from fastdl.optimize import FORWARD_OVERRIDDEN, named_layers, unswappable
+
+UNKNOWN = "unknown until called"
+_TABLE_WIDTH = 200  # printed to a string: the terminal, or whoever reads the log, wraps
+
+
+@dataclass(frozen=True)
+class Row:
+    """What became of one layer; one row for each distinct way it was called."""
+
+    fqn: str  # dotted name in the model, "(model)" for the root
+    type: str  # class name; "Attention: functional.matmul" for a call by a module that is no known layer
+    status: str  # "fastdl" | "fastdl, frozen" | "torch" | "not swapped" | "forward overridden" | "not called"
+    kernel: str  # a row of the kernel table, "reference" (float64), "torch", or "unknown until called"
+    shapes: str  # of the tensor arguments: "8x64 32x64 32"
+    dtype: str
+    reason: str  # why torch runs it, or ""
+    calls: int
+
+
+@dataclass(frozen=True, repr=False)
+class Explanation:
+    """The rows, and a table of them when printed."""
+
+    rows: list[Row]
+
+    def __str__(self) -> str:
+        from rich.console import Console  # here: only printing needs it
+        from rich.table import Table
+        from rich.text import Text
+
+        names = [field.name for field in fields(Row)]
+        table = Table(*names)
+        for row in self.rows:
+            table.add_row(*(Text(str(getattr(row, name))) for name in names))
+        out = io.StringIO()
+        Console(file=out, width=_TABLE_WIDTH).print(table)
+        return out.getvalue()
+
+    __repr__ = __str__
+
+
+def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> Explanation:
+    """Which layers of `model` run on which kernel, and why the others do not.
+
+    With inputs, calls `model(*inputs, **kwargs)` once, as it stands: in its training or eval mode, under the grad
+    mode of the caller, eagerly even where it is compiled. Without inputs nothing runs and kernels are "unknown until
+    called". Calls of `fastdl.functional` by other modules get rows of their own.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"fastdl.explain: argument 'model': expected a torch.nn.Module, got {type(model).__name__}")
+    watched = _watch(model, inputs, kwargs) if inputs or kwargs else None
+    rows: list[Row] = []
+    layers = dict(named_layers(model))
+    for fqn, module in layers.items():
+        rows += _layer_rows(fqn, module, watched)
+    if watched is not None:
+        names = {module: fqn or "(model)" for fqn, module in model.named_modules()}
+        known = set(layers.values())
+        for (module, made), count in watched.made.items():
+            if module not in known:
+                label = f"{type(module).__name__}: functional.{made.op}"
+                rows.append(_call_row(names.get(module, "?"), label, made, count))
+    return Explanation(rows)
+
+
+@dataclass
+class _Watched:
+    """What one run of a model showed."""
+
+    entered: Counter[nn.Module]  # module -> times called
+    made: Counter[tuple[nn.Module, calls.Call]]  # (innermost module, call) -> times
+
+
+def _watch(model: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> _Watched:
+    watched = _Watched(Counter(), Counter())
+    stack: list[nn.Module] = [model]
+
+    def enter(module: nn.Module, args: Any) -> None:
+        stack.append(module)
+        watched.entered[module] += 1
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        stack.pop()
+
+    def observe(made: calls.Call) -> None:
+        watched.made[stack[-1], made] += 1
+
+    hooks = (register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True))
+    outer, calls.observer = calls.observer, observe
+    try:
+        with _uncompiled():
+            model(*inputs, **kwargs)
+    finally:
+        calls.observer = outer
+        for hook in hooks:
+            hook.remove()
+    return watched
+
+
+def _uncompiled() -> contextlib.AbstractContextManager[Any]:
+    """Compiled models run eagerly in here. Where the compiler was never imported there are none."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
+
+
+def _layer_rows(fqn: str, module: nn.Module, watched: _Watched | None) -> list[Row]:
+    name = type(module).__name__
+    entered = watched.entered[module] if watched else 0
+    made = [(c, n) for (m, c), n in watched.made.items() if m is module] if watched else []
+    weight = getattr(module, "weight", None)
+    dtype = str(getattr(weight, "dtype", "")).removeprefix("torch.")
+    reason = unswappable(module)
+    if not isinstance(module, Swapped):
+        status = "forward overridden" if reason == FORWARD_OVERRIDDEN else "not swapped"
+        reason = reason or "optimize() was not applied to it, or filter_fn kept it"
+        return [Row(fqn, name, status, "torch", "", dtype, reason, entered)]
+    if made:
+        status = "fastdl, frozen" if module._pack is not None else "fastdl"
+        return [_call_row(fqn, name, c, n, status, reason or "") for c, n in made]
+    if reason is not None:
+        return [Row(fqn, name, "forward overridden", "torch", "", dtype, reason, entered)]
+    if watched is None:
+        return [Row(fqn, name, "fastdl", UNKNOWN, "", dtype, "", 0)]
+    return [Row(fqn, name, "not called", UNKNOWN, "", dtype, "this run did not call it", 0)]
+
+
+def _call_row(fqn: str, name: str, made: calls.Call, count: int, status: str = "fastdl", note: str = "") -> Row:
+    shapes = " ".join("x".join(map(str, shape)) or "scalar" for shape in made.shapes)
+    dtype = str(made.dtype).removeprefix("torch.")
+    return Row(fqn, name, "torch" if made.reason else status, made.kernel, shapes, dtype, made.reason or note, count)

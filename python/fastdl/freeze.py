@@ -1,0 +1,87 @@
+"""freeze and unfreeze: packs that persist across calls."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from fastdl.nn.swapped import Swapped
+from fastdl.ops.packed import PackedWeight, pack_bytes
+from fastdl.ops.plain import is_plain
+from fastdl.optimize import REGISTRY, derived_reason, named_layers
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def freeze(model: Model, max_bytes: int | None = None) -> Model:
+    """Pack the weights of every swapped layer for reuse across calls; returns `model`.
+
+    Freezing again packs anew.
+
+    For weights that will not change: a pack holds the contents of this moment, and no cheap test notices every later
+    write (fused optimizers and `p.data` leave no trace). Writing weights of a frozen model without `unfreeze` is an
+    error that goes unnoticed unless FASTDL_CHECK_FROZEN=1 was set before `freeze`: then each call compares contents
+    and raises RuntimeError naming the layer. Gradients flow as without packs.
+
+    A pack is as large as its weight. It is no part of the state dict, and is dropped when the layer is copied,
+    pickled, moved, converted, or loaded into.
+
+    Args:
+        model: a module that `optimize` has been applied to.
+        max_bytes: what the packs may take together; layers are packed in the model's order until one does not fit.
+
+    Warns:
+        UserWarning naming the layers left unfrozen, and when there is nothing to freeze.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"fastdl.freeze: argument 'model': expected a torch.nn.Module, got {type(model).__name__}")
+    if max_bytes is not None and max_bytes < 0:
+        raise ValueError(f"fastdl.freeze: argument 'max_bytes': expected None or at least 0, got {max_bytes}")
+    packs: dict[int, PackedWeight] = {}  # by identity of the weight: tied layers share one
+    left: list[str] = []
+    frozen = spent = 0
+    full = False
+    unfreeze(model)
+    for fqn, module in named_layers(model):
+        reason = _unpackable(module)
+        if reason is None and id(module.weight) not in packs:
+            size = pack_bytes(module.weight)
+            full = full or (max_bytes is not None and spent + size > max_bytes)
+            if full:
+                reason = f"its pack of {size} bytes does not fit max_bytes={max_bytes} with {spent} spent before it"
+            else:
+                packs[id(module.weight)] = PackedWeight.of(module.weight, fqn)
+                spent += size
+        if reason is None:
+            module._pack = packs[id(module.weight)]
+            frozen += 1
+        elif isinstance(module, Swapped):
+            left.append(f"{fqn}: {reason}")
+    if left:
+        warnings.warn("fastdl.freeze: left unfrozen: " + "; ".join(left), stacklevel=2)
+    elif not frozen:
+        warnings.warn(f"fastdl.freeze: {type(model).__name__} has no swapped layer: optimize it first", stacklevel=2)
+    return model
+
+
+def unfreeze(model: Model) -> Model:
+    """Drop the packs of every layer of `model`; returns `model`."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"fastdl.unfreeze: argument 'model': expected a torch.nn.Module, got {type(model).__name__}")
+    for module in model.modules():
+        if isinstance(module, Swapped):
+            module.drop_pack()
+    return model
+
+
+def _unpackable(module: nn.Module) -> str | None:
+    """Why this layer gets no pack, or None."""
+    if type(module) not in REGISTRY.values():
+        return derived_reason(module)
+    weight = module.weight
+    if not is_plain(weight) or weight.dtype != torch.float32:
+        return f"expected a float32 weight on cpu, got {type(weight).__name__} of {weight.dtype} on {weight.device}"
+    return "its weight is empty" if weight.numel() == 0 else None

@@ -1,0 +1,59 @@
+"""What every swapped class shares: how it is copied, pickled and moved."""
+
+from __future__ import annotations
+
+import copy
+import copyreg
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+
+class Swapped:
+    """Mixed in before a stock class. An instance has the stock instance's attributes and, while frozen, a pack.
+
+    The pack is derived from the weight: it is in no state dict, and copying, pickling, moving, converting or loading
+    drops it.
+    """
+
+    stock_class: ClassVar[type[torch.nn.Module]]  # what `restore` and pickles turn an instance into
+    _pack: Any = None  # set by `freeze`
+
+    def drop_pack(self) -> None:
+        """Read the weight itself again from now on."""
+        self.__dict__.pop("_pack", None)
+
+    def __reduce_ex__(self, protocol: int) -> Any:
+        # Whole-model pickles must load where fastdl is not installed. Subclasses (parametrised, FSDP2, the user's
+        # own) are not ours to rename.
+        swapped = type(self).__dict__.get("stock_class")
+        if swapped is None:
+            return super().__reduce_ex__(protocol)
+        return copyreg.__newobj__, (swapped,), self.__getstate__()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_pack"}
+
+    def __copy__(self) -> Any:
+        twin = type(self).__new__(type(self))
+        twin.__dict__.update(self.__getstate__())
+        return twin
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
+        return twin
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        self.drop_pack()
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.drop_pack()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _get_name(self) -> str:
+        return f"fastdl.{type(self).__name__}"

@@ -1,0 +1,1 @@
+"""Operations: torch.library registration, autograd.Function, checks, and the reference implementation."""

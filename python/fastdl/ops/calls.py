@@ -1,0 +1,39 @@
+"""Where calls went: the record of what was handed to torch, and the hook through which `explain` watches."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of an operation, as `explain` sees it."""
+
+    op: str
+    kernel: str  # a row of the kernel table, "reference" (float64), or "torch"
+    shapes: tuple[tuple[int, ...], ...]  # of the tensor arguments, in order, absent ones left out
+    dtype: torch.dtype | None
+    reason: str  # why torch ran it, or ""
+
+
+observer: Callable[[Call], None] | None = None  # set by `explain` while it runs a model
+handbacks: Counter[tuple[str, str]] = Counter()  # (op, reason) -> calls
+
+
+def handback(op: str, reason: str) -> None:
+    """Record that a call of `op` is handed to torch. FASTDL_LOG=1 prints each distinct reason once, to stderr."""
+    first = (op, reason) not in handbacks
+    handbacks[op, reason] += 1
+    if first and os.environ.get("FASTDL_LOG", "0") not in ("", "0"):
+        print(f"fastdl: {op}: handed to torch: {reason}", file=sys.stderr, flush=True)
+
+
+# What `torch.compiler.assume_constant_result` would set, without importing the compiler: Dynamo then runs the
+# function once while it traces, so a compiled call leaves its record too and the graph stays whole.
+handback._dynamo_marked_constant = True  # type: ignore[attr-defined]

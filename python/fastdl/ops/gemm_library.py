@@ -1,0 +1,183 @@
+"""torch.ops.fastdl.*: schemas, CPU implementations, fakes, vmap rules and FLOP counts of the GEMM operations.
+
+No autograd here: the autograd.Function stands outside the operation (`ops/gemm.py`), at about half the cost of a call.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from fastdl.ops import gemm_native, shapes
+
+_library = torch.library.Library("fastdl", "DEF")  # the registrations live as long as this object
+_ops = torch.ops.fastdl
+
+
+# --- fakes: shapes without arithmetic -----------------------------------------------------------------------------
+def _fake_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return input.new_empty(shapes.linear(input, weight, bias))
+
+
+def _fake_linear_packed(input: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, kernel: str) -> Tensor:
+    return input.new_empty(shapes.linear_packed(input, out_features, bias))
+
+
+def _fake_matmul(input: Tensor, other: Tensor) -> Tensor:
+    return input.new_empty(shapes.matmul(input, other))
+
+
+def _fake_linear_wgrad(grad: Tensor, input: Tensor) -> Tensor:
+    return grad.new_empty(shapes.linear_wgrad(grad, input))
+
+
+def _fake_sum_rows(x: Tensor) -> Tensor:
+    return x.new_empty(shapes.sum_rows(x))
+
+
+# --- vmap: the mapped dimension B becomes a leading dimension of the same operation, or of a batched matmul -------
+def _front(x: Tensor, dim: int | None) -> Tensor:
+    return x if dim is None else x.movedim(dim, 0)
+
+
+def _rows(x: Tensor, dim: int | None) -> Tensor:
+    """[..., K] -> [R, K], mapped [B, ..., K] -> [B, R, K]."""
+    x = _front(x, dim)
+    kept = 0 if dim is None else 1
+    return x.reshape(*x.shape[:kept], math.prod(x.shape[kept:-1]), x.shape[-1])
+
+
+def _add_mapped_bias(out: Tensor, bias: Tensor, dim: int, leading: int) -> Tensor:
+    """out [(B,) ..., N] with `leading` unmapped leading dimensions + bias [B, N] -> [B, ..., N]."""
+    bias = _front(bias, dim)
+    return out + bias.reshape(bias.shape[0], *[1] * leading, bias.shape[1])
+
+
+def _vmap_linear(
+    info: Any, dims: Sequence[int | None], input: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, int]:
+    input_dim, weight_dim, bias_dim = dims
+    x = _front(input, input_dim)
+    leading = x.shape[0 if input_dim is None else 1 : -1]
+    common_bias = bias if bias_dim is None else None
+    if weight_dim is None:
+        out = _ops.linear(x, weight, common_bias)
+    else:
+        out = _ops.matmul(_rows(input, input_dim), _front(weight, weight_dim).mT)
+        out = out.reshape(info.batch_size, *leading, out.shape[-1])
+        out = out if common_bias is None else out + common_bias
+    return out if bias_dim is None else _add_mapped_bias(out, bias, bias_dim, len(leading)), 0
+
+
+def _vmap_linear_packed(
+    info: Any,
+    dims: Sequence[int | None],
+    input: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    kernel: str,
+) -> tuple[Tensor, int]:
+    input_dim, packed_dim, bias_dim = dims[:3]
+    if packed_dim is not None:
+        raise RuntimeError("fastdl.linear_packed: argument 'packed': expected one that is not mapped, got a mapped one")
+    x = _front(input, input_dim)
+    if bias_dim is None:
+        return _ops.linear_packed(x, packed, bias, out_features, kernel), 0
+    out = _ops.linear_packed(x, packed, None, out_features, kernel)
+    return _add_mapped_bias(out, bias, bias_dim, x.ndim - (1 if input_dim is None else 2)), 0
+
+
+def _vmap_matmul(info: Any, dims: Sequence[int | None], input: Tensor, other: Tensor) -> tuple[Tensor, int]:
+    a, b = _front(input, dims[0]), _front(other, dims[1])
+    row, column = a.ndim == (1 if dims[0] is None else 2), b.ndim == (1 if dims[1] is None else 2)
+    a = a.unsqueeze(-2) if row else a
+    b = b.unsqueeze(-1) if column else b
+    rank = max(x.ndim - (dim is not None) for x, dim in ((a, dims[0]), (b, dims[1])))
+    for _ in range(rank - (a.ndim - 1) if dims[0] is not None else 0):
+        a = a.unsqueeze(1)
+    for _ in range(rank - (b.ndim - 1) if dims[1] is not None else 0):
+        b = b.unsqueeze(1)
+    out = _ops.matmul(a, b)
+    out = out.squeeze(-1) if column else out
+    return out.squeeze(-1 if column else -2) if row else out, 0
+
+
+def _vmap_linear_wgrad(info: Any, dims: Sequence[int | None], grad: Tensor, input: Tensor) -> tuple[Tensor, int]:
+    return _ops.matmul(_rows(grad, dims[0]).mT, _rows(input, dims[1])), 0
+
+
+def _vmap_sum_rows(info: Any, dims: Sequence[int | None], x: Tensor) -> tuple[Tensor, int]:
+    return _rows(x, dims[0]).sum(1), 0
+
+
+# --- FLOPs, for torch.utils.flop_counter: a multiply and an add for each product -----------------------------------
+def _flops_linear(input: Sequence[int], weight: Sequence[int], *args: Any, **kwargs: Any) -> int:
+    return 2 * math.prod(input) * weight[0]
+
+
+def _flops_linear_packed(input: Sequence[int], *args: Any, out_shape: Sequence[int], **kwargs: Any) -> int:
+    return 2 * math.prod(input) * out_shape[-1]
+
+
+def _flops_matmul(
+    input: Sequence[int], other: Sequence[int], *args: Any, out_shape: Sequence[int], **kwargs: Any
+) -> int:
+    return 2 * math.prod(out_shape) * input[-1]
+
+
+def _flops_linear_wgrad(grad: Sequence[int], input: Sequence[int], *args: Any, **kwargs: Any) -> int:
+    return 2 * math.prod(grad) * input[-1]
+
+
+# --- the table ----------------------------------------------------------------------------------------------------
+def _register(
+    schema: str, native: Callable[..., Tensor], fake: Callable[..., Tensor], vmap: Callable, flops: Callable | None
+) -> None:
+    # The kernels take any strides, so Inductor need not restore the layouts that eager tensors had.
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
+    name = schema.partition("(")[0]
+    _library.impl(name, native, "CPU")
+    torch.library.register_fake(f"fastdl::{name}", fake, lib=_library)
+    torch.library.register_vmap(f"fastdl::{name}", vmap, lib=_library)
+    if flops is not None:
+        register_flop_formula(getattr(_ops, name))(flops)
+
+
+for _row in (
+    (
+        "linear(Tensor input, Tensor weight, Tensor? bias) -> Tensor",
+        gemm_native.linear,
+        _fake_linear,
+        _vmap_linear,
+        _flops_linear,
+    ),
+    (
+        "linear_packed(Tensor input, Tensor packed, Tensor? bias, int out_features, str kernel) -> Tensor",
+        gemm_native.linear_packed,
+        _fake_linear_packed,
+        _vmap_linear_packed,
+        _flops_linear_packed,
+    ),
+    (
+        "matmul(Tensor input, Tensor other) -> Tensor",
+        gemm_native.matmul,
+        _fake_matmul,
+        _vmap_matmul,
+        _flops_matmul,
+    ),
+    (
+        "linear_wgrad(Tensor grad, Tensor input) -> Tensor",
+        gemm_native.linear_wgrad,
+        _fake_linear_wgrad,
+        _vmap_linear_wgrad,
+        _flops_linear_wgrad,
+    ),
+    ("sum_rows(Tensor x) -> Tensor", gemm_native.sum_rows, _fake_sum_rows, _vmap_sum_rows, None),
+):
+    _register(*_row)

@@ -1,0 +1,113 @@
+"""linear with a frozen weight: the weight already in panel order, so that a call packs nothing."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.compiler import is_compiling
+from torch.nn import functional as F
+
+from fastdl import _C
+from fastdl.ops import gemm_native
+from fastdl.ops.gemm import LinearFunction, linear, linear_unsupported
+from fastdl.ops.plain import eager_is_plain, linear_shape
+from fastdl.ops.route import Operation, call
+
+PACK_KERNEL = _C.pack_kernel()  # the table row that packs are laid out for, fixed for the life of the process
+
+
+@dataclass(frozen=True, eq=False)
+class PackedWeight:
+    """A weight [N, K] in panel order, [ceil(N/nr)][K][nr], with the contents it had when it was packed."""
+
+    weight: Tensor  # the object that was packed: the pack speaks for no other
+    packed: Tensor  # 1-D float32
+    name: str  # of the layer, for messages
+    check: bool  # compare contents on every call (FASTDL_CHECK_FROZEN=1 when it was made)
+
+    @classmethod
+    def of(cls, weight: Tensor, name: str) -> PackedWeight:
+        """Pack weight [N, K], plain float32."""
+        check = os.environ.get("FASTDL_CHECK_FROZEN", "0") not in ("", "0")
+        return cls(weight, _pack(weight), name, check)
+
+    def require_fresh(self) -> None:
+        """RuntimeError unless the weight still holds, bit for bit, what was packed."""
+        if not torch.equal(_pack(self.weight).view(torch.int32), self.packed.view(torch.int32)):
+            raise RuntimeError(
+                f"fastdl.linear: layer '{self.name}' is frozen: expected the weight that freeze() packed, got one "
+                "written since. Call unfreeze() before writing weights, freeze() after"
+            )
+
+
+def pack_bytes(weight: Tensor) -> int:
+    """Bytes that the pack of weight [N, K] takes."""
+    N, K = weight.shape
+    return 4 * _C.pack_numel(K, N, PACK_KERNEL)
+
+
+def _pack(weight: Tensor) -> Tensor:
+    N, K = weight.shape
+    b = weight.detach().resolve_neg().t()
+    packed = torch.empty(_C.pack_numel(K, N, PACK_KERNEL), dtype=torch.float32, device="cpu")
+    _C.pack(packed, b, PACK_KERNEL)
+    return packed
+
+
+def linear_packed(input: Tensor, weight: Tensor, bias: Tensor | None, pack: PackedWeight) -> Tensor:
+    """`linear`, reading the pack in place of the weight wherever fastdl runs the call.
+
+    input [..., K], weight [N, K], bias [N] or None -> [..., N]. Gradients are those of `linear`, from the weight
+    itself. A weight that is not the object packed (put in by torch.func.functional_call, say) is used as it is.
+    RuntimeError when FASTDL_CHECK_FROZEN=1 finds the pack stale; compiled code cannot compare and, under that
+    setting, reads the weight instead.
+    """
+    if pack.weight is not weight or (pack.check and is_compiling()):
+        return linear(input, weight, bias)
+    if pack.check:
+        pack.require_fresh()
+    if not is_compiling() and eager_is_plain() and linear_shape(input, weight, bias) is not None:
+        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (input, weight, bias)):
+            return _apply_plain(input, weight, bias, pack.packed)
+        return gemm_native.linear_packed(input, pack.packed, bias, weight.shape[0], PACK_KERNEL)
+    return call(_LINEAR_PACKED, input, weight, bias, pack.packed)
+
+
+class PackedLinearFunction(LinearFunction):
+    """LinearFunction whose forward reads the pack."""
+
+    @staticmethod
+    def forward(input: Tensor, weight: Tensor, bias: Tensor | None, packed: Tensor) -> Tensor:
+        return torch.ops.fastdl.linear_packed(input, packed, bias, weight.shape[0], PACK_KERNEL)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return (*LinearFunction.backward(ctx, grad), None)
+
+
+class _PlainPackedLinear(PackedLinearFunction):
+    """PackedLinearFunction for arguments already known to be plain: its forward calls the kernel."""
+
+    @staticmethod
+    def forward(input: Tensor, weight: Tensor, bias: Tensor | None, packed: Tensor) -> Tensor:
+        return gemm_native.linear_packed(input, packed, bias, weight.shape[0], PACK_KERNEL)
+
+
+_apply_plain = super(Function, _PlainPackedLinear).apply  # see ops/gemm.py
+
+_LINEAR_PACKED = Operation(
+    name="linear",
+    arguments=("input", "weight", "bias", "packed"),
+    torch_function=lambda input, weight, bias, packed: F.linear(input, weight, bias),
+    overload=lambda input, weight, bias, packed: torch.ops.fastdl.linear_packed(
+        input, packed, bias, weight.shape[0], PACK_KERNEL
+    ),
+    function=PackedLinearFunction,
+    unsupported=lambda input, weight, bias, packed: linear_unsupported(input, weight, bias),
+    plan=lambda out, input, weight, bias, packed: _C.linear_plan(out, input, weight, packed=True)["kernel"],
+)

@@ -1,0 +1,115 @@
+"""The general path of every operation: all checks, all modes, and a reason for each call handed to torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.autograd import Function, forward_ad
+from torch.compiler import is_compiling, is_exporting
+
+from fastdl.ops import calls
+from fastdl.ops.plain import HAS_VECTOR_LEVEL, PLAIN_TYPES
+
+# torch.export writes programs that load without fastdl, unless FASTDL_EXPORT_OPS=1 asks to keep its operations.
+EXPORT_OPS = os.environ.get("FASTDL_EXPORT_OPS", "0") not in ("", "0")
+# Tensors that stand for a plain one while torch traces; the registered operations know what to do with them.
+_TRACING_TYPES = (FakeTensor, FunctionalTensor)
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation as a table row: what it is called, how it is checked, who else can run it."""
+
+    name: str
+    arguments: tuple[str, ...]
+    torch_function: Callable[..., Tensor]  # runs what is handed back
+    overload: Callable[..., Tensor]  # torch.ops.fastdl.<name>
+    function: type[Function]  # the autograd.Function around it
+    unsupported: Callable[..., str | None]  # why shapes that torch takes are not taken; raises where nobody takes them
+    plan: Callable[..., str]  # (out, *arguments) -> the kernel's name, for `explain`
+
+
+def call(op: Operation, *args: Tensor | None) -> Tensor:
+    """Run op on tensors of any kind: by fastdl, with autograd where needed, or by torch with the reason recorded."""
+    tensors = {name: x for name, x in zip(op.arguments, args, strict=True) if x is not None}
+    reason = handback_reason(op.name, tensors) or op.unsupported(*args)
+    if reason is not None:
+        calls.handback(op.name, reason)
+        out = op.torch_function(*args)
+    elif _needs_autograd(tensors):
+        out = op.function.apply(*args)
+    else:
+        out = op.overload(*args)
+    if not is_compiling() and calls.observer is not None:
+        traced = any(isinstance(x, _TRACING_TYPES) for x in tensors.values())
+        kernel = "torch" if reason else "no kernel: traced" if traced else op.plan(out, *args)
+        shapes = tuple(tuple(x.shape) for x in tensors.values())
+        calls.observer(calls.Call(op.name, kernel, shapes, out.dtype, reason or ""))
+    return out
+
+
+def _needs_autograd(tensors: dict[str, Tensor]) -> bool:
+    # Under functorch a mapped tensor may hide that a level further out differentiates: always take the Function.
+    if not is_compiling() and torch._C._are_functorch_transforms_active():
+        return True
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors.values())
+
+
+def handback_reason(op: str, tensors: dict[str, Tensor]) -> str | None:
+    """Why torch should run this call, or None. TypeError and RuntimeError for what torch refuses as well."""
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor):
+            if hasattr(type(x), "__torch_function__"):  # e.g. a torch.fx proxy
+                return f"{name} is a {type(x).__name__}"
+            raise TypeError(f"fastdl.{op}: argument '{name}': expected a torch.Tensor, got {type(x).__name__}")
+    return _reason_from_context() or _reason_from_kind(op, tensors) or _reason_from_dtype(op, tensors)
+
+
+def _reason_from_context() -> str | None:
+    if not HAS_VECTOR_LEVEL:
+        return "this build has no vector level"
+    if is_exporting() and not EXPORT_OPS:
+        return "torch.export (FASTDL_EXPORT_OPS=1 keeps fastdl's operations)"
+    if not is_compiling() and torch._C._is_tracing():
+        return "torch.jit.trace"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation"
+    return None
+
+
+def _reason_from_kind(op: str, tensors: dict[str, Tensor]) -> str | None:
+    for name, x in tensors.items():
+        if type(x) not in PLAIN_TYPES and not isinstance(x, _TRACING_TYPES):
+            return f"{name} is a {type(x).__name__}"
+    if len({x.device.type == "meta" for x in tensors.values()}) > 1:
+        got = ", ".join(f"{name} on {x.device}" for name, x in tensors.items())
+        raise RuntimeError(f"fastdl.{op}: expected all tensors on one device, got {got}")
+    for name, x in tensors.items():
+        if x.device.type != "cpu":
+            return f"{name} is on {x.device.type}"
+        if x.is_quantized:
+            return f"{name} is quantized"
+        if x.layout != torch.strided:
+            return f"{name} is {_short(x.layout)}"
+    if torch.is_autocast_enabled("cpu"):
+        return f"autocast to {_short(torch.get_autocast_dtype('cpu'))}"
+    return None
+
+
+def _reason_from_dtype(op: str, tensors: dict[str, Tensor]) -> str | None:
+    dtypes = [x.dtype for x in tensors.values()]
+    if any(dtype != dtypes[0] for dtype in dtypes):
+        got = ", ".join(f"{name} {_short(x.dtype)}" for name, x in tensors.items())
+        raise RuntimeError(f"fastdl.{op}: expected tensors of one dtype, got {got}")
+    return None if dtypes[0] in (torch.float32, torch.float64) else f"dtype {_short(dtypes[0])}"
+
+
+def _short(torch_constant: object) -> str:
+    """torch.float32 -> float32."""
+    return str(torch_constant).removeprefix("torch.")
