@@ -198,7 +198,7 @@ def _hankel(x: Tensor) -> Tensor:
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda x: x.clone(memory_format=torch.contiguous_format),
-    "transposed": lambda x: x.mT.contiguous().mT,
+    "transposed": lambda x: x.mT.clone(memory_format=torch.contiguous_format).mT,
     "wide_rows": lambda x: _strided(x, 1, 1, 0),
     "wide_columns": lambda x: _strided(x.mT, 1, 1, 0).mT,
     "both_strided": lambda x: _strided(x, 2, 3, 0),

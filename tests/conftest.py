@@ -1,0 +1,87 @@
+"""Fixtures: `kernel` runs a test once for each row of the GEMM kernel table, rows not runnable here skipped."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastdl import _C
+from fastdl.testing import LAYOUTS
+
+SCRIPTS = Path(__file__).parent / "scripts"
+KERNELS = _C.kernels("gemm")
+VECTOR_WIDTH = {"scalar": 4, "avx2": 8, "avx512": 16, "amx": 16}  # floats in a register of the level
+
+
+def takes(kernel, a, b):
+    """Whether the row can be forced on these operands: dot kernels read both contiguous along K."""
+    return kernel["kind"] == "tile" or (a.stride(-1) == 1 and b.stride(-2) == 1)
+
+
+def b_for(kernel, b):
+    """b in a layout that the row takes."""
+    return b if kernel["kind"] == "tile" else LAYOUTS["transposed"](b)
+
+
+def layout_pairs(kernel, names=tuple(LAYOUTS)):
+    """Names of the layouts of A and B that the row takes."""
+    probe = torch.empty(5, 7), torch.empty(7, 9)
+    return [(a, b) for a in names for b in names if takes(kernel, LAYOUTS[a](probe[0]), LAYOUTS[b](probe[1]))]
+
+
+def pytest_generate_tests(metafunc):
+    if "kernel" in metafunc.fixturenames:
+        metafunc.parametrize(
+            "kernel",
+            [
+                pytest.param(
+                    row, id=row["name"], marks=pytest.mark.skipif(not row["available"], reason=row["reason"] or "-")
+                )
+                for row in KERNELS
+            ],
+        )
+
+
+@pytest.fixture
+def generator():
+    return torch.Generator().manual_seed(20240)
+
+
+@pytest.fixture
+def gemm(kernel):
+    """gemm(out, a, b, bias=None, accumulate=False, threads=0): _C.gemm on this row, b in a layout that it takes."""
+
+    def run(out, a, b, bias=None, accumulate=False, threads=0):
+        _C.gemm(out, a, b_for(kernel, b), bias, accumulate, kernel=kernel["name"], threads=threads)
+
+    return run
+
+
+@pytest.fixture
+def run_python():
+    """run_python(*args, env={}, timeout=60): a fresh interpreter, warnings as errors; returns its stdout.
+
+    args: `"-c", code, ...` or the name of a file in tests/scripts and its arguments. Fails with the exit status
+    (negative: the signal) and what was printed.
+    """
+
+    def run(first, *args, env=None, timeout=60, status=0):
+        first = first if first == "-c" else str(SCRIPTS / first)
+        try:
+            done = subprocess.run(
+                [sys.executable, "-W", "error", first, *map(str, args)],
+                capture_output=True,
+                text=True,
+                timeout=timeout,
+                env={**os.environ, **(env or {})},
+            )
+        except subprocess.TimeoutExpired as hang:
+            pytest.fail(f"no end within {timeout} s\n{hang.stdout}\n{hang.stderr}")
+        if done.returncode != status:
+            pytest.fail(f"exit status {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+        return done.stdout
+
+    return run

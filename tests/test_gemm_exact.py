@@ -1,0 +1,151 @@
+"""Exact tier: integer operands whose sums fit float32, so that every kernel must match bit for bit.
+
+Catches dropped, doubled and misplaced terms at every tail around every tile and block size.
+"""
+
+import pytest
+import torch
+
+from conftest import VECTOR_WIDTH, layout_pairs, takes
+from fastdl import _C, testing
+from fastdl.testing import GuardedOutput, integer_matrix, tails
+
+
+def blocks(kernel, threads=1, b_layout="transposed", size=4096):
+    """The plan's blocks for a problem larger than them."""
+    b_strides = (1, size) if b_layout == "transposed" else (size, 1)
+    return _C.gemm_plan(
+        size, size, size, b_strides=b_strides, kernel=kernel["name"], isa=kernel["isa"], threads=threads
+    )
+
+
+def exact_product(a, b):
+    return (a.double() @ b.double()).float()
+
+
+def m_tails(kernel):
+    mr = kernel["mr"]
+    return [*range(1, mr + 2), 2 * mr + 1]
+
+
+def n_tails(kernel):
+    return sorted({*tails(kernel["nr"]), *tails(VECTOR_WIDTH[kernel["isa"]]), 2, 3})
+
+
+def k_tails(kernel):
+    kc = blocks(kernel)["kc"]
+    return sorted({1, 2, 3, 7, 8, 15, 16, 17, 31, 33, kc - 1, kc, kc + 1, 2 * kc + 3} - {0})
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("accumulate", [False, True], ids=["write", "accumulate"])
+def test_every_tail(kernel, bias, accumulate, generator):
+    sizes_m, sizes_n = m_tails(kernel), n_tails(kernel)
+    for K in k_tails(kernel):
+        a_all = integer_matrix((sizes_m[-1], K), K, generator)
+        bt_all = integer_matrix((sizes_n[-1], K), K, generator)
+        add = integer_matrix((sizes_n[-1],), 1, generator) if bias else None
+        before = 3.0 if accumulate else 0.0
+        expected = exact_product(a_all, bt_all.t()) + before + (add if bias else 0.0)
+        b_all = bt_all.t().contiguous()
+        for M in sizes_m:
+            for N in sizes_n:
+                for b in (b_all[:, :N], bt_all[:N].t()):  # rows along N, rows along K
+                    if not takes(kernel, a_all, b):
+                        continue
+                    out = GuardedOutput((M, N), fill=before if accumulate else float("nan"))
+                    _C.gemm(out.view, a_all[:M], b, add[:N] if bias else None, accumulate, kernel=kernel["name"])
+                    assert torch.equal(out.view, expected[:M, :N]), (M, N, K, b.stride())
+                    out.assert_guards_intact()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_block_edges(kernel, threads, generator):
+    """Every block size of the plan crossed by one tile and a tail, in each dimension alone and in all."""
+    mr, nr = kernel["mr"], kernel["nr"]
+    for a_layout, b_layout in layout_pairs(kernel, ("contiguous", "transposed")):
+        plan = blocks(kernel, threads=threads, b_layout=b_layout)
+        grid_m, grid_n = plan["grid"]
+        M, N, K = min(plan["mc"], 600) + mr + 1, min(plan["nc"], 1100) + nr + 1, plan["kc"] + 9
+        shapes = [(M, nr + 1, K), (mr + 1, N, K), (2 * mr + 1, 2 * nr + 3, 2 * plan["kc"] + 3), (M, N, 33)]
+        shapes += [(grid_m * mr * 3 + 1, grid_n * nr * 3 + 1, 65)]
+        for M, N, K in shapes:
+            a = testing.LAYOUTS[a_layout](integer_matrix((M, K), K, generator))
+            b = testing.LAYOUTS[b_layout](integer_matrix((K, N), K, generator))
+            bias = integer_matrix((N,), 1, generator)
+            out = GuardedOutput((M, N), fill=-2.0)
+            _C.gemm(out.view, a, b, bias, True, kernel=kernel["name"], threads=threads)
+            assert torch.equal(out.view, exact_product(a, b) + bias - 2), (a_layout, b_layout, M, N, K)
+            out.assert_guards_intact()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_linear(kernel, threads, generator):
+    mr, nr = kernel["mr"], kernel["nr"]
+    for lead, K, N in (
+        ((1,), 40, nr),
+        ((), 17, nr + 1),
+        ((2, mr + 1), 33, 2 * nr + 1),
+        ((6 * mr + 1,), 129, 5 * nr + 3),
+    ):
+        x = integer_matrix((*lead, K), K, generator)
+        weight = integer_matrix((N, K), K, generator)
+        bias = integer_matrix((N,), 1, generator)
+        out = torch.full((*lead, N), float("nan"))
+        _C.linear(out, x, weight, bias, kernel=kernel["name"], threads=threads)
+        assert torch.equal(out, exact_product(x, weight.t()) + bias), (lead, N, K)
+        _C.linear(out, x, weight, kernel=kernel["name"], threads=threads)
+        assert torch.equal(out, exact_product(x, weight.t())), (lead, N, K)
+
+
+def test_linear_packed(kernel, generator):
+    """Frozen packs: the panels hold every weight once, zeros elsewhere, and multiply as the plain weight."""
+    if kernel["kind"] != "tile":
+        pytest.skip("frozen packs are laid out for tile kernels")
+    name, nr = kernel["name"], kernel["nr"]
+    kc = blocks(kernel)["kc"]
+    for N in tails(nr):
+        for K in (1, 7, kc - 1, kc, kc + 1):
+            weight = integer_matrix((N, K), K, generator)
+            pack = torch.full((_C.pack_numel(K, N, name),), float("nan"))
+            _C.pack(pack, weight.t(), name)
+            panels = pack[: -(-N // nr) * K * nr].view(-1, K, nr).permute(0, 2, 1).reshape(-1, K)
+            assert torch.equal(panels[:N], weight) and bool((panels[N:] == 0).all()), (N, K)
+            bias = integer_matrix((N,), 1, generator)
+            for M in (1, kernel["mr"], 2 * kernel["mr"] + 1):
+                x = integer_matrix((M, K), K, generator)
+                out = GuardedOutput((M, N))
+                _C.linear_packed(out.view, x, pack, bias, N, name)
+                assert torch.equal(out.view, exact_product(x, weight.t()) + bias), (M, N, K)
+                out.assert_guards_intact()
+
+
+def test_frozen_pack_kernel_is_a_row_of_the_table():
+    rows = {row["name"]: row for row in _C.kernels("gemm")}
+    assert rows[_C.pack_kernel()]["available"] and rows[_C.pack_kernel()]["kind"] == "tile"
+
+
+def test_forced_kernel_is_the_one_that_runs(kernel, generator):
+    a, b = integer_matrix((20, 30), 30, generator), integer_matrix((40, 30), 30, generator).t()
+    _C.reset_counters()
+    _C.gemm(torch.empty(20, 40), a, b, kernel=kernel["name"])
+    _C.linear(torch.empty(20, 40), a, b.t(), kernel=kernel["name"])
+    assert {name: n for name, n in _C.counters().items() if n} == {kernel["name"]: 2}
+
+
+@pytest.mark.parametrize("layout", testing.LAYOUTS)
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_sum_rows(layout, threads, generator):
+    for shape in ((1, 1), (1, 70), (300, 1), (33, 17), (2, 5, 16), (1000, 259)):
+        x = testing.LAYOUTS[layout](integer_matrix(shape, 2000, generator))
+        out = GuardedOutput((1, shape[-1]))
+        _C.sum_rows(out.view[0], x, threads=threads)
+        assert torch.equal(out.view[0], x.double().flatten(0, -2).sum(0).float()), shape
+        out.assert_guards_intact()
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0, 5), (4, 0)])
+def test_sum_rows_of_nothing_is_zero(shape):
+    out = torch.full((shape[-1],), float("nan"))
+    _C.sum_rows(out, torch.empty(shape))
+    assert torch.equal(out, torch.zeros(shape[-1]))

@@ -1,0 +1,142 @@
+"""plan(): pure, for any level on any machine, and honest about workspace, grid and threads."""
+
+import itertools
+
+import pytest
+import torch
+
+from fastdl import _C
+
+LEVELS = ["scalar", "avx2", "avx512", "amx"]
+SHAPES = [(1, 1, 1), (1, 4096, 4096), (4096, 1, 4096), (5, 7, 3), (128, 45, 45), (384, 1024, 1024), (384, 1024, 4096)]
+SHAPES += [
+    (4096, 4096, 4096),
+    (1576, 768, 3072),
+    (512, 28672, 4096),
+    (100000, 8, 8),
+    (64, 64, 100000),
+    (0, 5, 5),
+    (5, 5, 0),
+]
+CACHES = {"l1d": 48 << 10, "l2": 2 << 20, "l3": 32 << 20}
+
+
+def up(n, tile):
+    return -(-n // tile) * tile
+
+
+def plans(**options):
+    for (M, N, K), isa, threads in itertools.product(SHAPES, LEVELS, (1, 2, 8, 64)):
+        yield M, N, K, isa, threads, _C.gemm_plan(M, N, K, isa=isa, threads=threads, **CACHES, **options)
+
+
+def test_same_question_same_answer():
+    first = [plan for *_, plan in plans()]
+    torch.set_num_threads(torch.get_num_threads())
+    assert first == [plan for *_, plan in plans()]
+
+
+def test_levels_this_machine_lacks_can_be_planned():
+    compiled = _C.build_info()["isa_compiled"]
+    for isa in LEVELS:
+        if isa in compiled:
+            plan = _C.gemm_plan(512, 512, 512, isa=isa, threads=2, **CACHES)
+            assert LEVELS.index(plan["isa"]) <= LEVELS.index(isa)
+            assert plan["kernel"] in {row["name"] for row in _C.kernels("gemm")}
+
+
+def test_plan_names_a_row_with_its_tile():
+    rows = {row["name"]: row for row in _C.kernels("gemm")}
+    for M, N, K, isa, _, plan in plans():
+        row = rows[plan["kernel"]]
+        assert (plan["M"], plan["N"], plan["K"], plan["batch"]) == (M, N, K, 1)
+        assert 1 <= plan["mr"] <= row["mr"]  # M cut evenly may need fewer rows
+        assert (plan["nr"], plan["isa"]) == (row["nr"], row["isa"])
+        assert LEVELS.index(row["isa"]) <= LEVELS.index(isa)
+        assert plan["op"] == "gemm" and plan["why"]
+
+
+def test_forced_kernel_is_planned(kernel):
+    plan = _C.gemm_plan(300, 300, 300, b_strides=(1, 300), kernel=kernel["name"], threads=2)
+    assert plan["kernel"] == kernel["name"]
+
+
+@pytest.mark.parametrize(
+    "a_strides, b_strides", [(None, None), ((1, 5000), (1, 5000)), ((7, 3), (9, 2)), ((0, 1), (1, 0))]
+)
+def test_workspace_is_the_packed_blocks(a_strides, b_strides):
+    """threads x (A block mc x kc + B block kc x nc), each with at most two pages of slack; 0 when none is packed."""
+    for *_, plan in plans(a_strides=a_strides, b_strides=b_strides):
+        blocks = plan["pack_a"] * plan["mc"] * plan["kc"] + plan["pack_b"] * plan["kc"] * plan["nc"]
+        slack = 8192 * (plan["pack_a"] + plan["pack_b"])
+        assert plan["workspace_bytes"] % plan["threads"] == 0
+        assert 4 * blocks <= plan["workspace_bytes"] // plan["threads"] <= 4 * blocks + slack, plan
+
+
+@pytest.mark.parametrize("a_strides, b_strides", [(None, None), ((1, 5000), (1, 5000))])
+def test_blocks_are_whole_tiles_and_no_larger_than_the_problem(a_strides, b_strides):
+    for M, N, K, *_, plan in plans(a_strides=a_strides, b_strides=b_strides):
+        assert plan["mc"] % plan["mr"] == 0 and plan["nc"] % plan["nr"] == 0, plan
+        assert plan["mc"] < M + plan["mr"] or M == 0, plan
+        assert plan["nc"] < N + plan["nr"] or N == 0, plan
+        assert plan["kc"] < K + 16 or K == 0, plan
+
+
+def test_workspace_stays_near_the_caches():
+    """Packed in pieces: never the whole operand (4096^3 would be 128 MB)."""
+    for *_, threads, plan in plans():
+        assert plan["workspace_bytes"] <= max(threads, 1) * 8 * CACHES["l2"], plan
+
+
+def test_threads_are_one_or_all_and_the_grid_covers_the_output():
+    for M, N, _, _, threads, plan in plans():
+        assert plan["threads"] in (1, threads)
+        along_m, along_n = plan["grid"]
+        assert along_m * along_n >= plan["threads"] or plan["batch"] > 1 or min(M, N) == 0, plan
+        assert along_m >= 1 and along_n >= 1, plan
+        if plan["threads"] == 1:
+            assert (along_m, along_n) == (1, 1), plan
+
+
+def test_tiny_problems_stay_serial_and_large_ones_do_not():
+    assert _C.gemm_plan(8, 8, 8, threads=2)["threads"] == 1
+    assert _C.gemm_plan(1024, 1024, 1024, threads=2)["threads"] == 2
+
+
+def test_sizes_near_the_end_of_64_bits():
+    for M, N, K in itertools.product((1, 2**31, 2**40), repeat=3):
+        plan = _C.gemm_plan(M, N, K, threads=64, **CACHES)
+        assert 0 <= plan["workspace_bytes"] <= 64 * 8 * CACHES["l2"], plan
+
+
+def test_what_lost_is_listed_with_a_reason():
+    plan = _C.gemm_plan(512, 512, 512, isa="avx2", threads=2)
+    assert plan["candidates"] and all(plan["kernel"] not in c.split() for c in plan["candidates"])
+    names = [row["name"] for row in _C.kernels("gemm")]
+    for line in plan["candidates"]:
+        assert any(name in line for name in names) and len(line.split()) > 1, line
+
+
+def test_plan_of_tensors_is_the_plan_of_their_sizes():
+    x, w = torch.empty(2, 150, 300), torch.empty(400, 300)
+    plan = _C.linear_plan(torch.empty(2, 150, 400), x, w)
+    same = _C.gemm_plan(300, 400, 300, b_strides=(1, 300))
+    assert plan == same
+    plan = _C.matmul_plan(torch.empty(5, 20, 30), torch.empty(5, 20, 40), torch.empty(5, 40, 30))
+    assert plan == _C.gemm_plan(20, 30, 40, batch=5)
+
+
+def test_log_prints_each_new_plan_once(run_python):
+    code = (
+        "import os, torch\n"
+        "from fastdl import _C\n"
+        "os.dup2(1, 2)\n"  # the log goes to stderr; run_python returns stdout
+        "for size in (64, 64, 128):\n"
+        "    x = torch.ones(size, size)\n"
+        "    _C.gemm(torch.empty(size, size), x, x)\n"
+    )
+    name = _C.gemm_plan(64, 64, 64)["kernel"]
+    log = run_python("-c", code, env={"FASTDL_LOG": "1"})
+    chosen = [line for line in log.splitlines() if name in line and not line.startswith(" ")]
+    assert len(chosen) == 2, log
+    assert run_python("-c", code, env={"FASTDL_LOG": ""}) == ""

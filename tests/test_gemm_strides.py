@@ -1,0 +1,179 @@
+"""Every layout torch produces, read in place: exact results, guard bands, no access outside, no copies."""
+
+import itertools
+import signal
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from conftest import b_for, layout_pairs, takes
+from fastdl import _C, functional, testing
+from fastdl.testing import LAYOUTS, GuardedOutput, integer_matrix
+
+
+def exact_product(a, b):
+    return (a.double() @ b.double()).float()
+
+
+def test_every_pair_of_layouts(kernel, generator):
+    mr, nr = kernel["mr"], kernel["nr"]
+    pairs = layout_pairs(kernel)
+    assert len(pairs) == (len(LAYOUTS) ** 2 if kernel["kind"] == "tile" else 25)
+    for a_layout, b_layout in pairs:
+        for M, N, K in [(2 * mr + 1, nr + 3, 37), (1, 2 * nr, 16), (mr, 5, 3), (3, 1, 50), (70, 1, 9)]:
+            a = LAYOUTS[a_layout](integer_matrix((M, K), K, generator))
+            b = LAYOUTS[b_layout](integer_matrix((K, N), K, generator))
+            out = GuardedOutput((M, N))
+            _C.gemm(out.view, a, b, kernel=kernel["name"], threads=2)
+            assert torch.equal(out.view, exact_product(a, b)), (a_layout, b_layout, M, N, K)
+            out.assert_guards_intact()
+
+
+@pytest.mark.parametrize("a_layout", LAYOUTS)
+def test_every_pair_of_layouts_by_default(a_layout, generator):
+    """No kernel forced: whatever the plan chooses takes every layout."""
+    for b_layout, (M, N, K) in itertools.product(LAYOUTS, [(37, 70, 130), (1, 70, 65), (33, 1, 65), (4, 3, 500)]):
+        a = LAYOUTS[a_layout](integer_matrix((M, K), K, generator))
+        b = LAYOUTS[b_layout](integer_matrix((K, N), K, generator))
+        out = GuardedOutput((M, N))
+        _C.gemm(out.view, a, b)
+        assert torch.equal(out.view, exact_product(a, b)), (b_layout, M, N, K)
+        out.assert_guards_intact()
+
+
+def test_dot_kernels_refuse_other_layouts(kernel):
+    if kernel["kind"] != "dot":
+        pytest.skip("takes every layout")
+    rows, columns = torch.ones(5, 7), torch.ones(7, 5).mT
+    with pytest.raises(RuntimeError, match=rf"gemm.*{kernel['name']}.*contiguous along K"):
+        _C.gemm(torch.empty(5, 5), columns, columns.mT, kernel=kernel["name"])
+    with pytest.raises(RuntimeError, match=rf"gemm.*{kernel['name']}.*contiguous along K"):
+        _C.gemm(torch.empty(5, 7), torch.ones(5, 5), rows, kernel=kernel["name"])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_linear_layouts(kernel, layout, generator):
+    x = LAYOUTS[layout](integer_matrix((3, 19, 45), 45, generator))
+    weight = LAYOUTS[layout](integer_matrix((33, 45), 45, generator))
+    if not takes(kernel, x, weight.mT):
+        pytest.skip("not contiguous along K")
+    bias = integer_matrix((66,), 1, generator)[::2]
+    out = GuardedOutput((3, 19, 33))
+    _C.linear(out.view, x, weight, bias, kernel=kernel["name"])
+    assert torch.equal(out.view, exact_product(x, weight.mT) + bias)
+    out.assert_guards_intact()
+    permuted = x.movedim(0, 1)  # leading dimensions that do not merge into one stride
+    out = GuardedOutput((19, 3, 33))
+    _C.linear(out.view, permuted, weight, bias, kernel=kernel["name"])
+    assert torch.equal(out.view, exact_product(permuted, weight.mT) + bias)
+    out.assert_guards_intact()
+
+
+@pytest.mark.parametrize("stride", [0, 1, 3], ids="stride{}".format)
+def test_bias_strides(kernel, stride, generator):
+    a, b = integer_matrix((9, 20), 20, generator), b_for(kernel, integer_matrix((20, 70), 20, generator))
+    bias = integer_matrix((300,), 1, generator).as_strided((70,), (stride,), 1)
+    out = GuardedOutput((9, 70))
+    _C.gemm(out.view, a, b, bias, kernel=kernel["name"])
+    assert torch.equal(out.view, exact_product(a, b) + bias)
+    out.assert_guards_intact()
+
+
+@pytest.mark.parametrize("batch_a, batch_b", list(testing.broadcast_batches()), ids=str)
+def test_batches(kernel, batch_a, batch_b, generator):
+    batch = torch.broadcast_shapes(batch_a, batch_b)
+    M, N, K = kernel["mr"] + 2, kernel["nr"] + 1, 19
+    bias = integer_matrix((N,), 1, generator)
+    for a_layout, b_layout in layout_pairs(kernel, ("contiguous", "transposed", "both_strided", "expanded_rows")):
+        a = LAYOUTS[a_layout](integer_matrix((*batch_a, M, K), K, generator))
+        b = LAYOUTS[b_layout](integer_matrix((*batch_b, K, N), K, generator))
+        expected = exact_product(a, b)
+        for threads in (1, 2):
+            out = GuardedOutput((*batch, M, N))
+            _C.gemm(out.view, a, b, bias, kernel=kernel["name"], threads=threads)
+            assert torch.equal(out.view, expected + bias), (a_layout, b_layout)
+            out.assert_guards_intact()
+        out = GuardedOutput((*batch, M, N), fill=5.0)
+        _C.gemm(out.view, a, b, None, True, kernel=kernel["name"])
+        assert torch.equal(out.view, expected + 5)
+
+
+def test_batch_dimensions_expanded_permuted_and_gapped(kernel, generator):
+    """Batch strides that no single stride describes, on inputs and output alike."""
+    K = 21
+    a = integer_matrix((4, 3, 6, K), K, generator)[::2].movedim(0, 1)  # [3, 2, 6, K]
+    b = b_for(kernel, integer_matrix((1, 2, K, 18), K, generator)).expand(3, 2, K, 18)
+    out = torch.full((2, 5, 3, 6, 30), testing.GUARD)
+    view = out[:, 1].movedim(0, 1)[..., 4:22]  # [3, 2, 6, 18]
+    _C.gemm(view, a, b, kernel=kernel["name"], threads=2)
+    assert torch.equal(view, exact_product(a, b))
+    view.fill_(testing.GUARD)
+    assert bool((out == testing.GUARD).all())
+
+
+# --- nothing outside the operands is touched, nothing is copied -------------------------------------------------------
+def test_guard_pages(kernel, run_python):
+    """Operands that end, or begin, at a page that may not be accessed: a stray access kills the process."""
+    run_python("guard_pages.py", kernel["name"], kernel["kind"], kernel["mr"], kernel["nr"])
+
+
+def test_guard_pages_do_kill(run_python):
+    run_python("guard_pages.py", "--touch", status=-signal.SIGSEGV)
+
+
+def test_peak_memory(run_python):
+    """Output plus the plan's workspace, in every stride case: no operand is copied whole."""
+    report = run_python("peak_memory.py", timeout=120)
+    if report.startswith("SKIP"):
+        pytest.skip(report)
+
+
+# --- random problems --------------------------------------------------------------------------------------------------
+@st.composite
+def strided_matrix(draw, rows, cols, batch):
+    """An integer matrix [*batch, rows, cols]: any order of dimensions, gaps, offset, dimensions of stride 0."""
+    shape = (*batch, rows, cols)
+    expanded = [draw(st.integers(0, 5)) == 0 for _ in shape]
+    strides, extent = [0] * len(shape), 1
+    for d in draw(st.permutations(range(len(shape)))):
+        if not expanded[d]:
+            strides[d] = extent * draw(st.integers(1, 3))
+            extent = strides[d] * max(shape[d], 1) + draw(st.integers(0, 2))
+    offset = draw(st.integers(0, 17))
+    seed = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    return integer_matrix((offset + extent,), 100, seed).as_strided(shape, strides, offset)
+
+
+@st.composite
+def problems(draw):
+    M, N, K = draw(st.integers(0, 40)), draw(st.integers(0, 80)), draw(st.integers(0, 100))
+    batch = tuple(draw(st.lists(st.integers(1, 3), max_size=2)))
+    a = draw(strided_matrix(M, K, tuple(n if draw(st.booleans()) else 1 for n in batch)))
+    b = draw(strided_matrix(K, N, tuple(n if draw(st.booleans()) else 1 for n in batch)))
+    bias = integer_matrix((N,), 1) if draw(st.booleans()) else None
+    gap = draw(st.integers(0, 9))
+    return a, b, bias, batch, gap, draw(st.booleans()), draw(st.sampled_from([1, 2, 3]))
+
+
+@settings(derandomize=True, deadline=None, max_examples=250, database=None)
+@given(problem=problems())
+def test_random_problems(kernel, problem):
+    a, b, bias, batch, gap, accumulate, threads = problem
+    if kernel["kind"] == "dot":
+        a, b = a.contiguous(), b_for(kernel, b)
+    out = GuardedOutput((*batch, a.shape[-2], b.shape[-1]), row_gap=gap, fill=4.0 if accumulate else float("nan"))
+    _C.gemm(out.view, a, b, bias, accumulate, kernel=kernel["name"], threads=threads)
+    expected = exact_product(a, b) + (0 if bias is None else bias) + (4.0 if accumulate else 0.0)
+    assert torch.equal(out.view, expected.expand(out.shape))
+    out.assert_guards_intact()
+
+
+@settings(derandomize=True, deadline=None, max_examples=100, database=None)
+@given(problem=problems())
+def test_random_problems_through_functional(problem):
+    a, b, bias, *_ = problem
+    assert torch.equal(functional.matmul(a, b), exact_product(a, b))
+    weight = b.mT[(0,) * (b.dim() - 2)]
+    assert torch.equal(functional.linear(a, weight, bias), exact_product(a, weight.mT) + (0 if bias is None else bias))
