@@ -201,35 +201,37 @@ void pack(const float* src, i64 k_step, i64 j_step, i64 k_count, int n, int pane
   }
 }
 
-// Column sums. Rows are summed in chunks of 256 and the chunks added up: the rounding error grows with
-// 256 + rows/256 instead of rows.
+// Column sums. Chunks of 32 rows are summed in order and the chunks pairwise, so that the rounding error grows with
+// 32 + log2(rows/32) instead of rows (Higham, "The Accuracy of Floating Point Summation", 1993).
 template <class L>
 void sum_rows(const float* x, i64 rows, i64 cols, i64 row, i64 col, float* out, bool accumulate) {
   constexpr int W = L::width;
-  constexpr i64 kChunk = 256;
+  constexpr i64 kChunk = 32;
   for (i64 j = 0; j < cols; j += W) {
     const int n = cols - j < W ? static_cast<int>(cols - j) : W;
     const auto mask = L::first(n);
-    auto total = !accumulate ? L::zero() : n == W ? L::load(out + j) : L::load(out + j, mask);
+    const auto load = [&](const float* p) {
+      if (col == 1) return n == W ? L::load(p) : L::load(p, mask);
+      float lanes[W] = {};
+      for (int l = 0; l < n; ++l) lanes[l] = p[l * col];
+      return L::load(lanes);
+    };
+    typename L::V partial[64];  // partial[d] sums 2^i chunks, i falling with d: the binary digits of the chunks so far
+    int depth = 0;
     for (i64 i = 0; i < rows; i += kChunk) {
       const i64 end = i + kChunk < rows ? i + kChunk : rows;
-      auto chunk = L::zero();
-      for (i64 r = i; r < end; ++r) {
-        const float* p = x + r * row + j * col;
-        if (col == 1) {
-          chunk = L::add(chunk, n == W ? L::load(p) : L::load(p, mask));
-        } else {
-          float gathered[W] = {};
-          for (int l = 0; l < n; ++l) gathered[l] = p[l * col];
-          chunk = L::add(chunk, L::load(gathered));
-        }
-      }
-      total = L::add(total, chunk);
+      auto sum = L::zero();
+      for (i64 r = i; r < end; ++r) sum = L::add(sum, load(x + r * row + j * col));
+      for (i64 carry = i / kChunk; carry & 1; carry >>= 1) sum = L::add(partial[--depth], sum);
+      partial[depth++] = sum;
     }
+    auto total = L::zero();
+    while (depth > 0) total = L::add(total, partial[--depth]);
+    float* o = out + j;
     if (n == W) {
-      L::store(out + j, total);
+      L::store(o, accumulate ? L::add(L::load(o), total) : total);
     } else {
-      L::store(out + j, total, mask);
+      L::store(o, accumulate ? L::add(L::load(o, mask), total) : total, mask);
     }
   }
 }

@@ -116,7 +116,8 @@ void run_part(const GemmDesc& d, const GemmPlan& p, const GemmArgs& args, const 
         t.c_row = args.c_row;
         t.k = depth;
         t.accumulate = args.accumulate || k0 > 0;
-        t.bias = k0 == 0 && args.bias ? args.bias + n0 * args.bias_step : nullptr;
+        // Last: added first, a large bias would have every later block round at its magnitude.
+        t.bias = args.bias && k0 + p.kc >= d.K ? args.bias + n0 * args.bias_step : nullptr;
         t.bias_step = args.bias_step;
         run_tiles(p, x, t, m, n);
       }
