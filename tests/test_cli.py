@@ -235,7 +235,7 @@ def test_bench_check_exits_by_its_bars(tmp_path, monkeypatch, speedup, status):
         'threads = 0\nisa = ""\nfrozen = false\nkernel = ""\nmetric = "speedup"\nmust = 1.0\naim = 3.0\n'
     )
     row = {"family": "overhead", "tags": [], "check": {"passed": True}, "handed_back": False, "parts": {}}
-    document = {"rows": [row | {"name": "row", "warm": {"speedup": speedup}}]}
+    document = {"other_load": None, "rows": [row | {"name": "row", "warm": {"speedup": speedup}}]}
     monkeypatch.setattr(check, "measure", lambda members: document)
     result = run("bench", "check", "--bars", str(bars), "--json", str(tmp_path / "out.json"))
     assert result.exit_code == status, result.output

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,35 @@ def openmp_runtimes(memory_map: Path = Path("/proc/self/maps")) -> list[str] | N
         return None
     paths = {fields[5] for fields in (line.split(maxsplit=5) for line in lines) if len(fields) == 6}
     return sorted(path for path in paths if _OPENMP_LIBRARY.match(Path(path).name))
+
+
+class OtherLoad:
+    """Counts from its creation on what other programs do on the processors of this process."""
+
+    def __init__(self, statistics: Path = Path("/proc/stat")) -> None:
+        self._statistics = statistics
+        self._start = self._now()
+
+    def _now(self) -> tuple[float, float] | None:
+        """(wall clock, busy seconds of our processors less our own), None where the system does not tell."""
+        try:
+            lines = self._statistics.read_text(encoding="ascii").splitlines()
+            mine = {f"cpu{number}" for number in os.sched_getaffinity(0)}
+        except (OSError, AttributeError):
+            return None
+        ticks = 0
+        for name, *counts in (line.split() for line in lines):
+            if name in mine:
+                user, nice, system, _idle, _iowait, *interrupts_and_stolen = map(int, counts[:8])
+                ticks += user + nice + system + sum(interrupts_and_stolen)
+        return time.perf_counter(), ticks / os.sysconf("SC_CLK_TCK") - time.process_time()
+
+    def processors(self) -> float | None:
+        """How many processors' worth of time others took, on average; None where the system does not tell."""
+        now = self._now()
+        if now is None or self._start is None:
+            return None
+        return max(0.0, (now[1] - self._start[1]) / max(now[0] - self._start[0], 1e-9))
 
 
 def describe() -> dict[str, Any]:

@@ -21,7 +21,7 @@ from rich.markup import escape
 
 from fastdl import _C
 from fastdl.bench.harness import geometric_mean
-from fastdl.bench.report import make_table, read_json
+from fastdl.bench.report import busy, make_table, read_json
 from fastdl.bench.shapes import tomllib
 from fastdl.machine import CAP_VARIABLES, capped_environment
 
@@ -157,7 +157,10 @@ def measure(bars: list[Bar]) -> dict[str, Any]:
 
 
 def judge(bar: Bar, document: dict[str, Any]) -> Verdict:
-    """The figure of a bar from the rows of its run, by the rules of counting: no failed check, few rows handed back."""
+    """The figure of a bar from the rows of its run.
+
+    It counts when no check failed, few rows were handed back to torch, and the machine had nothing else to do.
+    """
     rows = [row for row in document["rows"] if row["family"] in bar.families]
     rows = [row for row in rows if not bar.tag or bar.tag in row["tags"]]
     if not rows:
@@ -167,7 +170,7 @@ def judge(bar: Bar, document: dict[str, Any]) -> Verdict:
         return Verdict(bar, None, f"check failed: {', '.join(failed)}")
     handed = [row for row in rows if row["handed_back"]]
     counted = [row for row in rows if not row["handed_back"]]
-    problem = ""
+    problem = busy(document)
     if len(handed) > _MOST_HANDED_BACK * len(rows) or any("named" in row["tags"] for row in handed):
         problem = f"handed back to torch: {', '.join(row['name'] for row in handed)}"
     if not counted:

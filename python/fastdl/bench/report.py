@@ -8,6 +8,7 @@ The document (`schema` 1):
     machine    {cpu, system, threads, openmp_runtimes, build, versions, ...}, see `fastdl.machine.describe`
     settings   {dtype, threads, isa, frozen, kernel, families, shapes, regimes, seconds}
     peaks      {threads, isa, fma (FLOP/s), read {memory: bytes/s}, capacity {memory: bytes}}, as measured
+    other_load null (unknown) or how many processors other programs kept busy during the run
     rows       list of
         name, operation, family, model, layer, tags
         shape          {size name: int}
@@ -34,6 +35,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+_TOLERATED_LOAD = 0.2  # processors; a team that waits for a descheduled thread loses milliseconds
 _PLAIN_WIDTH = 170  # of a table that goes to a file or a pipe
 
 
@@ -118,6 +120,12 @@ def _print_rows(console: Console, title: str, rows: list[dict[str, Any]]) -> Non
         console.print()
 
 
+def busy(document: dict[str, Any]) -> str:
+    """Why the times are not to be trusted, or ""."""
+    load = document["other_load"] or 0.0
+    return f"other programs kept {load:.1f} processors busy" if load > _TOLERATED_LOAD else ""
+
+
 def _print_parts(console: Console, rows: list[dict[str, Any]]) -> None:
     parts = [(row["name"], name, part) for row in rows for name, part in row["parts"].items() if part]
     if parts:
@@ -161,5 +169,7 @@ def print_document(document: dict[str, Any], console: Console) -> None:
     _print_rows(console, "Handed back to torch, in no mean", [row for row in passed if row["handed_back"]])
     _print_parts(console, passed)
     _print_means(console, document["means"])
+    if busy(document):
+        console.print(f"NOT TO BE TRUSTED: {busy(document)} meanwhile", soft_wrap=True)
     for row in failed:
         console.print(f"CHECK FAILED {row['name']}: {row['check']['failure']}", markup=False, soft_wrap=True)

@@ -16,7 +16,7 @@ from fastdl.bench.harness import Stopwatch, geometric_mean, measure_case
 from fastdl.bench.host import Peaks
 from fastdl.bench.settings import Settings
 from fastdl.bench.shapes import Shape, load
-from fastdl.machine import describe
+from fastdl.machine import OtherLoad, describe
 
 SCHEMA = 1
 OPERATIONS = {"gemm": gemm}
@@ -131,7 +131,9 @@ def run(operation: str, settings: Settings, progress: Progress = lambda done, to
             raise ValueError(f"{operation}: threads: {settings.threads} asked, {threads} possible ({why})")
         settings = replace(settings, threads=threads, isa=_C.cpu_info()["isa"])
         peaks = Peaks.measure(threads, min(0.05, settings.seconds))
+        others = OtherLoad()
         rows = list(_rows(operation, settings, peaks, progress))
+        other_load = others.processors()
         machine = describe()
     finally:
         torch.set_num_threads(before)
@@ -146,6 +148,7 @@ def run(operation: str, settings: Settings, progress: Progress = lambda done, to
         "machine": machine,
         "settings": {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(settings).items()},
         "peaks": asdict(peaks),
+        "other_load": other_load,
         "rows": rows,
         "means": summarise(rows),
     }
