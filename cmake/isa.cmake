@@ -54,16 +54,21 @@ endfunction()
 
 # Gives each file of the list its level's flags; drops those whose level is missing.
 function(fastdl_apply_isa_levels sources_variable)
+  # Kernels are vectorised by hand. What GCC 12 would add reads past the end of arrays (vector loads with a gap).
+  set(by_hand -fno-tree-vectorize)
   # GCC's own intrinsics start from `__m512 y = y` and then warn of it wherever they are inlined.
   set(quiet $<$<CXX_COMPILER_ID:GNU>:-Wno-uninitialized> $<$<CXX_COMPILER_ID:GNU>:-Wno-maybe-uninitialized>)
   set(kept)
   foreach(source IN LISTS ${sources_variable})
     set(wanted ON)
+    if(source MATCHES "[/_]scalar\\.cc$")
+      set_source_files_properties(${source} PROPERTIES COMPILE_OPTIONS "${by_hand}")
+    endif()
     foreach(level IN LISTS FASTDL_ISA_LEVELS)
       if(source MATCHES "[/_]${level}\\.cc$")
         string(TOUPPER ${level} upper)
         set(wanted ${FASTDL_HAVE_${upper}})
-        set_source_files_properties(${source} PROPERTIES COMPILE_OPTIONS "${FASTDL_FLAGS_${level}};${quiet}")
+        set_source_files_properties(${source} PROPERTIES COMPILE_OPTIONS "${FASTDL_FLAGS_${level}};${by_hand};${quiet}")
       endif()
     endforeach()
     if(wanted)
