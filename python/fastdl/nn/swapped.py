@@ -19,7 +19,7 @@ class Swapped:
     """
 
     stock_class: ClassVar[type[torch.nn.Module]]  # what `restore` and pickles turn an instance into
-    _pack: Any = None  # set by `freeze`
+    _pack = None  # a PackedWeight, set by `freeze`; not annotated, since the script compiler reads annotations
 
     def drop_pack(self) -> None:
         """Read the weight itself again from now on."""

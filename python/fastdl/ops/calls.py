@@ -7,8 +7,11 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
+
+Function = TypeVar("Function", bound=Callable[..., object])
 
 
 @dataclass(frozen=True)
@@ -26,14 +29,19 @@ observer: Callable[[Call], None] | None = None  # set by `explain` while it runs
 handbacks: Counter[tuple[str, str]] = Counter()  # (op, reason) -> calls
 
 
+def run_while_tracing(function: Function) -> Function:
+    """Have Dynamo call the function while it traces, and take the result as a constant.
+
+    What `torch.compiler.assume_constant_result` does, without importing the compiler.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@run_while_tracing  # so that a compiled call leaves its record too, and its graph stays whole
 def handback(op: str, reason: str) -> None:
     """Record that a call of `op` is handed to torch. FASTDL_LOG=1 prints each distinct reason once, to stderr."""
     first = (op, reason) not in handbacks
     handbacks[op, reason] += 1
     if first and os.environ.get("FASTDL_LOG", "0") not in ("", "0"):
         print(f"fastdl: {op}: handed to torch: {reason}", file=sys.stderr, flush=True)
-
-
-# What `torch.compiler.assume_constant_result` would set, without importing the compiler: Dynamo then runs the
-# function once while it traces, so a compiled call leaves its record too and the graph stays whole.
-handback._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -23,11 +23,8 @@ from torch.nn import functional as F
 from fastdl import _C
 from fastdl.ops import gemm_library as _registered  # noqa: F401  (defines torch.ops.fastdl)
 from fastdl.ops import gemm_native, reference, shapes
-from fastdl.ops.plain import MAX_BATCH_DIMS, eager_is_plain, is_plain, linear_shape, matmul_shape
+from fastdl.ops.plain import MAX_BATCH_DIMS, eager_is_plain, is_plain, plain_linear_shape, plain_matmul_shape
 from fastdl.ops.route import Operation, call
-
-_is_grad_enabled = torch.is_grad_enabled
-_linear_into, _matmul_into = _C.linear, _C.gemm
 
 
 # --- public ------------------------------------------------------------------------------------------------------
@@ -42,16 +39,12 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     # The short way, for what nearly every eager call is. It may skip torch.library and autograd only because
     # nothing that hooks into them is there; whatever is not obviously plain takes the general path.
-    if not is_compiling() and eager_is_plain():
-        shape = linear_shape(input, weight, bias)
-        if shape is not None:
-            if _is_grad_enabled() and (
-                input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-            ):
-                return _apply_plain_linear(input, weight, bias)
-            out = input.new_empty(*shape)
-            _linear_into(out, input, weight, bias)
-            return out
+    if not is_compiling() and (shape := plain_linear_shape(input, weight, bias)):
+        if linear_needs_grad(input, weight, bias):
+            return _apply_plain_linear(input, weight, bias)
+        out = input.new_empty(*shape)
+        _C.linear(out, input, weight, bias)
+        return out
     return call(_LINEAR, input, weight, bias)
 
 
@@ -61,14 +54,12 @@ def matmul(input: Tensor, other: Tensor) -> Tensor:
     input [..., M, K], other [..., K, N] -> [..., M, N]; a 1-D input is a row, a 1-D other a column, and that dimension
     is missing from the result. Dtypes, hand-backs and errors as in `linear`.
     """
-    if not is_compiling() and eager_is_plain():
-        shape = matmul_shape(input, other)
-        if shape is not None:
-            if _is_grad_enabled() and (input.requires_grad or other.requires_grad):
-                return _apply_plain_matmul(input, other)
-            out = input.new_empty(*shape)
-            _matmul_into(out, input, other)
-            return out
+    if not is_compiling() and (shape := plain_matmul_shape(input, other)):
+        if torch.is_grad_enabled() and (input.requires_grad or other.requires_grad):
+            return _apply_plain_matmul(input, other)
+        out = input.new_empty(*shape)
+        _C.gemm(out, input, other)
+        return out
     return call(_MATMUL, input, other)
 
 
@@ -82,14 +73,33 @@ def sum_rows(x: Tensor) -> Tensor:
     return call(_SUM_ROWS, x)
 
 
+def linear_needs_grad(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether linear on these must leave a node in the graph."""
+    return torch.is_grad_enabled() and (
+        input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    )
+
+
 # --- autograd ----------------------------------------------------------------------------------------------------
 def _backend(*tensors: Tensor | None) -> Any:
     """Who computes a gradient from these: an object with linear, matmul, linear_wgrad and sum_rows."""
     if is_compiling():
         return torch.ops.fastdl
-    if not _is_grad_enabled() and eager_is_plain() and all(map(is_plain, tensors)):
+    if not torch.is_grad_enabled() and eager_is_plain() and all(map(is_plain, tensors)):
         return gemm_native
     return _DIFFERENTIABLE  # create_graph=True, transforms, modes
+
+
+def linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of input, weight and bias, each where needed; ctx from LinearFunction.setup_context."""
+    input, weight = ctx.saved_tensors
+    needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    run = _backend(grad, input, weight)
+    return (
+        run.matmul(grad, weight) if needs_input else None,
+        run.linear_wgrad(grad, input) if needs_weight else None,
+        run.sum_rows(grad) if needs_bias else None,
+    )
 
 
 class LinearFunction(Function):
@@ -108,15 +118,8 @@ class LinearFunction(Function):
         ctx.save_for_backward(input if needs_weight else None, weight if needs_input else None)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        input, weight = ctx.saved_tensors
-        needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        run = _backend(grad, input, weight)
-        return (
-            run.matmul(grad, weight) if needs_input else None,
-            run.linear_wgrad(grad, input) if needs_weight else None,
-            run.sum_rows(grad) if needs_bias else None,
-        )
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        return linear_backward(ctx, grad)
 
 
 class MatmulFunction(Function):

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from fastdl import _C
 from fastdl.ops import gemm_native
-from fastdl.ops.gemm import LinearFunction, linear, linear_unsupported
-from fastdl.ops.plain import eager_is_plain, linear_shape
+from fastdl.ops.gemm import LinearFunction, linear, linear_backward, linear_needs_grad, linear_unsupported
+from fastdl.ops.plain import plain_linear_shape
 from fastdl.ops.route import Operation, call
 
 PACK_KERNEL = _C.pack_kernel()  # the table row that packs are laid out for, fixed for the life of the process
@@ -71,10 +71,12 @@ def linear_packed(input: Tensor, weight: Tensor, bias: Tensor | None, pack: Pack
         return linear(input, weight, bias)
     if pack.check:
         pack.require_fresh()
-    if not is_compiling() and eager_is_plain() and linear_shape(input, weight, bias) is not None:
-        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (input, weight, bias)):
+    if not is_compiling() and (shape := plain_linear_shape(input, weight, bias)):
+        if linear_needs_grad(input, weight, bias):
             return _apply_plain(input, weight, bias, pack.packed)
-        return gemm_native.linear_packed(input, pack.packed, bias, weight.shape[0], PACK_KERNEL)
+        out = input.new_empty(*shape)
+        _C.linear_packed(out, input, pack.packed, bias, shape[-1], PACK_KERNEL)
+        return out
     return call(_LINEAR_PACKED, input, weight, bias, pack.packed)
 
 
@@ -87,7 +89,7 @@ class PackedLinearFunction(LinearFunction):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return (*LinearFunction.backward(ctx, grad), None)
+        return (*linear_backward(ctx, grad), None)
 
 
 class _PlainPackedLinear(PackedLinearFunction):

@@ -55,10 +55,15 @@ def call(op: Operation, *args: Tensor | None) -> Tensor:
 
 
 def _needs_autograd(tensors: dict[str, Tensor]) -> bool:
-    # Under functorch a mapped tensor may hide that a level further out differentiates: always take the Function.
-    if not is_compiling() and torch._C._are_functorch_transforms_active():
+    # Inside torch.func a tensor's requires_grad says nothing of the levels further out: always take the Function.
+    if _transforms_active():
         return True
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors.values())
+
+
+@calls.run_while_tracing
+def _transforms_active() -> bool:
+    return torch._C._are_functorch_transforms_active()
 
 
 def handback_reason(op: str, tensors: dict[str, Tensor]) -> str | None:
@@ -78,6 +83,8 @@ def _reason_from_context() -> str | None:
         return "torch.export (FASTDL_EXPORT_OPS=1 keeps fastdl's operations)"
     if not is_compiling() and torch._C._is_tracing():
         return "torch.jit.trace"
+    if is_compiling() and _transforms_active():
+        return "torch.func inside torch.compile"  # Dynamo would inline the Function and lose its gradient
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation"
     return None
@@ -95,8 +102,8 @@ def _reason_from_kind(op: str, tensors: dict[str, Tensor]) -> str | None:
             return f"{name} is on {x.device.type}"
         if x.is_quantized:
             return f"{name} is quantized"
-        if x.layout != torch.strided:
-            return f"{name} is {_short(x.layout)}"
+        if x.layout != torch.strided or x.is_nested:
+            return f"{name} is {'nested' if x.is_nested else _short(x.layout)}"
     if torch.is_autocast_enabled("cpu"):
         return f"autocast to {_short(torch.get_autocast_dtype('cpu'))}"
     return None

@@ -4,45 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 
-def require(condition: bool | torch.SymBool, op: str, argument: str, expected: str, got: object) -> None:
-    """RuntimeError naming operation, argument, what was expected and what came."""
-    torch._check(condition, lambda: f"fastdl.{op}: argument '{argument}': expected {expected}, got {got}")
-
-
-def _text(x: Tensor) -> str:
-    return f"shape {list(x.shape)}"
+def require(condition: bool, op: str, argument: str, expected: str, got: Tensor) -> None:
+    """RuntimeError naming operation, argument, what was expected and the shape that came."""
+    if not condition:
+        raise RuntimeError(f"fastdl.{op}: argument '{argument}': expected {expected}, got shape {list(got.shape)}")
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[int, ...]:
     """input [..., K], weight [N, K], bias [N] -> [..., N]."""
-    require(input.ndim >= 1, "linear", "input", "at least 1 dimension", _text(input))
-    require(weight.ndim == 2, "linear", "weight", "2 dimensions, [N, K]", _text(weight))
+    require(input.ndim >= 1, "linear", "input", "at least 1 dimension", input)
+    require(weight.ndim == 2, "linear", "weight", "2 dimensions, [N, K]", weight)
     N, K = weight.shape
-    require(input.shape[-1] == K, "linear", "input", f"[..., {K}] to match weight {list(weight.shape)}", _text(input))
+    require(input.shape[-1] == K, "linear", "input", f"[..., {K}] to match weight {list(weight.shape)}", input)
     if bias is not None:
-        require(bias.ndim == 1 and bias.shape[0] == N, "linear", "bias", f"shape [{N}]", _text(bias))
+        require(bias.ndim == 1 and bias.shape[0] == N, "linear", "bias", f"shape [{N}]", bias)
     return (*input.shape[:-1], N)
 
 
 def linear_packed(input: Tensor, out_features: int, bias: Tensor | None) -> tuple[int, ...]:
     """input [..., K], bias [N] -> [..., N] for a pack of weight [N, K]."""
-    require(input.ndim >= 1, "linear_packed", "input", "at least 1 dimension", _text(input))
+    require(input.ndim >= 1, "linear_packed", "input", "at least 1 dimension", input)
     if bias is not None:
         fits = bias.ndim == 1 and bias.shape[0] == out_features
-        require(fits, "linear_packed", "bias", f"shape [{out_features}]", _text(bias))
+        require(fits, "linear_packed", "bias", f"shape [{out_features}]", bias)
     return (*input.shape[:-1], out_features)
 
 
 def matmul(input: Tensor, other: Tensor) -> tuple[int, ...]:
     """input [..., M, K], other [..., K, N] -> [..., M, N]; a 1-D operand is a row (input) or a column (other)."""
-    require(input.ndim >= 1, "matmul", "input", "at least 1 dimension", _text(input))
-    require(other.ndim >= 1, "matmul", "other", "at least 1 dimension", _text(other))
+    require(input.ndim >= 1, "matmul", "input", "at least 1 dimension", input)
+    require(other.ndim >= 1, "matmul", "other", "at least 1 dimension", other)
     K = other.shape[-2] if other.ndim > 1 else other.shape[0]
-    require(input.shape[-1] == K, "matmul", "input", f"[..., {K}] to match other {list(other.shape)}", _text(input))
+    require(input.shape[-1] == K, "matmul", "input", f"[..., {K}] to match other {list(other.shape)}", input)
     rows = input.shape[-2:-1]
     columns = other.shape[-1:] if other.ndim > 1 else ()
     batch = _broadcast(input.shape[:-2], other.shape[:-2], input, other)
@@ -55,20 +51,20 @@ def _broadcast(a: Sequence[int], b: Sequence[int], input: Tensor, other: Tensor)
     for i in range(1, len(shorter) + 1):
         x, y = longer[-i], shorter[-i]
         fits = x == y or x == 1 or y == 1
-        require(fits, "matmul", "other", f"a batch that broadcasts with input {list(input.shape)}", _text(other))
+        require(fits, "matmul", "other", f"a batch that broadcasts with input {list(input.shape)}", other)
         batch[-i] = y if x == 1 else x
     return batch
 
 
 def linear_wgrad(grad: Tensor, input: Tensor) -> tuple[int, int]:
     """grad [..., N], input [..., K] of equal leading dimensions -> [N, K]."""
-    require(grad.ndim >= 1, "linear_wgrad", "grad", "at least 1 dimension", _text(grad))
+    require(grad.ndim >= 1, "linear_wgrad", "grad", "at least 1 dimension", grad)
     fits = grad.ndim == input.ndim and grad.shape[:-1] == input.shape[:-1]
-    require(fits, "linear_wgrad", "grad", f"the leading dimensions of input {list(input.shape)}", _text(grad))
+    require(fits, "linear_wgrad", "grad", f"the leading dimensions of input {list(input.shape)}", grad)
     return (grad.shape[-1], input.shape[-1])
 
 
 def sum_rows(x: Tensor) -> tuple[int]:
     """x [..., N] -> [N]."""
-    require(x.ndim >= 1, "sum_rows", "x", "at least 1 dimension", _text(x))
+    require(x.ndim >= 1, "sum_rows", "x", "at least 1 dimension", x)
     return (x.shape[-1],)
