@@ -33,6 +33,7 @@ def wrong_kinds(shape):
 OPERATIONS = {
     "gemm": (_C.gemm, {"out": (3, 5), "a": (3, 4), "b": (4, 5), "bias": (5,)}),
     "linear": (_C.linear, {"out": (3, 5), "input": (3, 4), "weight": (5, 4), "bias": (5,)}),
+    "linear_wgrad": (_C.linear_wgrad, {"out": (5, 4), "grad": (3, 5), "input": (3, 4)}),
     "sum_rows": (_C.sum_rows, {"out": (5,), "x": (3, 5)}),
     "pack": (_C.pack, {"out": (_C.pack_numel(4, 5, PACK),), "b": (4, 5), "kernel": PACK}),
     "linear_packed": (
@@ -111,6 +112,13 @@ def test_wrong_kind_of_argument(operation, argument, value, exception, saying):
             ("linear", "bias", "bias is 2-D", {"bias": T(1, 5)}),
             ("linear", "kernel", "no such kernel", {"kernel": "linear"}),
             ("linear", "threads", "threads below 0", {"threads": -2}),
+            ("linear_wgrad", "grad", "rows of grad", {"grad": T(2, 5)}),
+            ("linear_wgrad", "grad", "rank of grad", {"grad": T(1, 3, 5)}),
+            ("linear_wgrad", "grad", "grad is 0-D", {"grad": T(()), "input": T(())}),
+            ("linear_wgrad", "out", "out transposed", {"out": T(4, 5)}),
+            ("linear_wgrad", "out", "out strided", {"out": T(5, 8)[:, ::2]}),
+            ("linear_wgrad", "threads", "threads below 0", {"threads": -1}),
+            ("sum_rows", "threads", "threads below 0", {"threads": -1}),
             ("sum_rows", "out", "out length", {"out": T(4)}),
             ("sum_rows", "out", "out is 2-D", {"out": T(1, 5)}),
             ("sum_rows", "x", "x is 0-D", {"x": T(())}),
@@ -217,3 +225,42 @@ def test_unknown_table(op):
 def test_bad_plan_argument(argument, value):
     with pytest.raises(RuntimeError, match=rf"gemm.*\b{argument}\b"):
         _C.gemm_plan(**{"M": 4, "N": 4, "K": 4, argument: value})
+
+
+@pytest.mark.parametrize(
+    "shapes", [((4,), (3, 4)), ((2, 4), (3, 4)), ((0, 4), (3, 4)), ((2, 5, 4), (3, 4), (3,))], ids=str
+)
+def test_linear_shape_is_torchs(shapes):
+    args = [torch.zeros(s) for s in shapes]
+    assert _C.linear_shape(*args) == tuple(torch.nn.functional.linear(*args).shape)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        (T(2, 4), T(3, 5)),
+        (T(()), T(3, 4)),
+        (T(2, 4), T(4)),
+        (T(2, 4), T(3, 4), T(4)),
+        (T(2, 4), T(3, 4), T(1, 3)),
+        (T(2, 4).double(), T(3, 4)),
+        (T(2, 4), T(3, 4, device="meta")),
+        (T(2, 4), T(3, 4), "bias"),
+        (None, T(3, 4)),
+    ],
+    ids=lambda args: "-".join(str(tuple(getattr(a, "shape", "?"))) for a in args),
+)
+def test_linear_shape_is_none_for_what_it_cannot_take(args):
+    assert _C.linear_shape(*args) is None
+
+
+@pytest.mark.parametrize(
+    "a, b", [((2, 4), (4, 3)), ((5, 2, 4), (4, 3)), ((5, 1, 2, 4), (7, 4, 3)), ((0, 2, 4), (1, 4, 3))], ids=str
+)
+def test_matmul_shape_is_torchs(a, b):
+    assert _C.matmul_shape(torch.zeros(a), torch.zeros(b)) == tuple(torch.matmul(torch.zeros(a), torch.zeros(b)).shape)
+
+
+@pytest.mark.parametrize("a, b", [((4,), (4, 3)), ((2, 4), (4,)), ((2, 4), (3, 4)), ((2, 2, 4), (3, 4, 3))], ids=str)
+def test_matmul_shape_is_none_for_what_it_cannot_take(a, b):
+    assert _C.matmul_shape(torch.zeros(a), torch.zeros(b)) is None

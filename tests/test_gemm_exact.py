@@ -149,3 +149,41 @@ def test_sum_rows_of_nothing_is_zero(shape):
     out = torch.full((shape[-1],), float("nan"))
     _C.sum_rows(out, torch.empty(shape))
     assert torch.equal(out, torch.zeros(shape[-1]))
+
+
+WGRAD_SHAPES = [((), 5, 7), ((1,), 33, 17), ((40,), 33, 17), ((2, 9), 1, 30), ((3, 4, 5), 30, 1), ((700,), 70, 130)]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("lead, N, K", WGRAD_SHAPES, ids=str)
+def test_linear_wgrad(lead, N, K, threads, generator):
+    """Contracted over all leading dimensions, also where they do not merge into rows of one stride."""
+    for permute in (False, True):
+        grad = integer_matrix((*lead, N), 700, generator)
+        x = integer_matrix((*lead, K), 700, generator)
+        if permute and len(lead) > 1:
+            grad, x = grad.transpose(0, len(lead) - 1), x.transpose(0, len(lead) - 1)
+        out = GuardedOutput((N, K))
+        _C.linear_wgrad(out.view, grad, x, threads=threads)
+        rows = grad.reshape(-1, N).double(), x.reshape(-1, K).double()
+        assert torch.equal(out.view, (rows[0].t() @ rows[1]).float())
+        out.assert_guards_intact()
+
+
+@pytest.mark.parametrize("x_layout", testing.LAYOUTS)
+@pytest.mark.parametrize("grad_layout", testing.LAYOUTS)
+def test_linear_wgrad_layouts(grad_layout, x_layout, generator):
+    grad = testing.LAYOUTS[grad_layout](integer_matrix((2, 21, 37), 42, generator))
+    x = testing.LAYOUTS[x_layout](integer_matrix((2, 21, 35), 42, generator))
+    out = GuardedOutput((37, 35))
+    _C.linear_wgrad(out.view, grad, x)
+    rows = grad.reshape(-1, 37).double(), x.reshape(-1, 35).double()
+    assert torch.equal(out.view, (rows[0].t() @ rows[1]).float())
+    out.assert_guards_intact()
+
+
+@pytest.mark.parametrize("lead", [(0,), (2, 0), (0, 3)], ids=str)
+def test_linear_wgrad_of_nothing_is_zero(lead):
+    out = torch.full((4, 5), float("nan"))
+    _C.linear_wgrad(out, torch.empty(*lead, 4), torch.empty(*lead, 5))
+    assert torch.equal(out, torch.zeros(4, 5))

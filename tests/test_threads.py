@@ -179,26 +179,30 @@ def test_serial_inside_a_foreign_parallel_region(generator):
 
 @linux_only
 def test_fork_after_use(run_python):
-    """The child of a process whose team has run: right results, serial, no hang, also when its parent goes on."""
+    """The child of a process whose team has run: right results, serial, no hang, also when its parent goes on.
+
+    Results are compared through NumPy: torch's own loops hang in such a child.
+    """
     code = (
         "import os, signal, torch, warnings\n"
         "from fastdl import _C, functional\n"
         "warnings.filterwarnings('ignore', message='.*fork.*', category=DeprecationWarning)\n"
         "x, w = torch.randn(300, 300), torch.randn(300, 300)\n"
-        "before = functional.linear(x, w)\n"
+        "before = functional.linear(x, w).numpy().tobytes()\n"
         "_C.gemm(torch.empty(300, 300), x, w, threads=2)\n"
         "child = os.fork()\n"
         "if child == 0:\n"
         "    signal.alarm(20)\n"
-        "    ok = torch.equal(functional.linear(x, w), before)\n"
-        "    ok = ok and _C.threads(2)[0] == 1 and 'fork' in _C.threads()[1]\n"
         "    out = torch.empty(300, 300)\n"
+        "    ok = functional.linear(x, w).numpy().tobytes() == before\n"
+        "    ok = ok and _C.threads(2)[0] == 1 and 'fork' in _C.threads()[1]\n"
         "    _C.linear(out, x, w, threads=2)\n"
-        "    os._exit(0 if ok and torch.equal(out, before) else 1)\n"
+        "    os._exit(0 if ok and out.numpy().tobytes() == before else 1)\n"
         "for _ in range(10):\n"
-        "    assert torch.equal(functional.linear(x, w), before)\n"
-        "assert os.waitpid(child, 0)[1] == 0\n"
-        "assert torch.equal(functional.linear(x, w), before)\n"
+        "    assert functional.linear(x, w).numpy().tobytes() == before\n"
+        "status = os.waitpid(child, 0)[1]\n"
+        "assert status == 0, status\n"
+        "assert functional.linear(x, w).numpy().tobytes() == before\n"
     )
     run_python("-c", code)
 
@@ -213,7 +217,7 @@ def test_multiprocessing_fork_pool(run_python):
         "x = torch.ones(200, 200)\n"
         "functional.linear(x, x)\n"
         "def work(i):\n"
-        "    return functional.linear(x * i, x).sum().item()\n"
+        "    return float(functional.linear(x, x).numpy().sum()) * i\n"
         "with multiprocessing.get_context('fork').Pool(2) as pool:\n"
         "    pending = pool.map_async(work, range(4))\n"
         "    functional.linear(x, x)\n"
