@@ -72,32 +72,37 @@ def check_products(products: list[Product]) -> Check:
 
 
 # --- operands ---------------------------------------------------------------------------------------------------
-def _normal(*shape: int) -> Tensor:
-    """Normal values from a fixed seed; a large tensor repeats a block of odd length, which takes less time."""
-    generator = torch.Generator().manual_seed(0x5EED + math.prod(shape))
+def _normal(seed: int, dtype: torch.dtype, *shape: int) -> Tensor:
+    """Normal values; a large tensor repeats a block of odd length, which takes less time."""
+    generator = torch.Generator().manual_seed(seed)
     size, block = math.prod(shape), (1 << 22) + 1
-    values = torch.randn(min(size, block), generator=generator)
+    values = torch.randn(min(size, block), generator=generator).to(dtype)
     return values.repeat(math.ceil(size / block))[:size].view(shape) if size > block else values.view(shape)
 
 
-def _linear_operands(shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
+def _linear_operands(shape: Shape, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
+    """(input, weight, bias); the parameters require grad, as those of a model do."""
     M, N, K = shape.sizes("M", "N", "K")
-    x, weight, bias = _normal(M, K), _normal(N, K).div_(math.sqrt(K)), _normal(N)
-    return x, weight.requires_grad_(), bias.requires_grad_()
+    x = _normal(1, settings.torch_dtype, M, K)
+    weight = _normal(2, settings.torch_dtype, N, K).div_(math.sqrt(K))
+    return x, weight.requires_grad_(), _normal(3, settings.torch_dtype, N).requires_grad_()
 
 
-def _gradients(linear: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor) -> Any:
-    return torch.autograd.grad(linear(x, weight, bias), (x, weight, bias), dy)
+def _training_operands(shape: Shape, settings: Settings) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+    """((input, weight, bias), gradient of the output): a layer in the middle of a model."""
+    x, weight, bias = _linear_operands(shape, settings)
+    return (x.requires_grad_(), weight, bias), _normal(4, x.dtype, x.shape[0], weight.shape[0])
 
 
-def _work(shape: Shape, products: int = 1) -> dict[str, float]:
+def _work(shape: Shape, settings: Settings, products: int = 1) -> dict[str, float]:
     batch, M, N, K = shape.sizes("batch", "M", "N", "K")
-    return {"flops": 2.0 * products * batch * M * N * K, "bytes": 4.0 * products * batch * (M * K + K * N + M * N)}
+    values = products * batch * (M * K + K * N + M * N)
+    return {"flops": 2.0 * products * batch * M * N * K, "bytes": float(values * settings.torch_dtype.itemsize)}
 
 
 # --- families ---------------------------------------------------------------------------------------------------
 def _forced_linear(kernel: str, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    out = torch.empty(x.shape[0], weight.shape[0])
+    out = x.new_empty(x.shape[0], weight.shape[0])
     _C.linear(out, x, weight.detach(), bias.detach(), kernel)
     return out
 
@@ -115,7 +120,7 @@ def _frozen_pair(weight: Tensor, bias: Tensor) -> tuple[Callable[[Tensor], Tenso
 
 def forward(shape: Shape, settings: Settings) -> Case:
     """linear without grad; from 32 MB of output on, also into an output that exists."""
-    x, weight, bias = _linear_operands(shape)
+    x, weight, bias = _linear_operands(shape, settings)
     if settings.frozen:
         ours, theirs = _frozen_pair(weight, bias)
         candidate, baseline = partial(ours, x), partial(theirs, x)
@@ -126,10 +131,10 @@ def forward(shape: Shape, settings: Settings) -> Case:
         candidate,
         baseline,
         lambda: check_products([Product("output", candidate(), baseline(), x, weight.mT, bias)]),
-        **_work(shape),
+        **_work(shape, settings),
     )
-    out = torch.empty(x.shape[0], weight.shape[0])
-    if out.numel() * 4 >= _FRESH_PAGES and not settings.frozen:
+    out = x.new_empty(x.shape[0], weight.shape[0])
+    if out.nbytes >= _FRESH_PAGES and not settings.frozen:
         w, b = weight.detach(), bias.detach()
         case.parts["existing output"] = (
             partial(_C.linear, out, x, w, b, settings.kernel),
@@ -138,58 +143,64 @@ def forward(shape: Shape, settings: Settings) -> Case:
     return case
 
 
-def _check_gradients(x: Tensor, weight: Tensor, dy: Tensor, ours: Any, theirs: Any) -> Check:
+def _check_gradients(operands: tuple[Tensor, Tensor, Tensor], dy: Tensor, ours: Any, theirs: Any) -> Check:
+    x, weight, _ = operands
     dx, dw, db = ours
     torch_dx, torch_dw, torch_db = theirs
-    ones = torch.ones(1, dy.shape[0])
     return check_products(
         [
             Product("dx", dx, torch_dx, dy, weight.detach()),
             Product("dw", dw, torch_dw, dy.mT, x.detach()),
-            Product("dbias", db[None], torch_db[None], ones, dy),
+            Product("dbias", db[None], torch_db[None], torch.ones_like(dy[:, :1]).mT, dy),
         ]
     )
 
 
 def backward(shape: Shape, settings: Settings) -> Case:
     """Gradients of input, weight and bias through autograd, the forward pass left out."""
-    x, weight, bias = _linear_operands(shape)
-    x.requires_grad_()
-    dy = _normal(x.shape[0], weight.shape[0])
+    operands, dy = _training_operands(shape, settings)
     candidate, baseline = (
-        partial(torch.autograd.grad, linear(x, weight, bias), (x, weight, bias), dy, retain_graph=True)
+        partial(torch.autograd.grad, linear(*operands), operands, dy, retain_graph=True)
         for linear in (functional.linear, F.linear)
     )
     return Case(
         candidate,
         baseline,
-        lambda: _check_gradients(x, weight, dy, candidate(), baseline()),
+        lambda: _check_gradients(operands, dy, candidate(), baseline()),
         kernel_calls=2,
         grad=True,
-        **_work(shape, products=2),
+        **_work(shape, settings, products=2),
     )
 
 
 def train(shape: Shape, settings: Settings) -> Case:
-    """Forward and backward; the forward pass (recording for autograd) is also timed alone."""
-    x, weight, bias = _linear_operands(shape)
-    x.requires_grad_()
-    dy = _normal(x.shape[0], weight.shape[0])
-    operands = (x, weight, bias)
-    candidate, baseline = (partial(_gradients, linear, *operands, dy) for linear in (functional.linear, F.linear))
+    """Forward and backward."""
+    operands, dy = _training_operands(shape, settings)
+
+    def step(linear: Callable[..., Tensor]) -> Any:
+        return torch.autograd.grad(linear(*operands), operands, dy)
+
+    candidate, baseline = partial(step, functional.linear), partial(step, F.linear)
     return Case(
         candidate,
         baseline,
-        lambda: _check_gradients(x, weight, dy, candidate(), baseline()),
+        lambda: _check_gradients(operands, dy, candidate(), baseline()),
         kernel_calls=3,
         grad=True,
-        parts={"forward only": (partial(functional.linear, *operands), partial(F.linear, *operands))},
-        **_work(shape, products=3),
+        **_work(shape, settings, products=3),
     )
 
 
+def overhead_train(shape: Shape, settings: Settings) -> Case:
+    """Forward and backward; the forward pass, recording for autograd, is also timed alone."""
+    case = train(shape, settings)
+    operands, _ = _training_operands(shape, settings)
+    case.parts["forward only"] = (partial(functional.linear, *operands), partial(F.linear, *operands))
+    return case
+
+
 def _forced_matmul(kernel: str, a: Tensor, b: Tensor) -> Tensor:
-    out = torch.empty(*a.shape[:-1], b.shape[-1])
+    out = a.new_empty(*a.shape[:-1], b.shape[-1])
     _C.gemm(out, a, b, kernel=kernel)
     return out
 
@@ -198,18 +209,21 @@ def matmul(shape: Shape, settings: Settings) -> Case:
     """A product of two contiguous matrices, or of batches of them; B transposed where the shape says so."""
     batch, M, N, K = shape.sizes("batch", "M", "N", "K")
     lead = (batch,) if batch > 1 else ()
-    a = _normal(*lead, M, K)
-    b = _normal(*lead, N, K).mT if "transpose_b" in shape.tags else _normal(*lead, K, N)
+    a = _normal(1, settings.torch_dtype, *lead, M, K)
+    if "transpose_b" in shape.tags:
+        b = _normal(2, settings.torch_dtype, *lead, N, K).mT
+    else:
+        b = _normal(2, settings.torch_dtype, *lead, K, N)
     multiply = partial(_forced_matmul, settings.kernel) if settings.kernel else functional.matmul
     candidate, baseline = partial(multiply, a, b), partial(torch.matmul, a, b)
     case = Case(
         candidate,
         baseline,
         lambda: check_products([Product("output", candidate(), baseline(), a, b)]),
-        **_work(shape),
+        **_work(shape, settings),
     )
-    out = torch.empty(*lead, M, N)
-    if out.numel() * 4 >= _FRESH_PAGES:
+    out = a.new_empty(*lead, M, N)
+    if out.nbytes >= _FRESH_PAGES:
         case.parts["existing output"] = (
             partial(_C.gemm, out, a, b, kernel=settings.kernel),
             partial(torch.matmul, a, b, out=torch.empty_like(out)),
@@ -225,7 +239,7 @@ FAMILIES: dict[str, Callable[[Shape, Settings], Case]] = {
     "batched": matmul,
     "small": forward,
     "overhead": forward,
-    "overhead-train": train,
+    "overhead-train": overhead_train,
 }
 FROZEN = ("forward", "small", "overhead")  # families in which a frozen weight means something
 FORCED = ("forward", "matmul", "batched", "small")  # families in which a kernel can be forced

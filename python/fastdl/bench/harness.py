@@ -65,8 +65,9 @@ class Check:
 class Case:
     """One row to measure: the same work done by fastdl (`candidate`) and by torch (`baseline`).
 
-    flops and bytes are the least this work takes, a call. `kernel_calls` is how many kernels of fastdl a call must
-    run at least; fewer means that it was handed back to torch. `parts` are timed warm and reported beside the row.
+    `check` calls each once. flops and bytes are the least this work takes, a call. `kernel_calls` is how many kernels
+    of fastdl a call must run at least; fewer means that it was handed back to torch. `parts` are timed warm and
+    reported beside the row.
     """
 
     candidate: Call
@@ -173,19 +174,17 @@ class Stopwatch:
             return compare(calls, before, inner, max(3 if once > _SLOW_S else 7, min(_MAX_ROUNDS, rounds)))
 
 
-def kernels_run(case: Case) -> dict[str, int]:
-    """fastdl's kernels, each with its number of runs, in one call of the candidate."""
+def run_check(case: Case) -> tuple[Check, dict[str, int]]:
+    """The check, and the kernels of fastdl that ran in it, each with its number of runs."""
     with torch.set_grad_enabled(case.grad):
         _C.reset_counters()
-        case.candidate()
-    return {name: count for name, count in _C.counters().items() if count}
+        check = case.check()
+    return check, {name: count for name, count in _C.counters().items() if count}
 
 
 def measure_case(case: Case, stopwatch: Stopwatch, regimes: tuple[str, ...]) -> dict[str, Any]:
     """The measured half of a row (see `report.py` for its fields). A failed check leaves no figures behind."""
-    with torch.set_grad_enabled(case.grad):
-        check = case.check()
-    kernels = kernels_run(case)
+    check, kernels = run_check(case)
     row: dict[str, Any] = {
         "kernels": sorted(kernels),
         "handed_back": sum(kernels.values()) < case.kernel_calls,

@@ -79,27 +79,32 @@ def _rates(row: dict[str, Any], work: tuple[float, float], peaks: Peaks, fma: fl
     }
 
 
+def _row(
+    operation: str, family: str, shape: Shape, settings: Settings, peaks: Peaks, watch: Stopwatch
+) -> dict[str, Any]:
+    case = OPERATIONS[operation].FAMILIES[family](shape, settings)
+    # The peak of this very moment: the clock of a busy or warm machine moves.
+    probes = [_C.measure_fma(peaks.isa, peaks.threads, 0.02)]
+    measured = measure_case(case, watch, settings.regimes)
+    probes.append(_C.measure_fma(peaks.isa, peaks.threads, 0.02))
+    head = {
+        "name": f"{family}/{shape.name}",
+        "operation": operation,
+        "family": family,
+        "model": shape.model,
+        "layer": shape.layer,
+        "shape": dict(shape.dims),
+        "tags": list(shape.tags),
+    }
+    return head | measured | _rates(measured, (case.flops, case.bytes), peaks, max(probes))
+
+
 def _rows(operation: str, settings: Settings, peaks: Peaks, progress: Progress) -> Iterator[dict[str, Any]]:
     selected = _selected(operation, settings)
-    stopwatch = Stopwatch(settings.seconds)
+    watch = Stopwatch(settings.seconds)
     for done, (family, shape) in enumerate(selected):
-        name = f"{family}/{shape.name}"
-        progress(done, len(selected), name)
-        case = OPERATIONS[operation].FAMILIES[family](shape, settings)
-        # The peak of this very moment: the clock of a busy or warm machine moves.
-        probes = [_C.measure_fma(peaks.isa, peaks.threads, 0.02)]
-        row = measure_case(case, stopwatch, settings.regimes)
-        probes.append(_C.measure_fma(peaks.isa, peaks.threads, 0.02))
-        head = {
-            "name": name,
-            "operation": operation,
-            "family": family,
-            "model": shape.model,
-            "layer": shape.layer,
-            "shape": dict(shape.dims),
-            "tags": list(shape.tags),
-        }
-        yield head | row | _rates(row, (case.flops, case.bytes), peaks, max(probes))
+        progress(done, len(selected), f"{family}/{shape.name}")
+        yield _row(operation, family, shape, settings, peaks, watch)
     progress(len(selected), len(selected), "")
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from fastdl.bench.harness import REGIMES
 
 
@@ -23,3 +25,8 @@ class Settings:
     shapes: str = ""
     regimes: tuple[str, ...] = REGIMES
     seconds: float = 0.4
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """`dtype` as torch's."""
+        return getattr(torch, self.dtype)
