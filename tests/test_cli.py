@@ -213,6 +213,11 @@ def test_bench_gemm_json_on_standard_output_stands_alone():
     assert json.loads(result.stdout)["rows"][0]["name"] == "overhead/square 8x8x8"
 
 
+def test_bench_gemm_always_measures_warm():
+    row = json.loads(run(*TINY, "--regime", "cold", "--json", "-").stdout)["rows"][0]
+    assert row["warm"] and row["cold"] and row["idle"] is None
+
+
 def test_bench_gemm_fails_where_a_check_fails(monkeypatch):
     monkeypatch.setattr(fastdl.functional, "linear", lambda x, w, b: torch.nn.functional.linear(x, w, b) + 1)
     result = run(*TINY)

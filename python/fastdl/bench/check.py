@@ -177,7 +177,7 @@ def judge(bar: Bar, document: dict[str, Any]) -> Verdict:
         return Verdict(bar, None, problem)
     metric = _METRICS[bar.metric]
     worst = (max if bar.metric in _AT_MOST else min)(counted, key=metric)
-    note = f"{len(counted)} rows"
+    note = f"{len(counted)} row{'s' * (len(counted) > 1)}"
     if len(rows) > 1:
         note += f", worst {metric(worst):.2f} {worst['name']}"
     if handed:
