@@ -260,6 +260,7 @@ def _matmul_plan(out: Tensor, input: Tensor, other: Tensor) -> str:
 _LINEAR = Operation(
     name="linear",
     arguments=("input", "weight", "bias"),
+    optional=("bias",),
     torch_function=F.linear,
     overload=torch.ops.fastdl.linear.default,
     function=LinearFunction,

@@ -105,6 +105,7 @@ _apply_plain = super(Function, _PlainPackedLinear).apply  # see ops/gemm.py
 _LINEAR_PACKED = Operation(
     name="linear",
     arguments=("input", "weight", "bias", "packed"),
+    optional=("bias",),
     torch_function=lambda input, weight, bias, packed: F.linear(input, weight, bias),
     overload=lambda input, weight, bias, packed: torch.ops.fastdl.linear_packed(
         input, packed, bias, weight.shape[0], PACK_KERNEL

@@ -33,11 +33,13 @@ class Operation:
     function: type[Function]  # the autograd.Function around it
     unsupported: Callable[..., str | None]  # why shapes that torch takes are not taken; raises where nobody takes them
     plan: Callable[..., str]  # (out, *arguments) -> the kernel's name, for `explain`
+    optional: tuple[str, ...] = ()  # arguments that may be None
 
 
 def call(op: Operation, *args: Tensor | None) -> Tensor:
     """Run op on tensors of any kind: by fastdl, with autograd where needed, or by torch with the reason recorded."""
-    tensors = {name: x for name, x in zip(op.arguments, args, strict=True) if x is not None}
+    given = zip(op.arguments, args, strict=True)
+    tensors = {name: x for name, x in given if x is not None or name not in op.optional}
     reason = handback_reason(op.name, tensors) or op.unsupported(*args)
     if reason is not None:
         calls.handback(op.name, reason)
