@@ -19,8 +19,7 @@ void parallel(int threads, void (*body)(void*, int, int), void* context);
 
 template <class Body>
 void parallel(int threads, Body&& body) {
-  parallel(
-      threads, [](void* b, int thread, int n) { (*static_cast<Body*>(b))(thread, n); }, &body);
+  parallel(threads, [](void* b, int thread, int n) { (*static_cast<Body*>(b))(thread, n); }, &body);
 }
 
 }  // namespace fastdl

@@ -21,4 +21,5 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   fastdl::init_tensors();
   fastdl::bind_machine(m);
   fastdl::bind_gemm(m);
+  fastdl::bind_gemm_info(m);
 }

@@ -62,9 +62,11 @@ TensorView view(py::handle object, const char* op, const char* argument) {
   if (!cpu || t.dtype.code != dlpack::kFloat || t.dtype.bits != 32 || t.dtype.lanes != 1)
     fail(op, ": argument '", argument, "': expected a float32 tensor on cpu, got ", dtype_string(t.dtype),
          cpu ? " on cpu" : concat(" on device type ", t.device.type));
-  const TensorView v = {reinterpret_cast<float*>(static_cast<char*>(t.data) + t.byte_offset), t.ndim, t.shape, t.strides};
+  const TensorView v = {reinterpret_cast<float*>(static_cast<char*>(t.data) + t.byte_offset), t.ndim, t.shape,
+                        t.strides};
   if (!t.data && v.numel() > 0)  // fake tensors, freed storages: the exchange API passes them without an error
-    fail(op, ": argument '", argument, "': expected a float32 tensor on cpu, got one without memory, shape ", shape_string(v));
+    fail(op, ": argument '", argument, "': expected a float32 tensor on cpu, got one without memory, shape ",
+         shape_string(v));
   return v;
 }
 

@@ -9,19 +9,18 @@
 
 namespace fastdl {
 
-#define GEMM_KERNEL(name, level, isa, kind, mr, nr, kc)                          \
-  namespace level {                                                              \
-  void name(const TileArgs&);                                                    \
-  void pack(const float*, i64, i64, i64, int, int, float*);                      \
-  void sum_rows(const float*, i64, i64, i64, i64, float*, bool);                       \
+#define GEMM_KERNEL(name, level, isa, kind, mr, nr, kc)          \
+  namespace level {                                              \
+  void name(const TileArgs&);                                    \
+  void pack(const float*, i64, i64, i64, int, int, float*);      \
+  void sum_rows(const float*, i64, i64, i64, i64, float*, bool); \
   }
 #include "gemm/cpu/kernels.inc"
 #undef GEMM_KERNEL
 
 const std::vector<GemmKernel>& gemm_kernels() {
-#define GEMM_KERNEL(name, level, isa, kind, mr, nr, kc)                                              \
-  {#name,        Isa::isa,    DType::kFloat32, GemmKind::kind, mr, nr, kc,                           \
-   level::name, level::pack, level::sum_rows},
+#define GEMM_KERNEL(name, level, isa, kind, mr, nr, kc) \
+  {#name, Isa::isa, DType::kFloat32, GemmKind::kind, mr, nr, kc, level::name, level::pack, level::sum_rows},
   static const std::vector<GemmKernel> table = {
 #include "gemm/cpu/kernels.inc"
   };

@@ -15,16 +15,16 @@ namespace fastdl {
 struct GemmDesc {
   i64 M, N, K;
   i64 batch = 1;
-  i64 a_row, a_col;  // A(i,k) = a[i*a_row + k*a_col]
-  i64 b_row, b_col;  // B(k,j) = b[k*b_row + j*b_col]
+  i64 a_row, a_col;     // A(i,k) = a[i*a_row + k*a_col]
+  i64 b_row, b_col;     // B(k,j) = b[k*b_row + j*b_col]
   bool packed = false;  // b is a frozen pack (pack_b): [ceil(N/nr)][K][nr]
   DType dtype = DType::kFloat32;
 };
 
 struct GemmPlan {
   const GemmKernel* kernel;
-  int tile_m;        // rows of a register tile as used: M cut evenly, so that no tile is much shorter than the rest
-  i64 mc, nc, kc;    // cache blocks
+  int tile_m;      // rows of a register tile as used: M cut evenly, so that no tile is much shorter than the rest
+  i64 mc, nc, kc;  // cache blocks
   bool pack_a, pack_b;
   int grid_m, grid_n;  // C of each matrix is cut into grid_m x grid_n parts; threads take the parts of all in order
   int threads;

@@ -11,9 +11,9 @@
 
 namespace fastdl {
 
-#define FASTDL_DECLARE_PEAK(level)                     \
-  namespace level {                                    \
-  double peak_fma(i64 turns, float* sink);             \
+#define FASTDL_DECLARE_PEAK(level)                           \
+  namespace level {                                          \
+  double peak_fma(i64 turns, float* sink);                   \
   void peak_read(const float* data, i64 count, float* sink); \
   }
 FASTDL_DECLARE_PEAK(scalar)
@@ -101,7 +101,8 @@ double measure_amx(int threads, double seconds) {
 }
 
 double measure_read(i64 bytes_per_thread, int threads, double seconds) {
-  if (bytes_per_thread < 1024) fail("fastdl.measure: argument 'bytes_per_thread': expected at least 1024, got ", bytes_per_thread);
+  if (bytes_per_thread < 1024)
+    fail("fastdl.measure: argument 'bytes_per_thread': expected at least 1024, got ", bytes_per_thread);
   const i64 count = bytes_per_thread / 1024 * 256;
   const PeakLoops& loops = loops_for(cpu_info().isa);
   threads = current_team(threads).threads;

@@ -8,15 +8,15 @@ namespace fastdl {
 
 // All three return a rate per second over `threads` threads (0: the current team) and throw Error where this machine
 // or build lacks the level.
-double measure_fma(Isa isa, int threads, double seconds);                   // float32 operations
-double measure_amx(int threads, double seconds);                            // bfloat16 operations
-double measure_read(i64 bytes_per_thread, int threads, double seconds);     // bytes
+double measure_fma(Isa isa, int threads, double seconds);                // float32 operations
+double measure_amx(int threads, double seconds);                         // bfloat16 operations
+double measure_read(i64 bytes_per_thread, int threads, double seconds);  // bytes
 
 // One turn of each loop, for the instruction-set units that implement them (peak_<level>.cc).
 struct PeakLoops {
   Isa isa;
-  double (*fma)(i64 turns, float* sink);                     // returns operations done
-  void (*read)(const float* data, i64 count, float* sink);   // count is a multiple of 256
+  double (*fma)(i64 turns, float* sink);                    // returns operations done
+  void (*read)(const float* data, i64 count, float* sink);  // count is a multiple of 256
 };
 
 }  // namespace fastdl

@@ -1,6 +1,5 @@
-#include "simd/vec_avx2.h"
-
 #include "simd/peak_loops.h"
+#include "simd/vec_avx2.h"
 
 namespace fastdl::avx2 {
 

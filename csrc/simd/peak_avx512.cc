@@ -1,6 +1,5 @@
-#include "simd/vec_avx512.h"
-
 #include "simd/peak_loops.h"
+#include "simd/vec_avx512.h"
 
 namespace fastdl::avx512 {
 

@@ -1,6 +1,5 @@
-#include "simd/vec.h"
-
 #include "simd/peak_loops.h"
+#include "simd/vec.h"
 
 namespace fastdl::scalar {
 

@@ -1,6 +1,5 @@
-#include "simd/vec_avx2.h"
-
 #include "gemm/cpu/kernel.h"
+#include "simd/vec_avx2.h"
 
 namespace fastdl::avx2 {
 

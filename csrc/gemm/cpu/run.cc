@@ -52,8 +52,8 @@ void pack_b(const GemmDesc& d, const GemmKernel& kernel, const float* b, i64 dep
 
 void pack_a(const GemmDesc& d, const GemmPlan& p, const float* a, i64 depth, i64 m, float* out) {
   for (i64 i = 0; i < m; i += p.tile_m) {
-    p.kernel->pack(a + i * d.a_row, d.a_col, d.a_row, depth, static_cast<int>(std::min<i64>(p.tile_m, m - i)),
-                   p.tile_m, out + i * depth);
+    p.kernel->pack(a + i * d.a_row, d.a_col, d.a_row, depth, static_cast<int>(std::min<i64>(p.tile_m, m - i)), p.tile_m,
+                   out + i * depth);
   }
 }
 

@@ -1,6 +1,5 @@
-#include "simd/vec.h"
-
 #include "gemm/cpu/kernel.h"
+#include "simd/vec.h"
 
 namespace fastdl::scalar {
 

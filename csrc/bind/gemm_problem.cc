@@ -1,0 +1,150 @@
+#include "bind/gemm_problem.h"
+
+#include <utility>
+
+#include "base/check.h"
+
+namespace py = pybind11;
+
+namespace fastdl {
+namespace {
+
+// Appends a batch dimension; dimensions of one element are left out.
+void add_batch(GemmProblem* p, i64 size, i64 a, i64 b, i64 c, const char* op) {
+  p->desc.batch *= size;
+  if (size == 1) return;
+  GemmBatch& batch = p->args.batch;
+  if (batch.dims == kMaxBatchDims) fail(op, ": expected at most ", kMaxBatchDims, " batch dimensions, got more");
+  const int i = batch.dims++;
+  batch.size[i] = size, batch.a[i] = a, batch.b[i] = b, batch.c[i] = c;
+}
+
+}  // namespace
+
+void require_rank(const TensorView& t, int least, const char* op, const char* argument) {
+  if (t.ndim < least)
+    fail(op, ": argument '", argument, "': expected at least ", least, " dimension", least > 1 ? "s" : "",
+         ", got shape ", shape_string(t));
+}
+
+void add_bias(GemmProblem* p, py::handle bias, const TensorView& out, const char* op) {
+  if (bias.is_none()) return;
+  const TensorView b = view(bias, op, "bias");
+  if (b.ndim != 1 || b.size(0) != p->desc.N)
+    fail(op, ": argument 'bias': expected shape [", p->desc.N, "], got ", shape_string(b));
+  require_apart(out, b, op, "bias");
+  p->args.bias = b.data;
+  p->args.bias_step = b.stride(0);
+}
+
+void set_out(GemmProblem* p, const TensorView& out, const char* op) {
+  const i64 N = p->desc.N;
+  if (N > 1 && out.numel() > 0 && out.stride(-1) != 1)
+    fail(op, ": argument 'out': expected unit stride in the last dimension, got ", out.stride(-1));
+  require_writable(out, op);
+  p->args.c = out.data;
+  p->args.c_row = out.ndim > 1 && p->desc.M > 1 ? out.stride(-2) : N;
+}
+
+GemmProblem matmul_problem(py::handle out_, py::handle a_, py::handle b_, const char* op) {
+  const TensorView out = view(out_, op, "out"), a = view(a_, op, "a"), b = view(b_, op, "b");
+  require_rank(out, 2, op, "out");
+  require_rank(a, 2, op, "a");
+  require_rank(b, 2, op, "b");
+  GemmProblem p = {};
+  GemmDesc& d = p.desc;
+  d.batch = 1;
+  d.M = a.size(-2), d.K = a.size(-1), d.N = b.size(-1);
+  d.a_row = a.stride(-2), d.a_col = a.stride(-1), d.b_row = b.stride(-2), d.b_col = b.stride(-1);
+  if (b.size(-2) != d.K)
+    fail(op, ": argument 'b': expected ", d.K, " rows to match the columns of a ", shape_string(a), ", got ",
+         shape_string(b));
+  if (out.size(-2) != d.M || out.size(-1) != d.N)
+    fail(op, ": argument 'out': expected [..., ", d.M, ", ", d.N, "], got ", shape_string(out));
+  for (const auto& [t, name] : {std::pair{&a, "a"}, std::pair{&b, "b"}}) {
+    if (t->ndim > out.ndim)
+      fail(op, ": argument '", name, "': expected at most ", out.ndim, " dimensions, got ", t->ndim);
+    for (int i = 3; i <= t->ndim; ++i)
+      if (t->size(-i) != 1 && t->size(-i) != out.size(-i))
+        fail(op, ": argument '", name, "': expected batch dimensions that broadcast to out ", shape_string(out),
+             ", got ", shape_string(*t));
+  }
+  const auto step = [](const TensorView& t, int i) { return i <= t.ndim && t.size(-i) > 1 ? t.stride(-i) : 0; };
+  for (int i = out.ndim; i >= 3; --i) add_batch(&p, out.size(-i), step(a, i), step(b, i), out.stride(-i), op);
+  set_out(&p, out, op);
+  require_apart(out, a, op, "a");
+  require_apart(out, b, op, "b");
+  p.args.a = a.data;
+  p.args.b = b.data;
+  return p;
+}
+
+GemmProblem linear_problem(const TensorView& out, const TensorView& input, i64 N, const char* op) {
+  require_rank(input, 1, op, "input");
+  GemmProblem p = {};
+  GemmDesc& d = p.desc;
+  d.batch = 1;
+  d.K = input.size(-1), d.N = N;
+  d.M = input.ndim > 1 ? input.size(-2) : 1;
+  d.a_col = input.stride(-1);
+  d.a_row = input.ndim > 1 ? input.stride(-2) : 1;
+  bool fits = out.ndim == input.ndim && out.size(-1) == N;
+  for (int i = 2; fits && i <= input.ndim; ++i) fits = out.size(-i) == input.size(-i);
+  if (!fits)
+    fail(op, ": argument 'out': expected the shape of input ", shape_string(input), " but ", N, " columns, got ",
+         shape_string(out));
+  for (int i = input.ndim; i >= 3; --i) add_batch(&p, input.size(-i), input.stride(-i), 0, out.stride(-i), op);
+  set_out(&p, out, op);
+  require_apart(out, input, op, "input");
+  p.args.a = input.data;
+  return p;
+}
+
+GemmProblem weight_problem(py::handle out_, py::handle input_, py::handle weight_, const char* op) {
+  const TensorView out = view(out_, op, "out"), input = view(input_, op, "input"), w = view(weight_, op, "weight");
+  require_rank(input, 1, op, "input");
+  if (w.ndim != 2 || w.size(1) != input.size(-1))
+    fail(op, ": argument 'weight': expected shape [N, ", input.size(-1), "] to match input ", shape_string(input),
+         ", got ", shape_string(w));
+  GemmProblem p = linear_problem(out, input, w.size(0), op);
+  require_apart(out, w, op, "weight");
+  p.args.b = w.data;
+  p.desc.b_row = w.stride(1);
+  p.desc.b_col = w.stride(0);
+  return p;
+}
+
+const GemmKernel* forced_kernel(const std::string& name, const char* op) {
+  if (name.empty()) return nullptr;
+  const GemmKernel& k = gemm_kernel(name, op);
+  if (k.isa > cpu_info().isa)
+    fail(op, ": argument 'kernel': expected a level of at most ", isa_name(cpu_info().isa), ", the one in use, got '",
+         name, "'");
+  return &k;
+}
+
+const GemmKernel& pack_kernel(const std::string& name, const char* op) {
+  return name.empty() ? gemm_pack_kernel(cpu_info().isa) : *forced_kernel(name, op);
+}
+
+void require_threads(int threads, const char* op) {
+  if (threads < 0) fail(op, ": argument 'threads': expected at least 0, got ", threads);
+}
+
+Rows leading_rows(const TensorView& x, const TensorView* y, const char* op) {
+  Rows r;
+  for (int i = 0; i + 1 < x.ndim; ++i) {
+    const i64 size = x.shape[i], a = x.strides[i], b = y ? y->strides[i] : 0;
+    const int o = r.dims - 1;  // the dimension around this one
+    if (size == 1) continue;
+    if (o >= 0 && r.a[o] == a * size && r.b[o] == b * size) {
+      r.size[o] *= size, r.a[o] = a, r.b[o] = b;
+    } else {
+      if (r.dims == kMaxBatchDims) fail(op, ": expected at most ", kMaxBatchDims, " leading dimensions, got more");
+      r.size[r.dims] = size, r.a[r.dims] = a, r.b[r.dims++] = b;
+    }
+  }
+  return r;
+}
+
+}  // namespace fastdl

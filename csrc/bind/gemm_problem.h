@@ -1,0 +1,37 @@
+// GEMM problems from tensor arguments, and the checks that every entry point shares.
+#pragma once
+#include <string>
+
+#include "bind/tensor.h"
+#include "gemm/gemm.h"
+
+namespace fastdl {
+
+struct GemmProblem {
+  GemmDesc desc;
+  GemmArgs args;
+};
+
+// out[..., M, N] = a[..., M, K] @ b[..., K, N]; a and b broadcast over out's leading dimensions.
+GemmProblem matmul_problem(pybind11::handle out, pybind11::handle a, pybind11::handle b, const char* op);
+// out[..., N] = input[..., K] @ weight[N, K]^T
+GemmProblem weight_problem(pybind11::handle out, pybind11::handle input, pybind11::handle weight, const char* op);
+// out[..., N] = input[..., K] @ B[K, N]; the caller sets B.
+GemmProblem linear_problem(const TensorView& out, const TensorView& input, i64 N, const char* op);
+void add_bias(GemmProblem* p, pybind11::handle bias, const TensorView& out, const char* op);
+// Sets C and its row stride; desc.M and desc.N stand already.
+void set_out(GemmProblem* p, const TensorView& out, const char* op);
+
+// The leading dimensions of x (and y), merged where both step through them as through one; sizes of 1 are left out.
+struct Rows {
+  int dims = 0;
+  i64 size[kMaxBatchDims], a[kMaxBatchDims], b[kMaxBatchDims];
+};
+Rows leading_rows(const TensorView& x, const TensorView* y, const char* op);
+
+void require_rank(const TensorView& t, int least, const char* op, const char* argument);
+void require_threads(int threads, const char* op);
+const GemmKernel* forced_kernel(const std::string& name, const char* op);  // null for ""
+const GemmKernel& pack_kernel(const std::string& name, const char* op);    // "": the level's own
+
+}  // namespace fastdl
