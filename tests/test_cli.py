@@ -94,9 +94,18 @@ def test_verify_quick_covers_every_kernel_that_runs_here():
 
 
 @pytest.mark.slow
+def test_verify_in_full():
+    quick, full = (sum(1 for _ in verify.steps(quick)) for quick in (True, False))
+    result = run("verify")
+    assert result.exit_code == 0, result.output
+    assert result.output.splitlines()[-1] == f"{full} checks, 0 failed"
+    assert full > 5 * quick
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", machine.ISA_LEVELS)
 def test_verify_at_every_level_from_another_directory(tmp_path, isa):
-    command = [sys.executable, "-W", "error", "-m", "fastdl.cli", "verify"]
+    command = [sys.executable, "-W", "error", "-m", "fastdl.cli", "verify", "--quick"]
     done = subprocess.run(
         command, cwd=tmp_path, env=machine.capped_environment(isa), capture_output=True, text=True, check=False
     )

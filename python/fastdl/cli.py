@@ -149,8 +149,9 @@ def _run_capped(isa: str) -> None:
 def _bench_operation(operation: str) -> click.Command:
     """`fastdl bench OPERATION`."""
     module = runner.OPERATIONS[operation]
+    subject = (module.__doc__ or "").splitlines()[0].partition(": ")[2]
 
-    @click.command(operation, help=f"Measure {operation} against torch. {(module.__doc__ or '').partition(': ')[2]}")
+    @click.command(operation, help=f"Measure {operation} against torch: {subject}")
     @click.option("--dtype", default="float32", show_default=True)
     @click.option("--threads", type=click.IntRange(min=0), default=0, help="0: torch's default.")
     @click.option("--isa", type=click.Choice(this_machine.ISA_LEVELS), help="Hold fastdl and torch to a level.")
