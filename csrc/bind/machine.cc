@@ -40,7 +40,11 @@ py::dict build_info() {
   py::dict cuda, out;
   cuda["built"] = false;
   cuda["reason"] = FASTDL_CUDA_REASON;
+#if defined(__clang__)
   out["compiler"] = __VERSION__;
+#else
+  out["compiler"] = "gcc " __VERSION__;
+#endif
 #if defined(_OPENMP)
   out["openmp"] = true;
 #else

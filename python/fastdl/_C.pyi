@@ -44,10 +44,10 @@ class Plan(TypedDict):
 
 # --- the machine and the build --------------------------------------------------------------------------------
 def build_info() -> dict[str, Any]:
-    """compiler, openmp (bool), isa_compiled (list), isa_missing ({isa: reason}), cuda ({"built": bool, "reason": str})."""
+    """compiler, openmp (bool), isa_compiled (list), isa_missing ({isa: reason}), cuda ({"built", "reason"})."""
 
 def cpu_info() -> dict[str, Any]:
-    """vendor, brand, isa_supported (list), isa (the level in use), isa_cap (FASTDL_ISA or ""), l1d, l2, l3 (bytes), cpus."""
+    """vendor, brand, isa_supported (list), isa (in use), isa_cap (FASTDL_ISA or ""), l1d, l2, l3 (bytes), cpus."""
 
 def threads(requested: int = 0) -> tuple[int, str]:
     """Threads a region entered now by this thread would use, and why (requested 0: torch.get_num_threads())."""
@@ -104,10 +104,14 @@ def gemm(
     kernel forces a row of the table; threads > 0 forces the team size (default: design, section 5).
     """
 
-def linear(out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None, kernel: str = "", threads: int = 0) -> None:
+def linear(
+    out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None, kernel: str = "", threads: int = 0
+) -> None:
     """out[..., N] = input[..., K] @ weight[N, K]^T + bias[N]; input 1-D or more, any strides."""
 
-def linear_plan(out: Tensor, input: Tensor, weight: Tensor, packed: bool = False, kernel: str = "", threads: int = 0) -> Plan:
+def linear_plan(
+    out: Tensor, input: Tensor, weight: Tensor, packed: bool = False, kernel: str = "", threads: int = 0
+) -> Plan:
     """The plan `linear` (or `linear_packed`) would run for these tensors."""
 
 def matmul_plan(out: Tensor, a: Tensor, b: Tensor, kernel: str = "", threads: int = 0) -> Plan:
