@@ -57,6 +57,8 @@ def call(op: Operation, *args: Tensor | None) -> Tensor:
 
 
 def _needs_autograd(tensors: dict[str, Tensor]) -> bool:
+    if is_exporting():  # the program is to hold the operation itself
+        return False
     # Inside torch.func a tensor's requires_grad says nothing of the levels further out: always take the Function.
     if _transforms_active():
         return True
