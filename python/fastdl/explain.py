@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from fastdl.nn.swapped import Swapped
 from fastdl.ops import calls
@@ -103,15 +102,15 @@ def _watch(model: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) ->
     def observe(made: calls.Call) -> None:
         watched.made[stack[-1], made] += 1
 
-    hooks = (register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True))
-    outer, calls.observer = calls.observer, observe
-    try:
-        with _uncompiled():
-            model(*inputs, **kwargs)
-    finally:
-        calls.observer = outer
-        for hook in hooks:
-            hook.remove()
+    with contextlib.ExitStack() as cleanup:
+        for module in model.modules():
+            if not isinstance(module, torch.jit.ScriptModule):  # holds no layer of ours, and takes no hooks
+                cleanup.callback(module.register_forward_pre_hook(enter, prepend=True).remove)
+                cleanup.callback(module.register_forward_hook(leave, always_call=True).remove)
+        cleanup.callback(setattr, calls, "observer", calls.observer)
+        calls.observer = observe
+        cleanup.enter_context(_uncompiled())
+        model(*inputs, **kwargs)
     return watched
 
 

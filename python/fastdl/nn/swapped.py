@@ -28,24 +28,28 @@ class Swapped:
     def __reduce_ex__(self, protocol: int) -> Any:
         # Whole-model pickles must load where fastdl is not installed. Subclasses (parametrised, FSDP2, the user's
         # own) are not ours to rename.
-        swapped = type(self).__dict__.get("stock_class")
-        if swapped is None:
+        stock = type(self).__dict__.get("stock_class")
+        if stock is None:
             return super().__reduce_ex__(protocol)
-        return copyreg.__newobj__, (swapped,), self.__getstate__()
+        return copyreg._reconstructor, (stock, object, None), self.__getstate__()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_pack"}
+        return self._attributes()
 
     def __copy__(self) -> Any:
         twin = type(self).__new__(type(self))
-        twin.__dict__.update(self.__getstate__())
+        twin.__dict__.update(self._attributes())
         return twin
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
-        twin.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
+        twin.__dict__.update(copy.deepcopy(self._attributes(), memo))
         return twin
+
+    def _attributes(self) -> dict[str, Any]:
+        """What a stock instance would hold."""
+        return {name: value for name, value in self.__dict__.items() if name != "_pack"}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         self.drop_pack()

@@ -1,0 +1,268 @@
+"""freeze and unfreeze: packs give the same results and gradients, go when they must, and tell when they are stale."""
+
+import copy
+import itertools
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+
+import fastdl
+from fastdl import _C
+from fastdl.ops import calls, packed
+from fastdl.testing import integer_matrix
+
+
+@pytest.fixture(autouse=True)
+def fresh_record(monkeypatch):
+    calls.handbacks.clear()
+    monkeypatch.delenv("FASTDL_CHECK_FROZEN", raising=False)
+    torch.manual_seed(7)
+
+
+def model_of(*sizes, bias=True):
+    """Linear layers of small integers: sums are exact, so packs must change no bit."""
+    generator = torch.Generator().manual_seed(3)
+    layers = nn.Sequential(*(nn.Linear(k, n, bias=bias) for k, n in itertools.pairwise(sizes)))
+    with torch.no_grad():
+        for parameter in layers.parameters():
+            parameter.copy_(integer_matrix(parameter.shape, 2**17, generator))
+    return fastdl.optimize(layers)
+
+
+def frozen(model):
+    return [module._pack is not None for module in model.modules() if isinstance(module, nn.Linear)]
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+@pytest.mark.parametrize("shape", [(8,), (1, 8), (5, 8), (2, 3, 8), (0, 8)], ids=str)
+@pytest.mark.parametrize("N", [1, 31, 32, 33, 70])
+def test_values_and_gradients_are_the_same(shape, N, bias, generator, monkeypatch):
+    model = model_of(8, N, bias=bias)
+    x = integer_matrix(shape, 64, generator).requires_grad_()
+    leaves = [x, *model.parameters()]
+    y = model(x)
+    dy = integer_matrix(y.shape, 64, generator)
+    expected = torch.autograd.grad(y, leaves, dy)
+    assert fastdl.freeze(model) is model
+    used = []
+    native = _C.linear_packed
+    monkeypatch.setattr(packed._C, "linear_packed", lambda *args: used.append(1) or native(*args))
+    again = model(x)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), y, rtol=0, atol=0)
+    assert len(used) == 2
+    torch.testing.assert_close(again, y, rtol=0, atol=0)
+    torch.testing.assert_close(torch.autograd.grad(again, leaves, dy), expected, rtol=0, atol=0)
+    assert not calls.handbacks
+
+
+def test_double_backward(generator):
+    model = model_of(6, 4)
+    x = torch.randn(3, 6, generator=generator, requires_grad=True)
+
+    def penalty():
+        first = torch.autograd.grad(model(x).square().sum(), [x, *model.parameters()], create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), [x, *model.parameters()])
+
+    expected = penalty()
+    fastdl.freeze(model)
+    torch.testing.assert_close(penalty(), expected)
+
+
+@pytest.mark.parametrize("transform", ["vmap", "grad", "functional_call"])
+def test_torch_func(transform, generator):
+    model = model_of(8, 4)
+    x = torch.randn(3, 5, 8, generator=generator)
+    other = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+
+    def run():
+        if transform == "vmap":
+            return torch.func.vmap(model)(x)
+        if transform == "grad":
+            return torch.func.vmap(torch.func.grad(lambda x: model(x).square().sum()))(x)
+        return torch.func.functional_call(model, other, (x,))
+
+    expected = run()
+    fastdl.freeze(model)
+    torch.testing.assert_close(run(), expected)
+
+
+def test_autocast_and_other_inputs_are_handed_back(generator):
+    model = fastdl.freeze(model_of(8, 4))
+    x = torch.randn(5, 8, generator=generator)
+    with torch.autocast("cpu"):
+        assert model(x).dtype == torch.bfloat16
+    with pytest.raises(RuntimeError, match="one dtype, got input float64, weight float32"):
+        model(x.double())
+    with pytest.raises(RuntimeError, match=r"argument 'input': expected \[..., 8\]"):
+        model(torch.ones(5, 9))
+    assert dict(calls.handbacks) == {("linear", "autocast to bfloat16"): 1}
+
+
+# --- what a pack is and is not ------------------------------------------------------------------------------------
+def test_packs_are_in_no_parameter_buffer_or_state():
+    model = model_of(8, 6, 4)
+    parameters, state = dict(model.named_parameters()), dict(model.state_dict())
+    fastdl.freeze(model)
+    assert frozen(model) == [True, True]
+    assert {n: id(p) for n, p in model.named_parameters()} == {n: id(p) for n, p in parameters.items()}
+    assert list(model.state_dict()) == list(state)
+    assert not list(model.buffers())
+    fastdl.unfreeze(model)
+    assert frozen(model) == [False, False]
+    assert "_pack" not in vars(model[0])
+
+
+DROPS = {
+    "to_dtype": lambda model: model.double(),
+    "half": lambda model: model.half(),
+    "to_same": lambda model: model.to("cpu"),
+    "share_memory": lambda model: model.share_memory(),
+    "load_state_dict": lambda model: model.load_state_dict(model.state_dict()),
+    "restore": lambda model: fastdl.optimize(fastdl.restore(model)),
+    "unfreeze": fastdl.unfreeze,
+}
+
+
+@pytest.mark.parametrize("how", DROPS)
+def test_what_drops_packs(how):
+    model = fastdl.freeze(model_of(8, 6, 4))
+    DROPS[how](model)
+    assert frozen(model) == [False, False]
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, copy.copy], ids=["deepcopy", "copy"])
+def test_copies_have_no_pack(duplicate):
+    layer = fastdl.freeze(model_of(8, 6))[0]
+    assert duplicate(layer)._pack is None
+    assert layer._pack is not None
+
+
+def test_tied_weights_share_a_pack():
+    model = model_of(8, 8, 8)
+    model[1].weight = model[0].weight
+    fastdl.freeze(model, max_bytes=packed.pack_bytes(model[0].weight))
+    assert frozen(model) == [True, True]
+    assert model[0]._pack is model[1]._pack
+
+
+def test_another_weight_object_is_read_itself(generator):
+    model = fastdl.freeze(model_of(8, 4))
+    x = torch.randn(5, 8, generator=generator)
+    model[0].weight = nn.Parameter(torch.zeros(4, 8))
+    torch.testing.assert_close(model(x), model[0].bias.expand(5, 4))
+
+
+def test_the_bias_is_not_frozen(generator):
+    model = fastdl.freeze(model_of(8, 4))
+    x = torch.randn(5, 8, generator=generator)
+    before = model(x)
+    with torch.no_grad():
+        model[0].bias += 1
+    torch.testing.assert_close(model(x), before + 1)
+
+
+# --- how much -----------------------------------------------------------------------------------------------------
+def test_max_bytes_stops_in_order_and_names_the_rest():
+    model = model_of(8, 40, 8, 4)
+    sizes = [packed.pack_bytes(layer.weight) for layer in model]
+    assert sizes[0] >= 4 * 8 * 40
+    with pytest.warns(UserWarning, match=r"left unfrozen: 1: its pack of \d+ bytes does not fit.*; 2: its pack"):
+        fastdl.freeze(model, max_bytes=sizes[0])
+    assert frozen(model) == [True, False, False]
+    with pytest.warns(UserWarning, match="left unfrozen: 0: .*; 1: .*; 2: "):
+        fastdl.freeze(model, max_bytes=0)
+    assert frozen(model) == [False] * 3
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fastdl.freeze(model, max_bytes=sum(sizes))
+    assert frozen(model) == [True] * 3
+    with pytest.raises(ValueError, match="expected None or at least 0, got -1"):
+        fastdl.freeze(model, max_bytes=-1)
+
+
+def test_layers_that_cannot_be_frozen_are_named():
+    model = model_of(8, 6, 4)
+    model[0].double()
+    parametrizations.weight_norm(model[1])
+    with pytest.warns(UserWarning, match=r"0: expected a float32 weight on cpu, got .*float64.*; 1: parametrised"):
+        fastdl.freeze(model)
+    assert model[0]._pack is None
+    with pytest.warns(UserWarning, match="Sequential has no swapped layer: optimize it first"):
+        fastdl.freeze(nn.Sequential(nn.Linear(2, 2)))
+
+
+# --- stale packs --------------------------------------------------------------------------------------------------
+def test_freezing_again_packs_the_present_weight(generator):
+    model = fastdl.freeze(model_of(8, 4))
+    x = torch.randn(5, 8, generator=generator)
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+    expected = nn.functional.linear(x, model[0].weight, model[0].bias)
+    assert not torch.allclose(model(x), expected)  # the documented error of writing a frozen weight
+    torch.testing.assert_close(fastdl.freeze(model)(x), expected)
+
+
+WRITES = {
+    "in_place": lambda w: w.mul_(2),
+    "data": lambda w: w.data.copy_(torch.zeros(w.shape)),
+    "one_element": lambda w: w.data.view(-1)[-1:].add_(1),
+    "nan": lambda w: w.data.view(-1)[:1].fill_(float("nan")),
+    "negative_zero": lambda w: w.data.view(-1)[:1].copysign_(torch.tensor(-1.0)),
+    "data_replaced": lambda w: setattr(w, "data", torch.zeros(w.shape)),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_check_frozen_names_the_stale_layer(write, monkeypatch, generator):
+    monkeypatch.setenv("FASTDL_CHECK_FROZEN", "1")
+    model = model_of(8, 6, 4)
+    with torch.no_grad():
+        model[1].weight.view(-1)[0] = 0.0
+    fastdl.freeze(model)
+    x = torch.randn(5, 8, generator=generator)
+    model(x)
+    with torch.no_grad():
+        WRITES[write](model[1].weight)
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match=r"layer '1' is frozen: expected the weight that freeze\(\) packed"):
+                model(x)
+    fastdl.unfreeze(model)
+    model(x)
+
+
+def test_check_frozen_accepts_nan(monkeypatch):
+    monkeypatch.setenv("FASTDL_CHECK_FROZEN", "1")
+    model = model_of(8, 4)
+    with torch.no_grad():
+        model[0].weight[0, 0] = float("nan")
+    assert fastdl.freeze(model)(torch.ones(1, 8)).isnan().any()
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
+def test_check_frozen_catches_fused_optimizers(optimizer, monkeypatch, generator):
+    """Fused steps leave the version counter alone, so only contents tell."""
+    monkeypatch.setenv("FASTDL_CHECK_FROZEN", "1")
+    model = fastdl.freeze(model_of(8, 4))
+    x = torch.randn(5, 8, generator=generator)
+    step = optimizer(model.parameters(), lr=0.1, fused=True)
+    model(x).sum().backward()
+    step.step()
+    with pytest.raises(RuntimeError, match="layer '0' is frozen"):
+        model(x)
+    fastdl.freeze(model)
+    model(x)
+
+
+def test_check_frozen_under_compile_reads_the_weight(monkeypatch, generator):
+    monkeypatch.setenv("FASTDL_CHECK_FROZEN", "1")
+    torch._dynamo.reset()
+    model = fastdl.freeze(model_of(8, 4))
+    x = torch.randn(5, 8, generator=generator)
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+        y = torch.compile(model, fullgraph=True, backend="eager")(x)
+    torch.testing.assert_close(y, nn.functional.linear(x, model[0].weight, model[0].bias))
