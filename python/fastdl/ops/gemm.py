@@ -40,7 +40,9 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     # The short way, for what nearly every eager call is. It may skip torch.library and autograd only because
     # nothing that hooks into them is there; whatever is not obviously plain takes the general path.
     if not is_compiling() and (shape := plain_linear_shape(input, weight, bias)):
-        if linear_needs_grad(input, weight, bias):
+        if torch.is_grad_enabled() and (
+            input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+        ):
             return _apply_plain_linear(input, weight, bias)
         out = input.new_empty(*shape)
         _C.linear(out, input, weight, bias)
@@ -73,15 +75,8 @@ def sum_rows(x: Tensor) -> Tensor:
     return call(_SUM_ROWS, x)
 
 
-def linear_needs_grad(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether linear on these must leave a node in the graph."""
-    return torch.is_grad_enabled() and (
-        input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    )
-
-
 # --- autograd ----------------------------------------------------------------------------------------------------
-def _backend(*tensors: Tensor | None) -> Any:
+def backend(*tensors: Tensor | None) -> Any:
     """Who computes a gradient from these: an object with linear, matmul, linear_wgrad and sum_rows."""
     if is_compiling():
         return torch.ops.fastdl
@@ -90,11 +85,10 @@ def _backend(*tensors: Tensor | None) -> Any:
     return _DIFFERENTIABLE  # create_graph=True, transforms, modes
 
 
-def linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of input, weight and bias, each where needed; ctx from LinearFunction.setup_context."""
+def linear_gradients(ctx: Any, grad: Tensor, run: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of input, weight and bias, each where needed; ctx from LinearFunction, run from `backend`."""
     input, weight = ctx.saved_tensors
     needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-    run = _backend(grad, input, weight)
     return (
         run.matmul(grad, weight) if needs_input else None,
         run.linear_wgrad(grad, input) if needs_weight else None,
@@ -119,7 +113,7 @@ class LinearFunction(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        return linear_backward(ctx, grad)
+        return linear_gradients(ctx, grad, backend(grad, *ctx.saved_tensors))
 
 
 class MatmulFunction(Function):
@@ -143,7 +137,7 @@ class MatmulFunction(Function):
         a, b = ctx.saved_tensors
         a_shape, b_shape = ctx.shapes
         needs_a, needs_b = ctx.needs_input_grad
-        run = _backend(grad, a, b)
+        run = backend(grad, a, b)
         # A 1-D operand is a matrix of one row or column; grad gets back the dimension that the product lost.
         if len(b_shape) == 1:
             grad = grad.unsqueeze(-1)
@@ -181,7 +175,7 @@ class LinearWgradFunction(Function):
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, Tensor | None]:
         grad, input = ctx.saved_tensors
         needs_grad, needs_input = ctx.needs_input_grad
-        run = _backend(outer, grad, input)
+        run = backend(outer, grad, input)
         return (
             run.linear(input, outer, None) if needs_grad else None,
             run.matmul(grad, outer) if needs_input else None,
@@ -207,13 +201,17 @@ class SumRowsFunction(Function):
 
 
 class _PlainLinear(LinearFunction):
-    """LinearFunction for arguments already known to be plain: its forward calls the kernel."""
+    """LinearFunction for arguments known to be plain: its forward calls the kernel, its backward looks at grad only."""
 
     forward = staticmethod(gemm_native.linear)
 
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        return linear_gradients(ctx, grad, backend(grad))
+
 
 class _PlainMatmul(MatmulFunction):
-    """MatmulFunction for arguments already known to be plain: its forward calls the kernel."""
+    """MatmulFunction for arguments known to be plain: its forward calls the kernel."""
 
     forward = staticmethod(gemm_native.matmul)
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from fastdl import _C
 from fastdl.ops import gemm_native
-from fastdl.ops.gemm import LinearFunction, linear, linear_backward, linear_needs_grad, linear_unsupported
+from fastdl.ops.gemm import LinearFunction, backend, linear, linear_gradients, linear_unsupported
 from fastdl.ops.plain import plain_linear_shape
 from fastdl.ops.route import Operation, call
 
@@ -72,7 +72,7 @@ def linear_packed(input: Tensor, weight: Tensor, bias: Tensor | None, pack: Pack
     if pack.check:
         pack.require_fresh()
     if not is_compiling() and (shape := plain_linear_shape(input, weight, bias)):
-        if linear_needs_grad(input, weight, bias):
+        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (input, weight, bias)):
             return _apply_plain(input, weight, bias, pack.packed)
         out = input.new_empty(*shape)
         _C.linear_packed(out, input, pack.packed, bias, shape[-1], PACK_KERNEL)
@@ -89,7 +89,7 @@ class PackedLinearFunction(LinearFunction):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return (*linear_backward(ctx, grad), None)
+        return (*linear_gradients(ctx, grad, backend(grad, *ctx.saved_tensors)), None)
 
 
 class _PlainPackedLinear(PackedLinearFunction):
