@@ -51,23 +51,6 @@ def test_version_of_the_installed_distribution():
     assert installed == fastdl.__version__
 
 
-def test_version_mismatch_is_an_import_error():
-    program = (
-        "import sys, types\n"
-        "stale = types.ModuleType('fastdl._C')\n"
-        "stale.__version__ = '0.0.0.stale'\n"
-        "sys.modules['fastdl._C'] = stale\n"
-        "try:\n"
-        "    import fastdl\n"
-        "except ImportError as error:\n"
-        "    print('ImportError:', error)\n"
-    )
-    done = run(sys.executable, "-c", program, PYTHONPATH=str(PACKAGE.parent))
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("ImportError:")
-    assert "0.0.0.stale" in done.stdout and fastdl.__version__ in done.stdout
-
-
 # --- stubs -----------------------------------------------------------------------------------------------------
 def test_stub_names_are_those_of_the_module():
     native = {name for name in dir(_C) if not name.startswith("_")} | {"__version__"}
