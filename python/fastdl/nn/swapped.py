@@ -31,6 +31,7 @@ class Swapped:
         stock = type(self).__dict__.get("stock_class")
         if stock is None:
             return super().__reduce_ex__(protocol)
+        # The standard library's "object of this class, then its state": copyreg.__newobj__ insists on our own class.
         return copyreg._reconstructor, (stock, object, None), self.__getstate__()
 
     def __getstate__(self) -> dict[str, Any]:

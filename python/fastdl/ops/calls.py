@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import torch
 
-Function = TypeVar("Function", bound=Callable[..., object])
+F = TypeVar("F", bound=Callable[..., object])
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Call:
     op: str
     kernel: str  # a row of the kernel table, "reference" (float64), or "torch"
     shapes: tuple[tuple[int, ...], ...]  # of the tensor arguments, in order, absent ones left out
-    dtype: torch.dtype | None
+    dtype: torch.dtype  # of the result
     reason: str  # why torch ran it, or ""
 
 
@@ -29,7 +29,7 @@ observer: Callable[[Call], None] | None = None  # set by `explain` while it runs
 handbacks: Counter[tuple[str, str]] = Counter()  # (op, reason) -> calls
 
 
-def run_while_tracing(function: Function) -> Function:
+def run_while_tracing(function: F) -> F:
     """Have Dynamo call the function while it traces, and take the result as a constant.
 
     What `torch.compiler.assume_constant_result` does, without importing the compiler.

@@ -5,8 +5,8 @@
     matmul   c[..., M, N] = a[..., M, K] @ b[..., K, N]
              da = dc @ b^T      db = a^T @ dc      each summed over the batch dimensions it was broadcast along
 
-The rows of both are independent, so every gradient is again one of linear, matmul, linear_wgrad and sum_rows: the four
-close under differentiation to any order.
+Every gradient is again one of linear, matmul, linear_wgrad (dw) and sum_rows (db), and so are theirs: the four close
+under differentiation.
 """
 
 from __future__ import annotations
