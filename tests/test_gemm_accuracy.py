@@ -47,14 +47,18 @@ def test_accumulate(kernel, generator):
     testing.assert_gemm_close(out, a, b, bias, initial=before)
 
 
-@pytest.mark.parametrize("M", [1, 2, 3, 128])
-def test_default_kernel(M, generator):
+@pytest.mark.parametrize("data", [normal, all_positive])
+@pytest.mark.parametrize("M", [1, 2, 5, 40, 128])
+def test_default_kernel(M, data, generator):
     """No kernel forced: what users get, on the shapes where the plan takes different paths."""
-    for N, K in ((1, 4000), (10, 10), (300, 1024), (1024, 300)):
-        x, weight = torch.randn(M, K, generator=generator), torch.randn(N, K, generator=generator)
+    for N, K in ((300, 4000), (1000, 10), (3000, 1024), (1024, 300), (500, 16384)):
+        x, weight = data((M, K), generator), data((N, K), generator)
         out = torch.empty(M, N)
         _C.linear(out, x, weight)
         testing.assert_gemm_close(out, x, weight.t())
+        b = weight.t().contiguous()
+        _C.gemm(out, x, b)
+        testing.assert_gemm_close(out, x, b)
 
 
 def test_packed_agrees_with_unpacked(kernel, generator):

@@ -11,12 +11,9 @@ from fastdl import _C, testing
 from fastdl.testing import GuardedOutput, integer_matrix, tails
 
 
-def blocks(kernel, threads=1, b_layout="transposed", size=4096):
-    """The plan's blocks for a problem larger than them."""
-    b_strides = (1, size) if b_layout == "transposed" else (size, 1)
-    return _C.gemm_plan(
-        size, size, size, b_strides=b_strides, kernel=kernel["name"], isa=kernel["isa"], threads=threads
-    )
+def blocks(kernel):
+    """The plan for a problem larger than its blocks."""
+    return _C.gemm_plan(4096, 4096, 4096, b_strides=(1, 4096), kernel=kernel["name"], isa=kernel["isa"], threads=1)
 
 
 def exact_product(a, b):
@@ -60,16 +57,15 @@ def test_every_tail(kernel, bias, accumulate, generator):
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_block_edges(kernel, threads, generator):
-    """Every block size of the plan crossed by one tile and a tail, in each dimension alone and in all."""
-    mr, nr = kernel["mr"], kernel["nr"]
+def test_k_blocks_and_parts(kernel, threads, generator):
+    """K beyond two blocks, with a tail; C cut into parts of a few tiles, each with a tail."""
+    mr, nr, kc = kernel["mr"], kernel["nr"], blocks(kernel)["kc"]
     for a_layout, b_layout in layout_pairs(kernel, ("contiguous", "transposed")):
-        plan = blocks(kernel, threads=threads, b_layout=b_layout)
-        grid_m, grid_n = plan["grid"]
-        M, N, K = min(plan["mc"], 600) + mr + 1, min(plan["nc"], 1100) + nr + 1, plan["kc"] + 9
-        shapes = [(M, nr + 1, K), (mr + 1, N, K), (2 * mr + 1, 2 * nr + 3, 2 * plan["kc"] + 3), (M, N, 33)]
-        shapes += [(grid_m * mr * 3 + 1, grid_n * nr * 3 + 1, 65)]
-        for M, N, K in shapes:
+        for M, N, K in [
+            (2 * mr + 1, 2 * nr + 3, 2 * kc + 3),
+            (6 * mr + 1, nr + 1, kc + 9),
+            (mr + 1, 6 * nr + 1, kc + 9),
+        ]:
             a = testing.LAYOUTS[a_layout](integer_matrix((M, K), K, generator))
             b = testing.LAYOUTS[b_layout](integer_matrix((K, N), K, generator))
             bias = integer_matrix((N,), 1, generator)
@@ -77,6 +73,34 @@ def test_block_edges(kernel, threads, generator):
             _C.gemm(out.view, a, b, bias, True, kernel=kernel["name"], threads=threads)
             assert torch.equal(out.view, exact_product(a, b) + bias - 2), (a_layout, b_layout, M, N, K)
             out.assert_guards_intact()
+
+
+@pytest.mark.parametrize("crossed, threads", [("mc", 1), ("mc", 2), ("nc", 1), ("nc", 2), ("mc and nc", 1)])
+def test_packed_blocks(kernel, crossed, threads, generator):
+    """The output grown until the plan cuts it into several packed blocks along M, along N, along both."""
+    if kernel["kind"] == "dot":
+        pytest.skip("packs nothing")
+    K = 2 * blocks(kernel)["kc"] - 5
+    M, N = (1024 if "mc" in crossed else 50), 1024
+
+    def cut(plan):
+        along_m = plan["pack_a"] and plan["mc"] * plan["grid"][0] < M
+        along_n = plan["pack_b"] and plan["nc"] * plan["grid"][1] < N
+        return ("mc" not in crossed or along_m) and ("nc" not in crossed or along_n)
+
+    while True:
+        a = integer_matrix((K, M), K, generator).t()
+        b = integer_matrix((K, -(-N // 512) * 512), K, generator)[:, :N]  # rows that collide in L1 are packed
+        out = GuardedOutput((M, N), fill=-2.0)
+        if cut(_C.matmul_plan(out.view, a, b, kernel=kernel["name"], threads=threads)):
+            break
+        if M * N > 2**25:
+            pytest.skip("the caches of this machine hold every block of a problem that is still quick to multiply")
+        M, N = M + 512 * ("mc" in crossed), N + 1024 * ("nc" in crossed)
+    bias = integer_matrix((N,), 1, generator)
+    _C.gemm(out.view, a, b, bias, True, kernel=kernel["name"], threads=threads)
+    assert torch.equal(out.view, exact_product(a, b) + bias - 2), (M, N, K)
+    out.assert_guards_intact()
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -109,7 +133,7 @@ def test_linear_packed(kernel, generator):
             weight = integer_matrix((N, K), K, generator)
             pack = torch.full((_C.pack_numel(K, N, name),), float("nan"))
             _C.pack(pack, weight.t(), name)
-            panels = pack[: -(-N // nr) * K * nr].view(-1, K, nr).permute(0, 2, 1).reshape(-1, K)
+            panels = pack.view(-1, K, nr).permute(0, 2, 1).reshape(-1, K)
             assert torch.equal(panels[:N], weight) and bool((panels[N:] == 0).all()), (N, K)
             bias = integer_matrix((N,), 1, generator)
             for M in (1, kernel["mr"], 2 * kernel["mr"] + 1):
@@ -118,6 +142,19 @@ def test_linear_packed(kernel, generator):
                 _C.linear_packed(out.view, x, pack, bias, N, name)
                 assert torch.equal(out.view, exact_product(x, weight.t()) + bias), (M, N, K)
                 out.assert_guards_intact()
+
+
+@pytest.mark.parametrize("layout", testing.LAYOUTS)
+def test_pack_in_every_layout(kernel, layout, generator):
+    name, nr = kernel["name"], kernel["nr"]
+    if kernel["kind"] != "tile":
+        pytest.skip("frozen packs are laid out for tile kernels")
+    for N in tails(nr):
+        b = testing.LAYOUTS[layout](integer_matrix((19, N), 1, generator))
+        pack = torch.full((_C.pack_numel(19, N, name),), float("nan"))
+        _C.pack(pack, b, name)
+        panels = pack.view(-1, 19, nr).permute(0, 2, 1).reshape(-1, 19)
+        assert torch.equal(panels[:N], b.t()) and bool((panels[N:] == 0).all()), N
 
 
 def test_frozen_pack_kernel_is_a_row_of_the_table():
@@ -136,7 +173,7 @@ def test_forced_kernel_is_the_one_that_runs(kernel, generator):
 @pytest.mark.parametrize("layout", testing.LAYOUTS)
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_sum_rows(layout, threads, generator):
-    for shape in ((1, 1), (1, 70), (300, 1), (33, 17), (2, 5, 16), (1000, 259)):
+    for shape in ((1, 1), (1, 70), (300, 1), (33, 17), (2, 5, 16), (1000, 259), (4, 300, 259)):
         x = testing.LAYOUTS[layout](integer_matrix(shape, 2000, generator))
         out = GuardedOutput((1, shape[-1]))
         _C.sum_rows(out.view[0], x, threads=threads)

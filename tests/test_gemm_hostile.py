@@ -125,6 +125,18 @@ def test_flush_denormal_reaches_the_team_and_does_not_stay(gemm, threads, flush_
     assert int((out == 2.0**-139).sum()) == out.numel()
 
 
+@pytest.mark.parametrize("flush", [False, True], ids=["kept", "flushed"])
+def test_sums_around_the_smallest_normal_number(gemm, flush, flush_denormal, generator):
+    """Products from 2^-146 to 2^-106: some vanish, some are subnormal, sums are often normal."""
+    a = torch.randn(60, 90, generator=generator) * torch.exp2(torch.linspace(-83, -43, 90))
+    b = torch.randn(90, 70, generator=generator) * 2.0**-63
+    out = torch.empty(60, 70)
+    flush_denormal(flush)
+    gemm(out, a, b)
+    flush_denormal(False)
+    testing.assert_within_bound(out, testing.gemm_reference(a, b), flush_denormal=flush)
+
+
 def test_flush_denormal_does_not_leak_into_torch(flush_denormal):
     """torch's own loops run on the same team: its threads must get their state back."""
     tiny, half = torch.full((1 << 20,), 2.0**-126), torch.tensor(0.5)

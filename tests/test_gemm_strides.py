@@ -25,7 +25,7 @@ def test_every_pair_of_layouts(kernel, generator):
         for M, N, K in [(2 * mr + 1, nr + 3, 37), (1, 2 * nr, 16), (mr, 5, 3), (3, 1, 50), (70, 1, 9)]:
             a = LAYOUTS[a_layout](integer_matrix((M, K), K, generator))
             b = LAYOUTS[b_layout](integer_matrix((K, N), K, generator))
-            out = GuardedOutput((M, N))
+            out = GuardedOutput((M, N), row_gap=5 if N > 1 else 0)  # a dense column is computed as a row
             _C.gemm(out.view, a, b, kernel=kernel["name"], threads=2)
             assert torch.equal(out.view, exact_product(a, b)), (a_layout, b_layout, M, N, K)
             out.assert_guards_intact()
@@ -37,7 +37,7 @@ def test_every_pair_of_layouts_by_default(a_layout, generator):
     for b_layout, (M, N, K) in itertools.product(LAYOUTS, [(37, 70, 130), (1, 70, 65), (33, 1, 65), (4, 3, 500)]):
         a = LAYOUTS[a_layout](integer_matrix((M, K), K, generator))
         b = LAYOUTS[b_layout](integer_matrix((K, N), K, generator))
-        out = GuardedOutput((M, N))
+        out = GuardedOutput((M, N), row_gap=5 if N > 1 else 0)
         _C.gemm(out.view, a, b)
         assert torch.equal(out.view, exact_product(a, b)), (b_layout, M, N, K)
         out.assert_guards_intact()
@@ -84,20 +84,20 @@ def test_bias_strides(kernel, stride, generator):
 @pytest.mark.parametrize("batch_a, batch_b", list(testing.broadcast_batches()), ids=str)
 def test_batches(kernel, batch_a, batch_b, generator):
     batch = torch.broadcast_shapes(batch_a, batch_b)
-    M, N, K = kernel["mr"] + 2, kernel["nr"] + 1, 19
-    bias = integer_matrix((N,), 1, generator)
-    for a_layout, b_layout in layout_pairs(kernel, ("contiguous", "transposed", "both_strided", "expanded_rows")):
+    pairs = layout_pairs(kernel, ("contiguous", "transposed", "both_strided", "expanded_rows"))
+    K = 19
+    for (a_layout, b_layout), (M, N) in itertools.product(
+        pairs, [(kernel["mr"] + 2, kernel["nr"] + 1), (9, 1), (1, 9)]
+    ):
         a = LAYOUTS[a_layout](integer_matrix((*batch_a, M, K), K, generator))
         b = LAYOUTS[b_layout](integer_matrix((*batch_b, K, N), K, generator))
-        expected = exact_product(a, b)
-        for threads in (1, 2):
-            out = GuardedOutput((*batch, M, N))
-            _C.gemm(out.view, a, b, bias, kernel=kernel["name"], threads=threads)
-            assert torch.equal(out.view, expected + bias), (a_layout, b_layout)
+        bias = integer_matrix((N,), 1, generator)
+        for threads, accumulate in ((1, False), (2, True)):
+            out = GuardedOutput((*batch, M, N), row_gap=5 if N > 1 else 0, fill=5.0 if accumulate else float("nan"))
+            _C.gemm(out.view, a, b, bias, accumulate, kernel=kernel["name"], threads=threads)
+            expected = exact_product(a, b) + bias + (5 if accumulate else 0)
+            assert torch.equal(out.view, expected), (a_layout, b_layout, M, N)
             out.assert_guards_intact()
-        out = GuardedOutput((*batch, M, N), fill=5.0)
-        _C.gemm(out.view, a, b, None, True, kernel=kernel["name"])
-        assert torch.equal(out.view, expected + 5)
 
 
 def test_batch_dimensions_expanded_permuted_and_gapped(kernel, generator):

@@ -85,7 +85,7 @@ def test_forward_and_backward_give_the_same_bits(restore_num_threads, generator)
 
 def test_concurrent_callers(gemm, generator):
     """Several Python threads at once must not share scratch."""
-    a, b = integer_matrix((150, 300), 300, generator), integer_matrix((300, 200), 300, generator)
+    a, b = integer_matrix((150, 300), 300, generator), integer_matrix((200, 300), 300, generator).t()  # packed
     expected = (a.double() @ b.double()).float()
     wrong = []
 

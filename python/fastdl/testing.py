@@ -74,7 +74,8 @@ def gemm_bound(K: int, S: Tensor, C: Tensor, dtype: torch.dtype, *, flush_denorm
     """Elementwise bound g*S + u_out*(|C| + g*S), g = h*u/(1 - h*u), for a sum of float32 products.
 
     K is h, the depth of the sum: the inner dimension plus one for each bias or accumulate add. S and C are float64.
-    The last term is what gradual underflow (or flushing, `flush_denormal`) may cost each of the h roundings.
+    The last term is what gradual underflow may cost each rounding; with `flush_denormal`, what flushing a product or a
+    sum to zero may cost (operands being normal numbers).
     """
     u, u_out = UNIT_ROUNDOFF[torch.float32], UNIT_ROUNDOFF[dtype]
     g = K * u / (1 - K * u)

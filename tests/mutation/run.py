@@ -1,0 +1,284 @@
+"""Plants one bug at a time in a copy of the sources and demands that the tests notice.
+
+usage: python tests/mutation/run.py [NAME ...]          all bugs of the table, or those named; about 10 minutes
+
+The unmutated copy must pass the same tests first. Exits nonzero when a bug survives, when its line is not found exactly
+once (the source has moved on: adapt the table), or when a test selection is empty.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+TIMEOUT = 120  # seconds a selection may take; a hang counts as noticed
+TESTS_FAILED = 1  # pytest's exit status; 2 and above: interrupted, internal error, bad usage, nothing collected
+
+
+@dataclass(frozen=True)
+class Mutation:
+    name: str
+    file: str
+    old: str  # found exactly once
+    new: str
+    tests: str  # pytest arguments
+
+
+RUN, KERNEL, GEMM = "csrc/gemm/cpu/run.cc", "csrc/gemm/cpu/kernel.h", "csrc/gemm/gemm.cc"
+EXACT, STRIDES, THREADS = "tests/test_gemm_exact.py", "tests/test_gemm_strides.py", "tests/test_threads.py"
+MUTATIONS = [
+    Mutation(
+        "dropped K tail of the dot kernel",
+        KERNEL,
+        "  if (k < t.k) {\n    const auto mask = L::first(static_cast<int>(t.k - k));",
+        "  if (false) {\n    const auto mask = L::first(static_cast<int>(t.k - k));",
+        f"{EXACT} -k test_every_tail",
+    ),
+    Mutation(
+        "dropped last K block",
+        RUN,
+        "  } while (k0 < d.K);",
+        "  } while (k0 + p.kc < d.K);",
+        f"{EXACT} -k test_k_blocks",
+    ),
+    Mutation(
+        "skipped padding of a panel",
+        KERNEL,
+        "      for (; j < panel; j += W) L::store(d + j, L::zero());\n",
+        "",
+        f"{EXACT} -k test_pack_in_every_layout",
+    ),
+    Mutation(
+        "swapped strides of an operand read in place",
+        RUN,
+        "x.a_row = d.a_row, x.a_col = d.a_col;",
+        "x.a_row = d.a_col, x.a_col = d.a_row;",
+        f"{EXACT} -k test_every_tail",
+    ),
+    Mutation(
+        "swapped batch strides",
+        RUN,
+        "part.b += at * args.batch.b[i];",
+        "part.b += at * args.batch.a[i];",
+        f"{STRIDES} -k test_batches",
+    ),
+    Mutation(
+        "bias not advanced with the panel",
+        RUN,
+        "    if (bias) t.bias = bias + j * t.bias_step;\n",
+        "",
+        f"{EXACT} -k test_every_tail",
+    ),
+    Mutation(
+        "bias read as if contiguous",
+        RUN,
+        "bias + j * t.bias_step;",
+        "bias + j;",
+        f"{STRIDES} -k test_bias_strides",
+    ),
+    Mutation(
+        "lost beta: out overwritten instead of accumulated into",
+        RUN,
+        "t.accumulate = args.accumulate || k0 > 0;",
+        "t.accumulate = k0 > 0;",
+        f"{EXACT} -k test_every_tail",
+    ),
+    Mutation(
+        "lost K blocks but the last",
+        RUN,
+        "t.accumulate = args.accumulate || k0 > 0;",
+        "t.accumulate = args.accumulate;",
+        f"{EXACT} -k test_every_tail",
+    ),
+    Mutation(
+        "off by one in the split along M",
+        RUN,
+        "part.m_end = d.M * (im + 1) / p.grid_m;",
+        "part.m_end = d.M * (im + 1) / p.grid_m - (im + 1 < p.grid_m);",
+        f"{EXACT} -k test_k_blocks",
+    ),
+    Mutation(
+        "parts overlap along N",
+        RUN,
+        "part.n_begin = panels * in / p.grid_n * nr;",
+        "part.n_begin = in == 0 ? 0 : (panels * in / p.grid_n - 1) * nr;",
+        f"{EXACT} -k test_k_blocks",
+    ),
+    Mutation(
+        "stale pack of A",
+        RUN,
+        "if (packed_m != m0) pack_a(",
+        "if (packed_m < 0) pack_a(",
+        f"{EXACT} -k test_packed_blocks",
+    ),
+    Mutation(
+        "frozen pack read from its first K block only",
+        RUN,
+        "x.b = part.b + n0 / nr * d.K * nr + k0 * nr",
+        "x.b = part.b + n0 / nr * d.K * nr",
+        f"{EXACT} -k test_linear_packed",
+    ),
+    Mutation(
+        "race: threads share one scratch",
+        RUN,
+        "scratch.data() + thread * per_thread",
+        "scratch.data()",
+        f"{EXACT} {THREADS} -k 'test_packed_blocks or same_bits'",
+    ),
+    Mutation(
+        "race: concurrent callers share one arena buffer",
+        "csrc/base/arena.cc",
+        "      buffers.pop_back();\n",
+        "",
+        f"{THREADS} -k test_concurrent_callers",
+    ),
+    Mutation(
+        "race in a reduction: column sums of both threads meet in one column block",
+        RUN,
+        "const i64 begin = units * thread / n * kUnit, end",
+        "const i64 begin = units * (thread / 2) / n * kUnit, end",
+        f"{EXACT} -k test_sum_rows",
+    ),
+    Mutation(
+        "dropped partial sums of a reduction",
+        KERNEL,
+        "    while (depth > 0) total = L::add(total, partial[--depth]);",
+        "    if (depth > 0) total = L::add(total, partial[--depth]);",
+        f"{EXACT} -k test_sum_rows",
+    ),
+    Mutation(
+        "store without its mask",
+        KERNEL,
+        "        L::store(c + v * W, x, mask);",
+        "        L::store(c + v * W, x);",
+        f"{EXACT} -k test_every_tail",
+    ),
+    Mutation(
+        "load without its mask",
+        KERNEL,
+        "    return kTail && v == NV - 1 ? L::load(p + v * W, mask) : L::load(p + v * W);",
+        "    return L::load(p + v * W);",
+        f"{STRIDES} -k test_guard_pages",
+    ),
+    Mutation(
+        "team keeps the caller's flush-denormal state",
+        "csrc/base/parallel.cc",
+        "      set_float_state(own);\n",
+        "",
+        "tests/test_gemm_hostile.py -k flush_denormal",
+    ),
+    Mutation(
+        "team of a forked child",
+        "csrc/base/parallel.cc",
+        "  if (g_forked.load(std::memory_order_relaxed)) return",
+        "  if (false) return",
+        f"{THREADS} -k test_fork_after_use",
+    ),
+    Mutation(
+        "strides of the transposed problem left as they were",
+        GEMM,
+        "    std::swap(d->a_col, d->b_row);\n",
+        "",
+        f"{STRIDES} -k test_every_pair_of_layouts",
+    ),
+]
+
+
+class Workbench:
+    """A copy of the sources, built and tested in place."""
+
+    def __init__(self, folder: Path) -> None:
+        self.source, self.build = folder / "source", folder / "build"
+        skip = shutil.ignore_patterns("_C.*.so", "__pycache__", ".git", "build", "dist", ".venv", "*_cache")
+        shutil.copytree(ROOT, self.source, ignore=skip)
+        cmakedir = self._output(sys.executable, "-m", "pybind11", "--cmakedir").strip()
+        self._output(
+            *("cmake", "-S", self.source, "-B", self.build, "-DCMAKE_BUILD_TYPE=Release"),
+            *(f"-Dpybind11_DIR={cmakedir}", f"-DPython_EXECUTABLE={sys.executable}"),
+        )
+
+    def _output(self, *command: object) -> str:
+        done = subprocess.run([*map(str, command)], capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(f"{' '.join(map(str, command))}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+        return done.stdout
+
+    def make(self) -> None:
+        self._output("cmake", "--build", self.build, "--target", "_C", "--parallel", os.cpu_count() or 1)
+        for module in self.build.glob("_C.*.so"):
+            target = self.source / "python" / "fastdl" / module.name
+            target.unlink(missing_ok=True)  # a running process keeps the old file
+            shutil.copy(module, target)
+
+    def test(self, arguments: str) -> str:
+        """One of "passed", "failed", "crashed" or "hung"; exits where pytest could not run the selection."""
+        command = f"{sys.executable} -m pytest -x -q -p no:cacheprovider {arguments}"
+        env = {**os.environ, "PYTHONPATH": str(self.source / "python"), "PYTHONDONTWRITEBYTECODE": "1"}
+        try:
+            done = subprocess.run(
+                ["/bin/sh", "-c", f"exec {command}"],
+                cwd=self.source,
+                env=env,
+                timeout=TIMEOUT,
+                capture_output=True,
+                text=True,
+            )
+        except subprocess.TimeoutExpired:
+            return "hung"
+        if done.returncode > TESTS_FAILED:
+            sys.exit(f"{command}: exit status {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+        return {0: "passed", TESTS_FAILED: "failed"}.get(done.returncode, "crashed")
+
+    def plant(self, mutation: Mutation) -> str:
+        """Apply, build, test, undo."""
+        file = self.source / mutation.file
+        original = file.read_text()
+        if original.count(mutation.old) != 1:
+            sys.exit(
+                f"{mutation.name}: found {original.count(mutation.old)} times in {mutation.file}: {mutation.old!r}"
+            )
+        file.write_text(original.replace(mutation.old, mutation.new))
+        try:
+            self.make()
+            return self.test(mutation.tests)
+        finally:
+            file.write_text(original)
+
+
+def main(names: list[str]) -> int:
+    unknown = set(names) - {m.name for m in MUTATIONS}
+    if unknown:
+        sys.exit(f"no such bug: {', '.join(sorted(unknown))}")
+    chosen = [m for m in MUTATIONS if not names or m.name in names]
+    survivors = []
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Workbench(Path(folder))
+        bench.make()
+        for tests in dict.fromkeys(m.tests for m in chosen):
+            if (result := bench.test(tests)) != "passed":
+                sys.exit(f"the unmutated sources: {tests}: {result}")
+        print(f"unmutated: {len({m.tests for m in chosen})} selections pass", flush=True)
+        width = max(len(m.name) for m in chosen)
+        for mutation in chosen:
+            start = time.monotonic()
+            result = bench.plant(mutation)
+            if result == "passed":
+                survivors.append(mutation.name)
+            verdict = "SURVIVED" if result == "passed" else f"caught ({result})"
+            print(
+                f"{mutation.name:{width}}  {verdict:16}  {time.monotonic() - start:4.0f} s  {mutation.tests}",
+                flush=True,
+            )
+    print(f"{len(chosen) - len(survivors)} of {len(chosen)} planted bugs caught")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
