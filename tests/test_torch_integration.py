@@ -274,7 +274,19 @@ def test_vmap(ours, theirs, dims, shapes, generator):
     assert not calls.handbacks
 
 
-@pytest.mark.parametrize("transform", ["jacrev", "jacfwd", "hessian", "vjp", "functional_call"])
+TRANSFORMS = [
+    "jacrev",
+    "jacfwd",
+    "hessian",
+    "vjp",
+    "functional_call",
+    "grad_of_vmap",
+    "grad_of_mapped",
+    "functionalize",
+]
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
 def test_torch_func(transform, args):
     x, w, b = (t.detach() for t in args)
 
@@ -288,6 +300,13 @@ def test_torch_func(transform, args):
             layer = nn.Linear(8, 5)
             layer.forward = lambda x: function(x, layer.weight, layer.bias)
             return torch.func.functional_call(layer, {"weight": w, "bias": b}, x)
+        if transform == "grad_of_vmap":
+            return torch.func.grad(lambda w: torch.func.vmap(lambda x: function(x, w, b))(x).square().sum())(w)
+        if transform == "grad_of_mapped":
+            mapped = torch.func.vmap(lambda w, b: function(x, w.unsqueeze(0), b.unsqueeze(0)))
+            return torch.func.grad(lambda w: mapped(w, b).square().sum())(w)
+        if transform == "functionalize":
+            return torch.func.functionalize(lambda x: function(x.clone().mul_(2), w, b))(x)
         return getattr(torch.func, transform)(loss)(w)
 
     torch.testing.assert_close(build(linear), build(F.linear))
@@ -393,6 +412,14 @@ def test_dispatch_modes_see_the_operations(args):
         y.backward(torch.ones_like(y))
     operations = [name for name in backward.names if name.startswith("fastdl")]
     assert operations == [f"fastdl.{n}.default" for n in ("matmul", "linear_wgrad", "sum_rows")]
+
+
+def test_gradient_of_a_shared_matrix_is_one_product(generator):
+    a, b = torch.randn(6, 4, 8, generator=generator), torch.randn(8, 5, generator=generator).requires_grad_()
+    c = matmul(a, b)
+    with Recorded() as backward:
+        c.sum().backward()
+    assert [name for name in backward.names if name.startswith("fastdl")] == ["fastdl.linear_wgrad.default"]
 
 
 def test_function_modes_see_the_operation(args):

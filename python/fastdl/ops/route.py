@@ -18,6 +18,7 @@ from fastdl.ops.plain import HAS_VECTOR_LEVEL, PLAIN_TYPES
 
 # torch.export writes programs that load without fastdl, unless FASTDL_EXPORT_OPS=1 asks to keep its operations.
 EXPORT_OPS = os.environ.get("FASTDL_EXPORT_OPS", "0") not in ("", "0")
+_FUNCTIONALIZE = torch._C._functorch.TransformType.Functionalize
 # Tensors that stand for a plain one while torch traces; the registered operations know what to do with them.
 _TRACING_TYPES = (FakeTensor, FunctionalTensor)
 
@@ -87,8 +88,11 @@ def _reason_from_context() -> str | None:
         return "torch.export (FASTDL_EXPORT_OPS=1 keeps fastdl's operations)"
     if not is_compiling() and torch._C._is_tracing():
         return "torch.jit.trace"
-    if is_compiling() and _transforms_active():
-        return "torch.func inside torch.compile"  # Dynamo would inline the Function and lose its gradient
+    if _transforms_active():
+        if is_compiling():
+            return "torch.func inside torch.compile"  # Dynamo would inline the Function and lose its gradient
+        if any(level.key() == _FUNCTIONALIZE for level in torch._C._functorch.get_interpreter_stack() or ()):
+            return "torch.func.functionalize"  # has no rule for an autograd.Function
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation"
     return None
