@@ -47,7 +47,9 @@ def test_accumulate(kernel, generator):
     testing.assert_gemm_close(out, a, b, bias, initial=before)
 
 
-@pytest.mark.skipif(_C.cpu_info()["isa_cap"] != "", reason="FASTDL_ISA caps fastdl, but not the torch it is compared to")
+@pytest.mark.skipif(
+    _C.cpu_info()["isa_cap"] != "", reason="FASTDL_ISA caps fastdl, but not the torch it is compared to"
+)
 @pytest.mark.parametrize("data", [normal, all_positive])
 @pytest.mark.parametrize("M", [1, 2, 5, 40, 128])
 def test_default_kernel(M, data, generator):
