@@ -1,11 +1,16 @@
 // The contract of a vector level, and its scalar version.
 //
 // A level is a struct of static functions over a register type V of `width` floats and a mask type M:
-//   zero() set1(x) load(p) store(p, v)          whole registers, any alignment
-//   first(n)                                    the mask of lanes 0..n-1, 0 <= n <= width
-//   load(p, m) store(p, v, m)                   masked: lanes outside are zero / untouched, their memory is not
-//   accessed add(a, b)  fma(a, b, c) = a*b + c transpose(r)                                V r[width], in place sum4(a,
-//   b, c, d, out)                       out[0..3] = the four horizontal sums, in a fixed order
+//
+//   zero() set1(x)
+//   load(p) store(p, v)           whole registers, any alignment
+//   first(n)                      the mask of lanes 0..n-1, 0 <= n <= width
+//   load(p, m) store(p, v, m)     lanes outside the mask are zero / untouched, and their memory is not accessed
+//   add(a, b)
+//   fma(a, b, c)                  a*b + c
+//   transpose(r)                  V r[width], in place
+//   sum4(a, b, c, d, out)         out[0..3] = the four horizontal sums, in a fixed order
+//
 // Kernels are templates over the level and stand once; everything is in an unnamed namespace, because each
 // instruction-set unit must keep its own body (a linker may else pick an AVX-512 body for an AVX2 machine).
 #pragma once
