@@ -1,6 +1,6 @@
 """Plants one bug at a time in a copy of the sources and demands that the tests notice.
 
-usage: python tests/mutation/run.py [NAME ...]          all bugs of the table, or those named; about 10 minutes
+usage: python tests/mutation/run.py [NAME ...]          all bugs of the table, or those named; about 5 minutes
 
 The unmutated copy must pass the same tests first. Exits nonzero when a bug survives, when its line is not found exactly
 once (the source has moved on: adapt the table), or when a test selection is empty.
