@@ -50,7 +50,7 @@ Team current_team(int requested) {
   return {threads, "torch.get_num_threads()"};
 #else
   (void)requested;
-  return {1, "serial: built without OpenMP"};
+  return {1, "serial: " FASTDL_OPENMP_REASON};
 #endif
 }
 

@@ -58,12 +58,17 @@ def call(op: Operation, *args: Tensor | None) -> Tensor:
 
 
 def _needs_autograd(tensors: dict[str, Tensor]) -> bool:
-    if is_exporting():  # the program is to hold the operation itself
+    if _exporting():  # the program is to hold the operation itself
         return False
     # Inside torch.func a tensor's requires_grad says nothing of the levels further out: always take the Function.
     if _transforms_active():
         return True
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors.values())
+
+
+@calls.run_while_tracing  # torch 2.10 folds the bare call to True in everything it compiles
+def _exporting() -> bool:
+    return is_exporting()
 
 
 @calls.run_while_tracing
@@ -84,7 +89,7 @@ def handback_reason(op: str, tensors: dict[str, Tensor]) -> str | None:
 def _reason_from_context() -> str | None:
     if not HAS_VECTOR_LEVEL:
         return "this build has no vector level"
-    if is_exporting() and not EXPORT_OPS:
+    if _exporting() and not EXPORT_OPS:
         return "torch.export (FASTDL_EXPORT_OPS=1 keeps fastdl's operations)"
     if not is_compiling() and torch._C._is_tracing():
         return "torch.jit.trace"
