@@ -2,7 +2,7 @@
 # A compiler that cannot build the lines leaves the level out; `fastdl info` names it with the reason.
 include(CheckCXXSourceCompiles)
 
-set(FASTDL_ISA_LEVELS avx2 avx512 amx)
+set(FASTDL_ISA_LEVELS avx2 avx512 avx512bf16 amx)
 
 set(FASTDL_FLAGS_avx2 -mavx2 -mfma -mf16c)
 set(FASTDL_PROBE_avx2 "
@@ -13,10 +13,13 @@ set(FASTDL_PROBE_avx512 "
   __m512 f(__m512 a, __m512 b) { return _mm512_mask_fmadd_ps(a, 1, b, _mm512_broadcast_f32x8(_mm256_setzero_ps())); }
   __m256i g(__m256i a) { return _mm256_mask_add_epi8(a, 1, a, a); }")
 
-set(FASTDL_FLAGS_amx ${FASTDL_FLAGS_avx512} -mavx512bf16 -mamx-tile -mamx-bf16)
+set(FASTDL_FLAGS_avx512bf16 ${FASTDL_FLAGS_avx512} -mavx512bf16)
+set(FASTDL_PROBE_avx512bf16 "
+  __m512 f(__m512 a, __m512bh b) { return _mm512_dpbf16_ps(a, b, b); }")
+
+set(FASTDL_FLAGS_amx ${FASTDL_FLAGS_avx512bf16} -mamx-tile -mamx-bf16)
 set(FASTDL_PROBE_amx "
-  void f(const void* config) { _tile_loadconfig(config); _tile_zero(0); _tile_dpbf16ps(0, 1, 2); _tile_release(); }
-  __m512bh g(__m512 a) { return _mm512_cvtne2ps_pbh(a, a); }")
+  void f(const void* config) { _tile_loadconfig(config); _tile_zero(0); _tile_dpbf16ps(0, 1, 2); _tile_release(); }")
 
 # Sets FASTDL_HAVE_<LEVEL>, FASTDL_ISA_DEFINITIONS and FASTDL_ISA_MISSING ("amx=why;avx512=why").
 function(fastdl_probe_isa_levels)
@@ -35,7 +38,9 @@ function(fastdl_probe_isa_levels)
     if(FASTDL_TARGET_IS_X86_64)
       set(CMAKE_REQUIRED_FLAGS "${flags}")
       check_cxx_source_compiles("#include <immintrin.h>\n${FASTDL_PROBE_${level}}\nint main() {}" FASTDL_BUILDS_${upper})
-      if(FASTDL_BUILDS_${upper})
+      if(missing)  # a level implies those below it
+        list(APPEND missing "${level}=needs the levels below it")
+      elseif(FASTDL_BUILDS_${upper})
         set(have 1)
       else()
         list(APPEND missing "${level}=${CMAKE_CXX_COMPILER_ID} ${CMAKE_CXX_COMPILER_VERSION} cannot build it")

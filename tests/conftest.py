@@ -1,4 +1,7 @@
-"""Fixtures: `kernel` runs a test once for each row of the GEMM kernel table, rows not runnable here skipped."""
+"""Fixtures: `kernel` runs a test once for each row of the GEMM kernel table, rows not runnable here skipped.
+
+`@pytest.mark.rows(dtype=("bfloat16", "float16"), kind="tile")` narrows it to the rows that have one of these values.
+"""
 
 import os
 import subprocess
@@ -9,11 +12,18 @@ import pytest
 import torch
 
 from fastdl import _C
-from fastdl.testing import LAYOUTS
+from fastdl.testing import LAYOUTS, GuardedOutput, integer_matrix
 
 SCRIPTS = Path(__file__).parent / "scripts"
 KERNELS = _C.kernels("gemm")
-VECTOR_WIDTH = {"scalar": 4, "avx2": 8, "avx512": 16, "amx": 16}  # floats in a register of the level
+VECTOR_WIDTH = {"scalar": 4, "avx2": 8, "avx512": 16, "avx512bf16": 16, "amx": 16}  # floats in a register of the level
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+every_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+
+
+def exact_product(a, b, *terms):
+    """a @ b + terms in float64, rounded once to the dtype of a."""
+    return sum((term.double() for term in terms), a.double() @ b.double()).to(a.dtype)
 
 
 def takes(kernel, a, b):
@@ -32,8 +42,14 @@ def layout_pairs(kernel, names=tuple(LAYOUTS)):
     return [(a, b) for a in names for b in names if takes(kernel, LAYOUTS[a](probe[0]), LAYOUTS[b](probe[1]))]
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "rows(**values): the rows of the kernel table that `kernel` goes through")
+
+
 def pytest_generate_tests(metafunc):
     if "kernel" in metafunc.fixturenames:
+        marker = metafunc.definition.get_closest_marker("rows")
+        wanted = marker.kwargs if marker else {}
         metafunc.parametrize(
             "kernel",
             [
@@ -41,6 +57,7 @@ def pytest_generate_tests(metafunc):
                     row, id=row["name"], marks=pytest.mark.skipif(not row["available"], reason=row["reason"] or "-")
                 )
                 for row in KERNELS
+                if all(row[key] in (v if isinstance(v, tuple) else (v,)) for key, v in wanted.items())
             ],
         )
 
@@ -48,6 +65,18 @@ def pytest_generate_tests(metafunc):
 @pytest.fixture
 def generator():
     return torch.Generator().manual_seed(20240)
+
+
+@pytest.fixture
+def integers(kernel, generator):
+    """integers(shape, K): testing.integer_matrix in the row's dtype."""
+    return lambda shape, K: integer_matrix(shape, K, generator, DTYPES[kernel["dtype"]])
+
+
+@pytest.fixture
+def guarded(kernel):
+    """guarded(shape, ...): testing.GuardedOutput in the row's dtype."""
+    return lambda shape, **options: GuardedOutput(shape, dtype=DTYPES[kernel["dtype"]], **options)
 
 
 @pytest.fixture

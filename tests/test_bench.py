@@ -193,7 +193,7 @@ def test_forced_kernel_runs(family):
     shape = min(load("gemm", family), key=lambda shape: math.prod(shape.dims.values()))
     for row in _C.kernels("gemm"):
         if row["available"] and row["kind"] == "tile":
-            case = gemm.FAMILIES[family](shape, Settings(kernel=row["name"]))
+            case = gemm.FAMILIES[family](shape, Settings(kernel=row["name"], dtype=row["dtype"]))
             outcome, kernels = harness.run_check(case)
             assert outcome.failure == "" and kernels == {row["name"]: 1}
 
@@ -203,6 +203,7 @@ def test_forced_kernel_runs(family):
     [
         ({"dtype": "float8"}, "dtype: expected one of"),
         ({"kernel": "gemm_abacus"}, "kernel: expected one of"),
+        ({"kernel": "gemm_f32_4x8_scalar", "dtype": "bfloat16"}, "kernel: expected one of"),
         ({"families": ("forwards",)}, "family: expected one of"),
         ({"families": ("train",), "frozen": True}, "frozen has a meaning for"),
         ({"families": ("train",), "kernel": "gemm_f32_4x8_scalar"}, "kernel has a meaning for"),
@@ -265,6 +266,7 @@ def test_a_cap_replaces_what_was_set_before():
     environment = machine.capped_environment("avx512", machine.capped_environment("avx2", {"HOME": "x"}))
     assert environment["FASTDL_ISA"] == environment["ATEN_CPU_CAPABILITY"] == "avx512"
     assert environment["HOME"] == "x"
+    assert machine.capped_environment("avx512bf16")["ONEDNN_MAX_CPU_ISA"] == "AVX512_CORE_BF16"
     assert machine.capped_environment("amx", environment) == {"HOME": "x", "FASTDL_ISA": "amx"}
     with pytest.raises(ValueError, match="isa: expected one of"):
         machine.capped_environment("sse9")

@@ -14,9 +14,9 @@ PACK = _C.pack_kernel()
 
 
 def wrong_kinds(shape):
-    """What is no dense float32 CPU tensor: (id, value, exception type, what the message must say of it)."""
+    """What is no dense CPU tensor of the other arguments' dtype: (id, value, exception type, what must be said)."""
     return [
-        ("none", None, TypeError, "NoneType"),
+        ("none", None, TypeError, "None"),
         ("list", [[1.0, 2.0]], TypeError, "list"),
         ("numpy", numpy.zeros(shape, dtype=numpy.float32), TypeError, "ndarray"),
         ("float64", T(shape, dtype=torch.float64), RuntimeError, "float64"),
@@ -26,13 +26,18 @@ def wrong_kinds(shape):
         ("bool", T(shape, dtype=torch.bool), RuntimeError, "bool"),
         ("complex64", T(shape, dtype=torch.complex64), RuntimeError, "complex64"),
         ("meta", T(shape, device="meta"), RuntimeError, "meta|device|storage"),
-        ("sparse", torch.zeros(shape).to_sparse(), RuntimeError, "[Ss]parse|without memory"),
+        ("sparse", torch.zeros(shape).to_sparse(), RuntimeError, "[Ss]parse|doesn't have storage"),
     ]
 
 
 OPERATIONS = {
     "gemm": (_C.gemm, {"out": (3, 5), "a": (3, 4), "b": (4, 5), "bias": (5,)}),
     "linear": (_C.linear, {"out": (3, 5), "input": (3, 4), "weight": (5, 4), "bias": (5,)}),
+    "linear_fused": (
+        _C.linear_fused,
+        {"out": (3, 5), "input": (3, 4), "weight": (5, 4), "bias": (5,), "residual": (3, 5), "pre": (3, 5)},
+    ),
+    "activation_grad": (_C.activation_grad, {"out": (3, 5), "grad": (3, 5), "pre": (3, 5), "activation": "relu"}),
     "linear_wgrad": (_C.linear_wgrad, {"out": (5, 4), "grad": (3, 5), "input": (3, 4)}),
     "sum_rows": (_C.sum_rows, {"out": (5,), "x": (3, 5)}),
     "pack": (_C.pack, {"out": (_C.pack_numel(4, 5, PACK),), "b": (4, 5), "kernel": PACK}),
@@ -41,6 +46,9 @@ OPERATIONS = {
         {"out": (3, 5), "input": (3, 4), "packed": (_C.pack_numel(4, 5, PACK),), "bias": (5,), "N": 5, "kernel": PACK},
     ),
 }
+
+
+OPTIONAL = {"linear_fused": ("bias", "residual", "pre")}  # arguments that may be None, elsewhere the bias
 
 
 def call(operation, **changes):
@@ -63,7 +71,7 @@ def test_good_call_passes(operation):
         for argument, shape in shapes.items()
         if isinstance(shape, tuple)
         for kind, value, exception, saying in wrong_kinds(shape)
-        if not (argument == "bias" and value is None)
+        if not (value is None and argument in OPTIONAL.get(operation, ("bias",)))
     ],
 )
 def test_wrong_kind_of_argument(operation, argument, value, exception, saying):
@@ -112,6 +120,25 @@ def test_wrong_kind_of_argument(operation, argument, value, exception, saying):
             ("linear", "bias", "bias is 2-D", {"bias": T(1, 5)}),
             ("linear", "kernel", "no such kernel", {"kernel": "linear"}),
             ("linear", "threads", "threads below 0", {"threads": -2}),
+            ("linear_fused", "activation", "no such activation", {"activation": "tanh"}),
+            ("linear_fused", "weight", "inner dimension", {"weight": T(5, 3)}),
+            ("linear_fused", "bias", "bias length", {"bias": T(6)}),
+            ("linear_fused", "residual", "rows of residual", {"residual": T(4, 5)}),
+            ("linear_fused", "residual", "rank of residual", {"residual": T(5)}),
+            ("linear_fused", "residual", "residual strided", {"residual": T(5, 3).t()}),
+            ("linear_fused", "pre", "columns of pre", {"pre": T(3, 4)}),
+            ("linear_fused", "pre", "rank of pre", {"pre": T(1, 3, 5)}),
+            ("linear_fused", "pre", "pre strided", {"pre": T(3, 10)[:, ::2]}),
+            ("linear_fused", "out", "out transposed", {"out": T(5, 3).t()}),
+            ("linear_fused", "kernel", "no such kernel", {"kernel": "linear"}),
+            ("linear_fused", "threads", "threads below 0", {"threads": -1}),
+            ("activation_grad", "activation", "no such activation", {"activation": "Relu"}),
+            ("activation_grad", "grad", "shape of grad", {"grad": T(3, 4)}),
+            ("activation_grad", "grad", "grad strided", {"grad": T(5, 3).t()}),
+            ("activation_grad", "pre", "shape of pre", {"pre": T(15)}),
+            ("activation_grad", "pre", "pre strided", {"pre": T(3, 10)[:, ::2]}),
+            ("activation_grad", "out", "out strided", {"out": T(3, 10)[:, ::2]}),
+            ("activation_grad", "threads", "threads below 0", {"threads": -1}),
             ("linear_wgrad", "grad", "rows of grad", {"grad": T(2, 5)}),
             ("linear_wgrad", "grad", "rank of grad", {"grad": T(1, 3, 5)}),
             ("linear_wgrad", "grad", "grad is 0-D", {"grad": T(()), "input": T(())}),
@@ -181,8 +208,8 @@ def test_kernels_above_the_cap_are_errors(run_python):
         "import torch\n"
         "from fastdl import _C\n"
         "assert _C.cpu_info()['isa'] == 'scalar' and _C.cpu_info()['isa_cap'] == 'scalar'\n"
-        "out, x = torch.empty(3, 3), torch.ones(3, 3)\n"
         "for row in _C.kernels('gemm'):\n"
+        "    out, x = torch.ones(2, 3, 3, dtype=getattr(torch, row['dtype']))\n"
         "    assert row['available'] == (row['isa'] == 'scalar'), row\n"
         "    if row['available']:\n"
         "        _C.gemm(out, x, x, kernel=row['name'])\n"

@@ -68,13 +68,22 @@ def test_each_distinct_call_has_a_row():
     assert sorted((r.shapes, r.calls) for r in rows) == [("2x8 4x8 4", 1), ("5x8 4x8 4", 2)]
 
 
+def _kernel_dtype(name):
+    return next(row["dtype"] for row in _C.kernels("gemm") if row["name"] == name)
+
+
 def test_hand_backs_carry_the_reason():
     model = fastdl.optimize(mlp())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         rows = fastdl.explain(model, X).rows
-    assert {(r.status, r.kernel, r.reason) for r in rows} == {("torch", "torch", "autocast to bfloat16")}
+    assert {(r.status, r.dtype, r.reason) for r in rows} == {("fastdl", "bfloat16", "")}
     rows = fastdl.explain(model.bfloat16(), X.bfloat16()).rows
-    assert {(r.status, r.dtype, r.reason) for r in rows} == {("torch", "bfloat16", "dtype bfloat16")}
+    assert {(r.status, r.dtype, r.reason) for r in rows} == {("fastdl", "bfloat16", "")}
+    assert {_kernel_dtype(r.kernel) for r in rows} == {"bfloat16"}
+    model[0].weight.data, model[0].bias.data = model[0].weight.data + 0j, model[0].bias.data + 0j
+    (row, *_) = fastdl.explain(nn.Sequential(model[0]), X + 0j).rows
+    assert (row.status, row.kernel, row.reason) == ("torch", "torch", "dtype complex64")
+    model = fastdl.optimize(mlp())
     rows = fastdl.explain(model.double(), X.double()).rows
     assert {(r.status, r.kernel, r.dtype) for r in rows} == {("fastdl", "reference", "float64")}
 

@@ -22,14 +22,14 @@ def fresh_record(monkeypatch):
     torch.manual_seed(7)
 
 
-def model_of(*sizes, bias=True):
+def model_of(*sizes, bias=True, dtype=torch.float32):
     """Linear layers of small integers: sums are exact, so packs must change no bit."""
     generator = torch.Generator().manual_seed(3)
     layers = nn.Sequential(*(nn.Linear(k, n, bias=bias) for k, n in itertools.pairwise(sizes)))
     with torch.no_grad():
         for parameter in layers.parameters():
             parameter.copy_(integer_matrix(parameter.shape, 2**17, generator))
-    return fastdl.optimize(layers)
+    return fastdl.optimize(layers.to(dtype))
 
 
 def frozen(model):
@@ -39,12 +39,13 @@ def frozen(model):
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
 @pytest.mark.parametrize("shape", [(8,), (1, 8), (5, 8), (2, 3, 8), (0, 8)], ids=str)
 @pytest.mark.parametrize("N", [1, 31, 32, 33, 70])
-def test_values_and_gradients_are_the_same(shape, N, bias, generator, monkeypatch):
-    model = model_of(8, N, bias=bias)
-    x = integer_matrix(shape, 64, generator).requires_grad_()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_values_and_gradients_are_the_same(dtype, shape, N, bias, generator, monkeypatch):
+    model = model_of(8, N, bias=bias, dtype=dtype)
+    x = integer_matrix(shape, 64, generator, dtype).requires_grad_()
     leaves = [x, *model.parameters()]
     y = model(x)
-    dy = integer_matrix(y.shape, 64, generator)
+    dy = integer_matrix(y.shape, 64, generator, dtype)
     expected = torch.autograd.grad(y, leaves, dy)
     assert fastdl.freeze(model) is model
     used = []
@@ -90,16 +91,28 @@ def test_torch_func(transform, generator):
     torch.testing.assert_close(run(), expected)
 
 
-def test_autocast_and_other_inputs_are_handed_back(generator):
+def test_autocast_reads_the_weight_and_other_inputs_are_errors(generator):
     model = fastdl.freeze(model_of(8, 4))
     x = torch.randn(5, 8, generator=generator)
     with torch.autocast("cpu"):
-        assert model(x).dtype == torch.bfloat16
+        y = model(x)
+        assert y.dtype == torch.bfloat16
+        torch.testing.assert_close(y, fastdl.unfreeze(copy.deepcopy(model))(x), rtol=0, atol=0)
     with pytest.raises(RuntimeError, match="one dtype, got input float64, weight float32"):
         model(x.double())
     with pytest.raises(RuntimeError, match=r"argument 'input': expected \[..., 8\]"):
         model(torch.ones(5, 9))
-    assert dict(calls.handbacks) == {("linear", "autocast to bfloat16"): 1}
+    assert not calls.handbacks
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_general_path_with_half_packs(dtype, generator):
+    model = model_of(8, 4, dtype=dtype)
+    x = integer_matrix((3, 5, 8), 64, generator, dtype)
+    expected = model(x)
+    fastdl.freeze(model)
+    torch.testing.assert_close(torch.func.vmap(model)(x), expected, rtol=0, atol=0)
+    assert not calls.handbacks
 
 
 # --- what a pack is and is not ------------------------------------------------------------------------------------
@@ -188,7 +201,9 @@ def test_layers_that_cannot_be_frozen_are_named():
     model = model_of(8, 6, 4)
     model[0].double()
     parametrizations.weight_norm(model[1])
-    with pytest.warns(UserWarning, match=r"0: expected a float32 weight on cpu, got .*float64.*; 1: parametrised"):
+    with pytest.warns(
+        UserWarning, match=r"0: expected a float32, bfloat16 or float16 weight on cpu, got .*float64.*; 1: parametrised"
+    ):
         fastdl.freeze(model)
     assert model[0]._pack is None
     with pytest.warns(UserWarning, match="Sequential has no swapped layer: optimize it first"):

@@ -6,18 +6,15 @@ Catches dropped, doubled and misplaced terms at every tail around every tile and
 import pytest
 import torch
 
-from conftest import VECTOR_WIDTH, layout_pairs, takes
+from conftest import DTYPES, VECTOR_WIDTH, every_dtype, exact_product, layout_pairs, takes
 from fastdl import _C, testing
 from fastdl.testing import GuardedOutput, integer_matrix, tails
 
 
 def blocks(kernel):
     """The plan for a problem larger than its blocks."""
-    return _C.gemm_plan(4096, 4096, 4096, b_strides=(1, 4096), kernel=kernel["name"], isa=kernel["isa"], threads=1)
-
-
-def exact_product(a, b):
-    return (a.double() @ b.double()).float()
+    strides, levels = {"b_strides": (1, 4096)}, {"kernel": kernel["name"], "isa": kernel["isa"]}
+    return _C.gemm_plan(4096, 4096, 4096, **strides, **levels, dtype=kernel["dtype"], threads=1)
 
 
 def m_tails(kernel):
@@ -36,28 +33,29 @@ def k_tails(kernel):
 
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize("accumulate", [False, True], ids=["write", "accumulate"])
-def test_every_tail(kernel, bias, accumulate, generator):
+def test_every_tail(kernel, bias, accumulate, integers, guarded):
     sizes_m, sizes_n = m_tails(kernel), n_tails(kernel)
     for K in k_tails(kernel):
-        a_all = integer_matrix((sizes_m[-1], K), K, generator)
-        bt_all = integer_matrix((sizes_n[-1], K), K, generator)
-        add = integer_matrix((sizes_n[-1],), 1, generator) if bias else None
+        a_all = integers((sizes_m[-1], K), K)
+        bt_all = integers((sizes_n[-1], K), K)
+        add = integers((sizes_n[-1],), 1) if bias else None
         before = 3.0 if accumulate else 0.0
-        expected = exact_product(a_all, bt_all.t()) + before + (add if bias else 0.0)
+        terms = [torch.tensor(before), *([add] if bias else [])]
+        expected = exact_product(a_all, bt_all.t(), *terms)
         b_all = bt_all.t().contiguous()
         for M in sizes_m:
             for N in sizes_n:
                 for b in (b_all[:, :N], bt_all[:N].t()):  # rows along N, rows along K
                     if not takes(kernel, a_all, b):
                         continue
-                    out = GuardedOutput((M, N), fill=before if accumulate else float("nan"))
+                    out = guarded((M, N), fill=before if accumulate else float("nan"))
                     _C.gemm(out.view, a_all[:M], b, add[:N] if bias else None, accumulate, kernel=kernel["name"])
                     assert torch.equal(out.view, expected[:M, :N]), (M, N, K, b.stride())
                     out.assert_guards_intact()
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_k_blocks_and_parts(kernel, threads, generator):
+def test_k_blocks_and_parts(kernel, threads, integers, guarded):
     """K beyond two blocks, with a tail; C cut into parts of a few tiles, each with a tail."""
     mr, nr, kc = kernel["mr"], kernel["nr"], blocks(kernel)["kc"]
     for a_layout, b_layout in layout_pairs(kernel, ("contiguous", "transposed")):
@@ -66,20 +64,28 @@ def test_k_blocks_and_parts(kernel, threads, generator):
             (6 * mr + 1, nr + 1, kc + 9),
             (mr + 1, 6 * nr + 1, kc + 9),
         ]:
-            a = testing.LAYOUTS[a_layout](integer_matrix((M, K), K, generator))
-            b = testing.LAYOUTS[b_layout](integer_matrix((K, N), K, generator))
-            bias = integer_matrix((N,), 1, generator)
-            out = GuardedOutput((M, N), fill=-2.0)
+            a = testing.LAYOUTS[a_layout](integers((M, K), K))
+            b = testing.LAYOUTS[b_layout](integers((K, N), K))
+            bias = integers((N,), 1)
+            out = guarded((M, N), fill=-2.0)
             _C.gemm(out.view, a, b, bias, True, kernel=kernel["name"], threads=threads)
-            assert torch.equal(out.view, exact_product(a, b) + bias - 2), (a_layout, b_layout, M, N, K)
+            assert torch.equal(out.view, exact_product(a, b, bias, torch.tensor(-2))), (a_layout, b_layout, M, N, K)
             out.assert_guards_intact()
 
 
-@pytest.mark.parametrize("crossed, threads", [("mc", 1), ("mc", 2), ("nc", 1), ("nc", 2), ("mc and nc", 1)])
-def test_packed_blocks(kernel, crossed, threads, generator):
+@pytest.mark.rows(kind="tile")
+@pytest.mark.parametrize("crossed, threads", [("mc", 1), ("mc", 2), ("nc", 1), ("nc", 2)])
+def test_packed_blocks(kernel, crossed, threads, integers, guarded):
+    check_packed_blocks(kernel, crossed, threads, integers, guarded)
+
+
+@pytest.mark.rows(kind="tile", dtype="float32")  # 16 bits: the sums that a part keeps bound it to fewer blocks
+def test_packed_blocks_both_ways(kernel, integers, guarded):
+    check_packed_blocks(kernel, "mc and nc", 1, integers, guarded)
+
+
+def check_packed_blocks(kernel, crossed, threads, integers, guarded):
     """The output grown until the plan cuts it into several packed blocks along M, along N, along both."""
-    if kernel["kind"] == "dot":
-        pytest.skip("packs nothing")
     K = 2 * blocks(kernel)["kc"] - 5
     M, N = (1024 if "mc" in crossed else 50), 1024
 
@@ -89,22 +95,22 @@ def test_packed_blocks(kernel, crossed, threads, generator):
         return ("mc" not in crossed or along_m) and ("nc" not in crossed or along_n)
 
     while True:
-        a = integer_matrix((K, M), K, generator).t()
-        b = integer_matrix((K, -(-N // 512) * 512), K, generator)[:, :N]  # rows that collide in L1 are packed
-        out = GuardedOutput((M, N), fill=-2.0)
+        a = integers((K, M), K).t()
+        b = integers((K, -(-N // 512) * 512), K)[:, :N]  # rows that collide in L1 are packed
+        out = guarded((M, N), fill=-2.0)
         if cut(_C.matmul_plan(out.view, a, b, kernel=kernel["name"], threads=threads)):
             break
         if M * N > 2**25:
             pytest.skip("the caches of this machine hold every block of a problem that is still quick to multiply")
         M, N = M + 512 * ("mc" in crossed), N + 1024 * ("nc" in crossed)
-    bias = integer_matrix((N,), 1, generator)
+    bias = integers((N,), 1)
     _C.gemm(out.view, a, b, bias, True, kernel=kernel["name"], threads=threads)
-    assert torch.equal(out.view, exact_product(a, b) + bias - 2), (M, N, K)
+    assert torch.equal(out.view, exact_product(a, b, bias, torch.tensor(-2))), (M, N, K)
     out.assert_guards_intact()
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_linear(kernel, threads, generator):
+def test_linear(kernel, threads, integers, guarded):
     mr, nr = kernel["mr"], kernel["nr"]
     for lead, K, N in (
         ((1,), 40, nr),
@@ -112,115 +118,136 @@ def test_linear(kernel, threads, generator):
         ((2, mr + 1), 33, 2 * nr + 1),
         ((6 * mr + 1,), 129, 5 * nr + 3),
     ):
-        x = integer_matrix((*lead, K), K, generator)
-        weight = integer_matrix((N, K), K, generator)
-        bias = integer_matrix((N,), 1, generator)
-        out = torch.full((*lead, N), float("nan"))
+        x = integers((*lead, K), K)
+        weight = integers((N, K), K)
+        bias = integers((N,), 1)
+        out = torch.full((*lead, N), float("nan"), dtype=x.dtype)
         _C.linear(out, x, weight, bias, kernel=kernel["name"], threads=threads)
-        assert torch.equal(out, exact_product(x, weight.t()) + bias), (lead, N, K)
+        assert torch.equal(out, exact_product(x, weight.t(), bias)), (lead, N, K)
         _C.linear(out, x, weight, kernel=kernel["name"], threads=threads)
         assert torch.equal(out, exact_product(x, weight.t())), (lead, N, K)
 
 
-def test_linear_packed(kernel, generator):
+def unpacked(pack, K, kernel):
+    """The panels of a pack as rows: [N rounded up to panels, K (rounded up to pairs)]."""
+    pairs = kernel["isa"] == "avx512bf16"  # a float of a panel holds two elements that follow each other along K
+    steps = (K + 1) // 2 if pairs else K
+    floats = pack.view(-1, steps, kernel["nr"]).permute(0, 2, 1).flatten()
+    return floats.view(torch.bfloat16).view(-1, 2 * steps) if pairs else floats.view(-1, steps)
+
+
+def assert_pack_holds(pack, b, kernel):
+    """Every element of b [K, N] once, zeros elsewhere."""
+    K, N = b.shape
+    rows = unpacked(pack, K, kernel)
+    expected = torch.zeros_like(rows)
+    expected[:N, :K] = b.t()
+    assert torch.equal(rows, expected), (N, K)
+
+
+@pytest.mark.rows(kind="tile")
+def test_linear_packed(kernel, integers, guarded):
     """Frozen packs: the panels hold every weight once, zeros elsewhere, and multiply as the plain weight."""
-    if kernel["kind"] != "tile":
-        pytest.skip("frozen packs are laid out for tile kernels")
     name, nr = kernel["name"], kernel["nr"]
     kc = blocks(kernel)["kc"]
     for N in tails(nr):
         for K in (1, 7, kc - 1, kc, kc + 1):
-            weight = integer_matrix((N, K), K, generator)
+            weight = integers((N, K), K)
             pack = torch.full((_C.pack_numel(K, N, name),), float("nan"))
             _C.pack(pack, weight.t(), name)
-            panels = pack.view(-1, K, nr).permute(0, 2, 1).reshape(-1, K)
-            assert torch.equal(panels[:N], weight) and bool((panels[N:] == 0).all()), (N, K)
-            bias = integer_matrix((N,), 1, generator)
+            assert_pack_holds(pack, weight.t(), kernel)
+            bias = integers((N,), 1)
             for M in (1, kernel["mr"], 2 * kernel["mr"] + 1):
-                x = integer_matrix((M, K), K, generator)
-                out = GuardedOutput((M, N))
+                x = integers((M, K), K)
+                out = guarded((M, N))
                 _C.linear_packed(out.view, x, pack, bias, N, name)
-                assert torch.equal(out.view, exact_product(x, weight.t()) + bias), (M, N, K)
+                assert torch.equal(out.view, exact_product(x, weight.t(), bias)), (M, N, K)
                 out.assert_guards_intact()
 
 
+@pytest.mark.rows(kind="tile")
 @pytest.mark.parametrize("layout", testing.LAYOUTS)
-def test_pack_in_every_layout(kernel, layout, generator):
+def test_pack_in_every_layout(kernel, layout, integers, guarded):
     name, nr = kernel["name"], kernel["nr"]
-    if kernel["kind"] != "tile":
-        pytest.skip("frozen packs are laid out for tile kernels")
     for N in tails(nr):
-        b = testing.LAYOUTS[layout](integer_matrix((19, N), 1, generator))
-        pack = torch.full((_C.pack_numel(19, N, name),), float("nan"))
-        _C.pack(pack, b, name)
-        panels = pack.view(-1, 19, nr).permute(0, 2, 1).reshape(-1, 19)
-        assert torch.equal(panels[:N], b.t()) and bool((panels[N:] == 0).all()), N
+        for K in (19, 70):
+            b = testing.LAYOUTS[layout](integers((K, N), 1))
+            pack = torch.full((_C.pack_numel(K, N, name),), float("nan"))
+            _C.pack(pack, b, name)
+            assert_pack_holds(pack, b, kernel)
 
 
-def test_frozen_pack_kernel_is_a_row_of_the_table():
-    rows = {row["name"]: row for row in _C.kernels("gemm")}
-    assert rows[_C.pack_kernel()]["available"] and rows[_C.pack_kernel()]["kind"] == "tile"
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_frozen_pack_kernel_is_a_row_of_the_table(dtype):
+    row = {row["name"]: row for row in _C.kernels("gemm")}[_C.pack_kernel(dtype)]
+    assert row["available"] and row["kind"] == "tile" and row["dtype"] == dtype
 
 
-def test_forced_kernel_is_the_one_that_runs(kernel, generator):
-    a, b = integer_matrix((20, 30), 30, generator), integer_matrix((40, 30), 30, generator).t()
+def test_forced_kernel_is_the_one_that_runs(kernel, integers):
+    a, b = integers((20, 30), 30), integers((40, 30), 30).t()
+    out = torch.empty(20, 40, dtype=a.dtype)
     _C.reset_counters()
-    _C.gemm(torch.empty(20, 40), a, b, kernel=kernel["name"])
-    _C.linear(torch.empty(20, 40), a, b.t(), kernel=kernel["name"])
+    _C.gemm(out, a, b, kernel=kernel["name"])
+    _C.linear(out, a, b.t(), kernel=kernel["name"])
     assert {name: n for name, n in _C.counters().items() if n} == {kernel["name"]: 2}
 
 
+@every_dtype
 @pytest.mark.parametrize("layout", testing.LAYOUTS)
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_sum_rows(layout, threads, generator):
+def test_sum_rows(layout, threads, dtype, generator):
     for shape in ((1, 1), (1, 70), (300, 1), (33, 17), (2, 5, 16), (1000, 259), (4, 300, 259)):
-        x = testing.LAYOUTS[layout](integer_matrix(shape, 2000, generator))
-        out = GuardedOutput((1, shape[-1]))
+        x = testing.LAYOUTS[layout](integer_matrix(shape, 2000, generator, dtype))
+        out = GuardedOutput((1, shape[-1]), dtype=dtype)
         _C.sum_rows(out.view[0], x, threads=threads)
-        assert torch.equal(out.view[0], x.double().flatten(0, -2).sum(0).float()), shape
+        assert torch.equal(out.view[0], x.double().flatten(0, -2).sum(0).to(dtype)), shape
         out.assert_guards_intact()
 
 
+@every_dtype
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0, 5), (4, 0)])
-def test_sum_rows_of_nothing_is_zero(shape):
-    out = torch.full((shape[-1],), float("nan"))
-    _C.sum_rows(out, torch.empty(shape))
-    assert torch.equal(out, torch.zeros(shape[-1]))
+def test_sum_rows_of_nothing_is_zero(shape, dtype):
+    out = torch.full((shape[-1],), float("nan"), dtype=dtype)
+    _C.sum_rows(out, torch.empty(shape, dtype=dtype))
+    assert torch.equal(out, torch.zeros(shape[-1], dtype=dtype))
 
 
 WGRAD_SHAPES = [((), 5, 7), ((1,), 33, 17), ((40,), 33, 17), ((2, 9), 1, 30), ((3, 4, 5), 30, 1), ((700,), 70, 130)]
 
 
+@every_dtype
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("lead, N, K", WGRAD_SHAPES, ids=str)
-def test_linear_wgrad(lead, N, K, threads, generator):
+def test_linear_wgrad(lead, N, K, threads, dtype, generator):
     """Contracted over all leading dimensions, also where they do not merge into rows of one stride."""
     for permute in (False, True):
-        grad = integer_matrix((*lead, N), 700, generator)
-        x = integer_matrix((*lead, K), 700, generator)
+        grad = integer_matrix((*lead, N), 700, generator, dtype)
+        x = integer_matrix((*lead, K), 700, generator, dtype)
         if permute and len(lead) > 1:
             grad, x = grad.transpose(0, len(lead) - 1), x.transpose(0, len(lead) - 1)
-        out = GuardedOutput((N, K))
+        out = GuardedOutput((N, K), dtype=dtype)
         _C.linear_wgrad(out.view, grad, x, threads=threads)
         rows = grad.reshape(-1, N).double(), x.reshape(-1, K).double()
-        assert torch.equal(out.view, (rows[0].t() @ rows[1]).float())
+        assert torch.equal(out.view, (rows[0].t() @ rows[1]).to(dtype))
         out.assert_guards_intact()
 
 
+@every_dtype
 @pytest.mark.parametrize("x_layout", testing.LAYOUTS)
 @pytest.mark.parametrize("grad_layout", testing.LAYOUTS)
-def test_linear_wgrad_layouts(grad_layout, x_layout, generator):
-    grad = testing.LAYOUTS[grad_layout](integer_matrix((2, 21, 37), 42, generator))
-    x = testing.LAYOUTS[x_layout](integer_matrix((2, 21, 35), 42, generator))
-    out = GuardedOutput((37, 35))
+def test_linear_wgrad_layouts(grad_layout, x_layout, dtype, generator):
+    grad = testing.LAYOUTS[grad_layout](integer_matrix((2, 21, 37), 42, generator, dtype))
+    x = testing.LAYOUTS[x_layout](integer_matrix((2, 21, 35), 42, generator, dtype))
+    out = GuardedOutput((37, 35), dtype=dtype)
     _C.linear_wgrad(out.view, grad, x)
     rows = grad.reshape(-1, 37).double(), x.reshape(-1, 35).double()
-    assert torch.equal(out.view, (rows[0].t() @ rows[1]).float())
+    assert torch.equal(out.view, (rows[0].t() @ rows[1]).to(dtype))
     out.assert_guards_intact()
 
 
+@every_dtype
 @pytest.mark.parametrize("lead", [(0,), (2, 0), (0, 3)], ids=str)
-def test_linear_wgrad_of_nothing_is_zero(lead):
-    out = torch.full((4, 5), float("nan"))
-    _C.linear_wgrad(out, torch.empty(*lead, 4), torch.empty(*lead, 5))
-    assert torch.equal(out, torch.zeros(4, 5))
+def test_linear_wgrad_of_nothing_is_zero(lead, dtype):
+    out = torch.full((4, 5), float("nan"), dtype=dtype)
+    _C.linear_wgrad(out, torch.empty(*lead, 4, dtype=dtype), torch.empty(*lead, 5, dtype=dtype))
+    assert torch.equal(out, torch.zeros(4, 5, dtype=dtype))

@@ -9,7 +9,7 @@ import pickle
 import pytest
 import torch
 
-from conftest import b_for, takes
+from conftest import DTYPES, b_for, exact_product, takes
 from fastdl import _C, functional, testing
 from fastdl.testing import LAYOUTS, integer_matrix
 
@@ -19,12 +19,11 @@ NAN, INF = math.nan, math.inf
 # --- NaN, Inf, signed zeros -----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("value", [NAN, INF, -INF], ids=str)
 @pytest.mark.parametrize("side", ["a", "b", "bias", "out"])
-def test_special_value_surfaces_exactly_where_it_should(kernel, gemm, side, value, generator):
+def test_special_value_surfaces_exactly_where_it_should(kernel, gemm, side, value, integers):
     mr, nr = kernel["mr"], kernel["nr"]
     M, N, K = 2 * mr + 1, nr + 3, 37
     for row, col in ((0, 0), (M - 1, N - 1), (mr, nr - 1)):
-        a, b = integer_matrix((M, K), K, generator), integer_matrix((K, N), K, generator)
-        bias, before = integer_matrix((N,), 1, generator), integer_matrix((M, N), 1, generator)
+        a, b, bias, before = integers((M, K), K), integers((K, N), K), integers((N,), 1), integers((M, N), 1)
         {"a": a[row], "b": b[:, col], "bias": bias, "out": before[row]}[side][
             {"bias": col, "out": col}.get(side, K - 1)
         ] = value
@@ -33,55 +32,61 @@ def test_special_value_surfaces_exactly_where_it_should(kernel, gemm, side, valu
         reference = testing.gemm_reference(a, b, bias, before)
         testing.assert_special_values(out, reference.expected)
         finite = reference.expected.isfinite()
-        assert torch.equal(out[finite], reference.expected[finite].float())
+        assert torch.equal(out[finite], reference.expected[finite].to(out.dtype))
 
 
 @pytest.mark.parametrize("value", [NAN, INF, -INF], ids=str)
-def test_zero_times_special_is_nan(kernel, gemm, value):
+def test_zero_times_special_is_nan(kernel, gemm, value, integers):
     """A zero operand, and the zero padding of a tile, must neither hide a NaN nor make one."""
     mr, nr = kernel["mr"], kernel["nr"]
     for M, N, K in ((1, 1, 1), (mr + 1, nr + 1, 5), (mr, nr, 8)):
-        b = torch.full((K, N), value)
-        out = torch.empty(M, N)
-        gemm(out, torch.zeros(M, K), b)
+        a, b = integers((M, K), K), integers((K, N), K)
+        out = torch.empty(M, N, dtype=a.dtype)
+        gemm(out, torch.full_like(a, value), torch.zeros_like(b))
         assert out.isnan().all(), (M, N, K)
-        gemm(out, torch.full((M, K), value), torch.zeros(K, N))
+        b.fill_(value)
+        gemm(out, torch.zeros_like(a), b)
         assert out.isnan().all(), (M, N, K)
-        gemm(out, torch.ones(M, K), b)
+        gemm(out, torch.ones_like(a), b)
         assert torch.equal(out.nan_to_num(-7, -8, -9), b[:1].expand(M, N).nan_to_num(-7, -8, -9)), (M, N, K)
 
 
-def test_opposite_infinities_are_nan(gemm):
-    a, b = torch.ones(3, 10), torch.ones(10, 20)
+def test_opposite_infinities_are_nan(gemm, integers):
+    a, b = integers((3, 10), 10).abs(), integers((10, 20), 10)
     b[2, 5], b[9, 5] = INF, -INF
-    out = torch.empty(3, 20)
+    out = torch.empty(3, 20, dtype=a.dtype)
     gemm(out, a, b)
     assert out[:, 5].isnan().all() and int(out.isnan().sum()) == 3
 
 
-def test_overflow_is_infinite_with_its_sign(gemm):
-    a = torch.full((3, 4), 1e30)
-    a[1] = -1e30
-    out = torch.empty(3, 20)
-    gemm(out, a, torch.full((4, 20), 1e30))
-    assert torch.equal(out, torch.tensor([[INF], [-INF], [INF]]).expand(3, 20))
+def test_overflow_is_infinite_with_its_sign(kernel, gemm):
+    dtype = DTYPES[kernel["dtype"]]
+    large = torch.finfo(dtype).max / 2
+    a = torch.full((3, 4), large, dtype=dtype)
+    a[1] *= -1
+    out = torch.empty(3, 20, dtype=dtype)
+    gemm(out, a, torch.full((4, 20), large, dtype=dtype))
+    assert torch.equal(out, torch.tensor([[INF], [-INF], [INF]], dtype=dtype).expand(3, 20))
 
 
-def test_not_accumulating_ignores_what_out_held(gemm, generator):
+def test_not_accumulating_ignores_what_out_held(gemm, integers):
     """beta = 0 means that out is not read: a NaN left in fresh memory must not survive."""
-    a, b = integer_matrix((15, 1000), 1000, generator), integer_matrix((1000, 40), 1000, generator)
+    a, b = integers((15, 1000), 1000), integers((1000, 40), 1000)
     for value in (NAN, INF):
-        out = torch.full((15, 40), value)
+        out = torch.full((15, 40), value, dtype=a.dtype)
         gemm(out, a, b)
-        assert torch.equal(out, (a.double() @ b.double()).float())
+        assert torch.equal(out, exact_product(a, b))
 
 
-def test_signed_zeros(gemm):
+def test_signed_zeros(kernel, gemm):
     """A sum of nothing but -0 may come out as either zero; beside anything else a zero of either sign is nothing."""
-    out = torch.empty(2, 20)
-    gemm(out, torch.full((2, 3), -0.0), torch.ones(3, 20))
+    zeros, out, ones = (
+        torch.full(shape, value, dtype=DTYPES[kernel["dtype"]])
+        for shape, value in (((2, 3), -0.0), ((2, 20), NAN), ((3, 20), 1.0))
+    )
+    gemm(out, zeros, ones)
     assert bool((out == 0).all())
-    gemm(out, torch.full((2, 3), -0.0), torch.ones(3, 20), torch.full((20,), -1.0))
+    gemm(out, zeros, ones, -ones[0])
     assert bool((out == -1).all())
 
 
@@ -100,6 +105,7 @@ def subnormal_problem(M=400, N=400):
     return torch.full((M, 2), 2.0**-70), torch.full((2, N), 2.0**-70)
 
 
+@pytest.mark.rows(dtype="float32")
 @pytest.mark.parametrize("threads", [1, 2])
 def test_subnormals_are_kept_by_default(gemm, threads, generator):
     a, b = subnormal_problem()
@@ -113,6 +119,7 @@ def test_subnormals_are_kept_by_default(gemm, threads, generator):
     assert torch.equal(out, (a.double() @ b.double()).float())
 
 
+@pytest.mark.rows(dtype="float32")
 @pytest.mark.parametrize("threads", [1, 2])
 def test_flush_denormal_reaches_the_team_and_does_not_stay(gemm, threads, flush_denormal):
     a, b = subnormal_problem()
@@ -125,6 +132,7 @@ def test_flush_denormal_reaches_the_team_and_does_not_stay(gemm, threads, flush_
     assert int((out == 2.0**-139).sum()) == out.numel()
 
 
+@pytest.mark.rows(dtype="float32")
 @pytest.mark.parametrize("flush", [False, True], ids=["kept", "flushed"])
 def test_sums_around_the_smallest_normal_number(gemm, flush, flush_denormal, generator):
     """Products from 2^-146 to 2^-106: some vanish, some are subnormal, sums are often normal."""
@@ -149,22 +157,23 @@ def test_flush_denormal_does_not_leak_into_torch(flush_denormal):
 # --- empty and huge ---------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("M, N", [(5, 7), (1, 1), (40, 100)])
 def test_k_zero(kernel, gemm, M, N):
-    a, b, bias = torch.empty(M, 0), torch.empty(0, N), torch.arange(N).float()
+    dtype = DTYPES[kernel["dtype"]]
+    a, b, bias = torch.empty(M, 0, dtype=dtype), torch.empty(0, N, dtype=dtype), torch.arange(N).to(dtype)
     for given_bias, accumulate in itertools.product((None, bias), (False, True)):
-        out = torch.full((M, N), 3.0 if accumulate else NAN)
+        out = torch.full((M, N), 3.0 if accumulate else NAN, dtype=dtype)
         gemm(out, a, b, given_bias, accumulate)
-        assert torch.equal(out, (torch.zeros(N) if given_bias is None else bias).expand(M, N) + 3.0 * accumulate)
-    out = torch.full((2, M, N), NAN)
-    _C.linear(out, torch.empty(2, M, 0), torch.empty(N, 0), bias, kernel=kernel["name"])
+        assert torch.equal(out, (torch.zeros_like(bias) if given_bias is None else bias).expand(M, N) + 3 * accumulate)
+    out = torch.full((2, M, N), NAN, dtype=dtype)
+    _C.linear(out, a.expand(2, M, 0), b.t(), bias, kernel=kernel["name"])
     assert torch.equal(out, bias.expand(2, M, N))
 
 
 @pytest.mark.parametrize(
     "batch, M, N, K", [((), 0, 5, 3), ((), 5, 0, 3), ((), 0, 0, 0), ((0,), 4, 4, 4), ((2, 0), 1, 1, 0)]
 )
-def test_empty_output(gemm, batch, M, N, K):
+def test_empty_output(gemm, integers, batch, M, N, K):
     out = torch.empty(*batch, M, N)
-    gemm(out, torch.empty(*batch, M, K), torch.empty(*batch, K, N), torch.empty(N))
+    gemm(integers((*batch, M, N), 1), integers((*batch, M, K), 1), integers((*batch, K, N), 1), integers((N,), 1))
     assert functional.matmul(torch.empty(*batch, M, K), torch.empty(*batch, K, N)).shape == out.shape
     assert functional.linear(torch.empty(*batch, M, K), torch.empty(N, K)).shape == out.shape
 
@@ -185,21 +194,22 @@ def test_sizes_whose_product_overflows(call):
         call(x)
 
 
-def test_long_strides_are_64_bit(kernel, generator):
+def test_long_strides_are_64_bit(kernel, integers):
     """Offsets beyond 2^31 elements, in an address range of which only the ends are ever touched."""
-    size = 4 * (2**31 + 64)
+    dtype = DTYPES[kernel["dtype"]]
+    size = dtype.itemsize * (2**31 + 64)
     reserve_nothing = getattr(mmap, "MAP_NORESERVE", 0x4000)
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | reserve_nothing)
-    far = torch.frombuffer(memory, dtype=torch.float32).as_strided((2, 3), (2**31, 1))
+    far = torch.frombuffer(memory, dtype=dtype).as_strided((2, 3), (2**31, 1))
     far.copy_(torch.tensor([[1.0, 2, 3], [4, 5, 6]]))
-    rows, columns = integer_matrix((4, 3), 3, generator), b_for(kernel, integer_matrix((3, 4), 3, generator))
+    rows, columns = integers((4, 3), 3), b_for(kernel, integers((3, 4), 3))
     pairs = [(far, columns), (rows, far.mT), (far[:, :2].mT, columns[:2]), (rows[:, :2], far[:, :2])]
     pairs = [(a, b) for a, b in pairs if takes(kernel, a, b)]
     assert len(pairs) >= 2
     for a, b in pairs:
-        out = torch.empty(a.shape[0], b.shape[1])
+        out = torch.empty(a.shape[0], b.shape[1], dtype=dtype)
         _C.gemm(out, a, b, kernel=kernel["name"])
-        assert torch.equal(out, (a.double() @ b.double()).float())
+        assert torch.equal(out, exact_product(a, b))
 
 
 # --- tensors that are more than data ----------------------------------------------------------------------------------

@@ -5,9 +5,10 @@ import itertools
 import pytest
 import torch
 
+from conftest import DTYPES
 from fastdl import _C
 
-LEVELS = ["scalar", "avx2", "avx512", "amx"]
+LEVELS = ["scalar", "avx2", "avx512", "avx512bf16", "amx"]
 SHAPES = [(1, 1, 1), (1, 4096, 4096), (4096, 1, 4096), (5, 7, 3), (128, 45, 45), (384, 1024, 1024), (384, 1024, 4096)]
 SHAPES += [
     (4096, 4096, 4096),
@@ -26,8 +27,10 @@ def up(n, tile):
 
 
 def plans(**options):
-    for (M, N, K), isa, threads in itertools.product(SHAPES, LEVELS, (1, 2, 8, 64)):
-        yield M, N, K, isa, threads, _C.gemm_plan(M, N, K, isa=isa, threads=threads, **CACHES, **options)
+    """(M, N, K, isa, threads, dtype, plan) over all of them."""
+    for (M, N, K), isa, threads, dtype in itertools.product(SHAPES, LEVELS, (1, 2, 8, 64), DTYPES):
+        plan = _C.gemm_plan(M, N, K, isa=isa, threads=threads, dtype=dtype, **CACHES, **options)
+        yield M, N, K, isa, threads, dtype, plan
 
 
 def test_same_question_same_answer():
@@ -40,15 +43,17 @@ def test_levels_this_machine_lacks_can_be_planned():
     compiled = _C.build_info()["isa_compiled"]
     for isa in LEVELS:
         if isa in compiled:
-            plan = _C.gemm_plan(512, 512, 512, isa=isa, threads=2, **CACHES)
-            assert LEVELS.index(plan["isa"]) <= LEVELS.index(isa)
-            assert plan["kernel"] in {row["name"] for row in _C.kernels("gemm")}
+            for dtype in DTYPES:
+                plan = _C.gemm_plan(512, 512, 512, isa=isa, threads=2, dtype=dtype, **CACHES)
+                assert LEVELS.index(plan["isa"]) <= LEVELS.index(isa)
+                assert plan["kernel"] in {row["name"] for row in _C.kernels("gemm")}
 
 
 def test_plan_names_a_row_with_its_tile():
     rows = {row["name"]: row for row in _C.kernels("gemm")}
-    for M, N, K, isa, _, plan in plans():
+    for M, N, K, isa, _, dtype, plan in plans():
         row = rows[plan["kernel"]]
+        assert row["dtype"] == dtype
         assert (plan["M"], plan["N"], plan["K"], plan["batch"]) == (M, N, K, 1)
         assert 1 <= plan["mr"] <= row["mr"]  # M cut evenly may need fewer rows
         assert (plan["nr"], plan["isa"]) == (row["nr"], row["isa"])
@@ -57,20 +62,25 @@ def test_plan_names_a_row_with_its_tile():
 
 
 def test_forced_kernel_is_planned(kernel):
-    plan = _C.gemm_plan(300, 300, 300, b_strides=(1, 300), kernel=kernel["name"], threads=2)
+    plan = _C.gemm_plan(300, 300, 300, b_strides=(1, 300), kernel=kernel["name"], threads=2, dtype=kernel["dtype"])
     assert plan["kernel"] == kernel["name"]
 
 
 @pytest.mark.parametrize(
     "a_strides, b_strides", [(None, None), ((1, 5000), (1, 5000)), ((7, 3), (9, 2)), ((0, 1), (1, 0))]
 )
-def test_workspace_is_the_packed_blocks(a_strides, b_strides):
-    """threads x (A block mc x kc + B block kc x nc), each with at most two pages of slack; 0 when none is packed."""
-    for *_, plan in plans(a_strides=a_strides, b_strides=b_strides):
-        blocks = plan["pack_a"] * plan["mc"] * plan["kc"] + plan["pack_b"] * plan["kc"] * plan["nc"]
-        slack = 8192 * (plan["pack_a"] + plan["pack_b"])
+def test_workspace_is_the_packed_blocks_and_the_sums(a_strides, b_strides):
+    """A thread: A block mc x kc, B block kc x nc (half for pairs of 16 bits), float32 sums of a part of C in 16 bits;
+    each with at most two pages of slack; 0 where there is none."""
+    for M, N, _, _, _, dtype, plan in plans(a_strides=a_strides, b_strides=b_strides):
+        kc = -(-plan["kc"] // 2) if plan["isa"] == "avx512bf16" else plan["kc"]
+        blocks = plan["pack_a"] * plan["mc"] * kc + plan["pack_b"] * kc * plan["nc"]
+        along_m, along_n = plan["grid"]
+        columns = min(N, -(-up(N, plan["nr"]) // plan["nr"] // along_n) * plan["nr"])
+        sums = 0 if dtype == "float32" else -(-M // along_m) * columns
+        slack = 8192 * (plan["pack_a"] + plan["pack_b"] + (dtype != "float32"))
         assert plan["workspace_bytes"] % plan["threads"] == 0
-        assert 4 * blocks <= plan["workspace_bytes"] // plan["threads"] <= 4 * blocks + slack, plan
+        assert 4 * (blocks + sums) <= plan["workspace_bytes"] // plan["threads"] <= 4 * (blocks + sums) + slack, plan
 
 
 @pytest.mark.parametrize("a_strides, b_strides", [(None, None), ((1, 5000), (1, 5000))])
@@ -84,17 +94,17 @@ def test_blocks_are_whole_tiles_and_no_larger_than_the_problem(a_strides, b_stri
 
 def test_workspace_stays_near_the_caches():
     """Packed in pieces: never the whole operand (4096^3 would be 128 MB)."""
-    for *_, threads, plan in plans():
+    for *_, threads, _, plan in plans():
         assert plan["workspace_bytes"] <= max(threads, 1) * 8 * CACHES["l2"], plan
 
 
 def test_threads_are_one_or_all_and_the_grid_covers_the_output():
-    for M, N, _, _, threads, plan in plans():
+    for M, N, _, _, threads, dtype, plan in plans():
         assert plan["threads"] in (1, threads)
         along_m, along_n = plan["grid"]
         assert along_m * along_n >= plan["threads"] or plan["batch"] > 1 or min(M, N) == 0, plan
         assert along_m >= 1 and along_n >= 1, plan
-        if plan["threads"] == 1:
+        if plan["threads"] == 1 and dtype == "float32":  # 16 bits: cut until the sums of a part fit
             assert (along_m, along_n) == (1, 1), plan
 
 
@@ -107,6 +117,24 @@ def test_sizes_near_the_end_of_64_bits():
     for M, N, K in itertools.product((1, 2**31, 2**40), repeat=3):
         plan = _C.gemm_plan(M, N, K, threads=64, **CACHES)
         assert 0 <= plan["workspace_bytes"] <= 64 * 8 * CACHES["l2"], plan
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_sums_of_a_part_are_at_most_4_mib(dtype):
+    for M, N in ((1, 4096), (4096, 4096), (100000, 8), (3, 2**24), (2**24, 1)):
+        plan = _C.gemm_plan(M, N, 0, dtype=dtype, threads=3, **CACHES)
+        assert plan["workspace_bytes"] <= 3 * ((4 << 20) + 3 * 8192 + 4 * (plan["mc"] + plan["nc"]) * 8), plan
+        along_m, along_n = plan["grid"]
+        assert -(-M // along_m) * min(N, -(-up(N, plan["nr"]) // plan["nr"] // along_n) * plan["nr"]) <= 2**20, plan
+
+
+def test_dtype_without_that_kernel_is_an_error():
+    rows = {row["dtype"]: row["name"] for row in _C.kernels("gemm")}
+    for dtype, other in itertools.permutations(rows, 2):
+        with pytest.raises(RuntimeError, match=rf"{rows[other]}.*expected.*got"):
+            _C.gemm_plan(8, 8, 8, dtype=dtype, kernel=rows[other], b_strides=(1, 8))
+    with pytest.raises(RuntimeError, match=r"dtype.*float64"):
+        _C.gemm_plan(8, 8, 8, dtype="float64")
 
 
 def test_what_lost_is_listed_with_a_reason():

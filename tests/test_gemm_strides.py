@@ -8,24 +8,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import b_for, layout_pairs, takes
+from conftest import DTYPES, b_for, exact_product, layout_pairs, takes
 from fastdl import _C, functional, testing
 from fastdl.testing import LAYOUTS, GuardedOutput, integer_matrix
 
 
-def exact_product(a, b):
-    return (a.double() @ b.double()).float()
-
-
-def test_every_pair_of_layouts(kernel, generator):
+def test_every_pair_of_layouts(kernel, integers, guarded):
     mr, nr = kernel["mr"], kernel["nr"]
     pairs = layout_pairs(kernel)
     assert len(pairs) == (len(LAYOUTS) ** 2 if kernel["kind"] == "tile" else 25)
     for a_layout, b_layout in pairs:
         for M, N, K in [(2 * mr + 1, nr + 3, 37), (1, 2 * nr, 16), (mr, 5, 3), (3, 1, 50), (70, 1, 9)]:
-            a = LAYOUTS[a_layout](integer_matrix((M, K), K, generator))
-            b = LAYOUTS[b_layout](integer_matrix((K, N), K, generator))
-            out = GuardedOutput((M, N), row_gap=5 if N > 1 else 0)  # a dense column is computed as a row
+            a = LAYOUTS[a_layout](integers((M, K), K))
+            b = LAYOUTS[b_layout](integers((K, N), K))
+            out = guarded((M, N), row_gap=5 if N > 1 else 0)  # a dense column is computed as a row
             _C.gemm(out.view, a, b, kernel=kernel["name"], threads=2)
             assert torch.equal(out.view, exact_product(a, b)), (a_layout, b_layout, M, N, K)
             out.assert_guards_intact()
@@ -43,74 +39,74 @@ def test_every_pair_of_layouts_by_default(a_layout, generator):
         out.assert_guards_intact()
 
 
-def test_dot_kernels_refuse_other_layouts(kernel):
-    if kernel["kind"] != "dot":
-        pytest.skip("takes every layout")
-    rows, columns = torch.ones(5, 7), torch.ones(7, 5).mT
+@pytest.mark.rows(kind="dot")
+def test_dot_kernels_refuse_other_layouts(kernel, integers):
+    rows, columns, square = integers((5, 7), 1), integers((7, 5), 1).mT, integers((5, 5), 1)
+    out = torch.empty(5, 7, dtype=rows.dtype)
     with pytest.raises(RuntimeError, match=rf"gemm.*{kernel['name']}.*contiguous along K"):
-        _C.gemm(torch.empty(5, 5), columns, columns.mT, kernel=kernel["name"])
+        _C.gemm(out[:, :5].clone(), columns, columns.mT, kernel=kernel["name"])
     with pytest.raises(RuntimeError, match=rf"gemm.*{kernel['name']}.*contiguous along K"):
-        _C.gemm(torch.empty(5, 7), torch.ones(5, 5), rows, kernel=kernel["name"])
+        _C.gemm(out, square, rows, kernel=kernel["name"])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_linear_layouts(kernel, layout, generator):
-    x = LAYOUTS[layout](integer_matrix((3, 19, 45), 45, generator))
-    weight = LAYOUTS[layout](integer_matrix((33, 45), 45, generator))
+def test_linear_layouts(kernel, layout, integers, guarded):
+    x = LAYOUTS[layout](integers((3, 19, 45), 45))
+    weight = LAYOUTS[layout](integers((33, 45), 45))
     if not takes(kernel, x, weight.mT):
         pytest.skip("not contiguous along K")
-    bias = integer_matrix((66,), 1, generator)[::2]
-    out = GuardedOutput((3, 19, 33))
+    bias = integers((66,), 1)[::2]
+    out = guarded((3, 19, 33))
     _C.linear(out.view, x, weight, bias, kernel=kernel["name"])
-    assert torch.equal(out.view, exact_product(x, weight.mT) + bias)
+    assert torch.equal(out.view, exact_product(x, weight.mT, bias))
     out.assert_guards_intact()
     permuted = x.movedim(0, 1)  # leading dimensions that do not merge into one stride
-    out = GuardedOutput((19, 3, 33))
+    out = guarded((19, 3, 33))
     _C.linear(out.view, permuted, weight, bias, kernel=kernel["name"])
-    assert torch.equal(out.view, exact_product(permuted, weight.mT) + bias)
+    assert torch.equal(out.view, exact_product(permuted, weight.mT, bias))
     out.assert_guards_intact()
 
 
 @pytest.mark.parametrize("stride", [0, 1, 3], ids="stride{}".format)
-def test_bias_strides(kernel, stride, generator):
-    a, b = integer_matrix((9, 20), 20, generator), b_for(kernel, integer_matrix((20, 70), 20, generator))
-    bias = integer_matrix((300,), 1, generator).as_strided((70,), (stride,), 1)
-    out = GuardedOutput((9, 70))
+def test_bias_strides(kernel, stride, integers, guarded):
+    a, b = integers((9, 20), 20), b_for(kernel, integers((20, 70), 20))
+    bias = integers((300,), 1).as_strided((70,), (stride,), 1)
+    out = guarded((9, 70))
     _C.gemm(out.view, a, b, bias, kernel=kernel["name"])
-    assert torch.equal(out.view, exact_product(a, b) + bias)
+    assert torch.equal(out.view, exact_product(a, b, bias))
     out.assert_guards_intact()
 
 
 @pytest.mark.parametrize("batch_a, batch_b", list(testing.broadcast_batches()), ids=str)
-def test_batches(kernel, batch_a, batch_b, generator):
+def test_batches(kernel, batch_a, batch_b, integers, guarded):
     batch = torch.broadcast_shapes(batch_a, batch_b)
     pairs = layout_pairs(kernel, ("contiguous", "transposed", "both_strided", "expanded_rows"))
     K = 19
     for (a_layout, b_layout), (M, N) in itertools.product(
         pairs, [(kernel["mr"] + 2, kernel["nr"] + 1), (9, 1), (1, 9)]
     ):
-        a = LAYOUTS[a_layout](integer_matrix((*batch_a, M, K), K, generator))
-        b = LAYOUTS[b_layout](integer_matrix((*batch_b, K, N), K, generator))
-        bias = integer_matrix((N,), 1, generator)
+        a = LAYOUTS[a_layout](integers((*batch_a, M, K), K))
+        b = LAYOUTS[b_layout](integers((*batch_b, K, N), K))
+        bias = integers((N,), 1)
         for threads, accumulate in ((1, False), (2, True)):
-            out = GuardedOutput((*batch, M, N), row_gap=5 if N > 1 else 0, fill=5.0 if accumulate else float("nan"))
+            out = guarded((*batch, M, N), row_gap=5 if N > 1 else 0, fill=5.0 if accumulate else float("nan"))
             _C.gemm(out.view, a, b, bias, accumulate, kernel=kernel["name"], threads=threads)
-            expected = exact_product(a, b) + bias + (5 if accumulate else 0)
+            expected = exact_product(a, b, bias, torch.tensor(5 if accumulate else 0))
             assert torch.equal(out.view, expected), (a_layout, b_layout, M, N)
             out.assert_guards_intact()
 
 
-def test_batch_dimensions_expanded_permuted_and_gapped(kernel, generator):
+def test_batch_dimensions_expanded_permuted_and_gapped(kernel, integers):
     """Batch strides that no single stride describes, on inputs and output alike."""
     K = 21
-    a = integer_matrix((4, 3, 6, K), K, generator)[::2].movedim(0, 1)  # [3, 2, 6, K]
-    b = b_for(kernel, integer_matrix((1, 2, K, 18), K, generator)).expand(3, 2, K, 18)
-    out = torch.full((2, 5, 3, 6, 30), testing.GUARD)
+    a = integers((4, 3, 6, K), K)[::2].movedim(0, 1)  # [3, 2, 6, K]
+    b = b_for(kernel, integers((1, 2, K, 18), K)).expand(3, 2, K, 18)
+    out = torch.full((2, 5, 3, 6, 30), testing.GUARD, dtype=a.dtype)
     view = out[:, 1].movedim(0, 1)[..., 4:22]  # [3, 2, 6, 18]
     _C.gemm(view, a, b, kernel=kernel["name"], threads=2)
     assert torch.equal(view, exact_product(a, b))
     view.fill_(testing.GUARD)
-    assert bool((out == testing.GUARD).all())
+    assert bool((out == torch.tensor(testing.GUARD, dtype=a.dtype)).all())
 
 
 def test_more_batch_dimensions_than_the_kernels_loop_over(generator):
@@ -126,7 +122,7 @@ def test_more_batch_dimensions_than_the_kernels_loop_over(generator):
 # --- nothing outside the operands is touched, nothing is copied -------------------------------------------------------
 def test_guard_pages(kernel, run_python):
     """Operands that end, or begin, at a page that may not be accessed: a stray access kills the process."""
-    run_python("guard_pages.py", kernel["name"], kernel["kind"], kernel["mr"], kernel["nr"])
+    run_python("guard_pages.py", kernel["name"])
 
 
 def test_guard_pages_do_kill(run_python):
@@ -167,15 +163,23 @@ def problems(draw):
     return a, b, bias, batch, gap, draw(st.booleans()), draw(st.sampled_from([1, 2, 3]))
 
 
+def in_dtype(x, dtype):
+    """x with the same strides in another dtype."""
+    storage = x.as_strided((x.untyped_storage().nbytes() // x.element_size(),), (1,), 0)
+    return storage.to(dtype).as_strided(x.shape, x.stride(), x.storage_offset())
+
+
 @settings(derandomize=True, deadline=None, max_examples=100, database=None)
 @given(problem=problems())
 def test_random_problems(kernel, problem):
-    a, b, bias, batch, gap, accumulate, threads = problem
+    *operands, batch, gap, accumulate, threads = problem
+    a, b, bias = (None if x is None else in_dtype(x, DTYPES[kernel["dtype"]]) for x in operands)
     if kernel["kind"] == "dot":
         a, b = LAYOUTS["contiguous"](a), b_for(kernel, b)
-    out = GuardedOutput((*batch, a.shape[-2], b.shape[-1]), row_gap=gap, fill=4.0 if accumulate else float("nan"))
+    fill = 4.0 if accumulate else float("nan")
+    out = GuardedOutput((*batch, a.shape[-2], b.shape[-1]), row_gap=gap, fill=fill, dtype=a.dtype)
     _C.gemm(out.view, a, b, bias, accumulate, kernel=kernel["name"], threads=threads)
-    expected = exact_product(a, b) + (0 if bias is None else bias) + (4.0 if accumulate else 0.0)
+    expected = exact_product(a, b, *([] if bias is None else [bias]), torch.tensor(4 if accumulate else 0))
     assert torch.equal(out.view, expected.expand(out.shape))
     out.assert_guards_intact()
 

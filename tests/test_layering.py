@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 CSRC = ROOT / "csrc"
 PYTHON = ROOT / "python" / "fastdl"
 SOURCES = sorted(p for p in CSRC.rglob("*") if p.suffix in (".h", ".cc", ".cu", ".cuh", ".inc"))
-ISA_UNITS = [p for p in SOURCES if re.search(r"(^|_)(scalar|avx2|avx512|amx)\.cc$", p.name)]
+ISA_UNITS = [p for p in SOURCES if re.search(r"(^|_)(scalar|avx2|avx512|avx512bf16|amx)\.cc$", p.name)]
 PYTHON_LAYERS = ["ops", "nn", "optimize"]
 PYTHON_LAYERED = sorted(
     p for p in PYTHON.rglob("*.py") if p.relative_to(PYTHON).parts[0].removesuffix(".py") in PYTHON_LAYERS
@@ -121,7 +121,7 @@ def escaping_symbols(obj, level):
 
 
 def level_of(path):
-    return re.search(r"(scalar|avx2|avx512|amx)\.cc", path.name)[1]
+    return re.search(r"(scalar|avx2|avx512|avx512bf16|amx)\.cc", path.name)[1]
 
 
 def flags_of(level):

@@ -456,10 +456,23 @@ def test_quantized_weight_is_left_to_torch(x, kernel_calls):
     assert dict(calls.handbacks) == {("linear", "weight is a QuantizedWeight"): 1}
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_converted_models_run_kernels_of_their_dtype(dtype, x):
+    model = fastdl.optimize(mlp()).to(dtype)
+    _C.reset_counters()
+    assert model(x.to(dtype)).dtype == dtype
+    used = {name for name, count in _C.counters().items() if count}
+    dtypes = {row["dtype"] for row in _C.kernels("gemm") if row["name"] in used}
+    assert dtypes == {str(dtype).removeprefix("torch.")}
+    assert not calls.handbacks
+
+
 def test_weights_of_another_dtype_are_left_to_torch(x):
-    model = fastdl.optimize(mlp()).bfloat16()
-    assert model(x.bfloat16()).dtype == torch.bfloat16
-    assert set(calls.handbacks) == {("linear", "dtype bfloat16")}
+    model = fastdl.optimize(mlp())
+    for parameter in model.parameters():
+        parameter.data = parameter.data + 0j
+    assert model[0](x + 0j).dtype == torch.complex64
+    assert set(calls.handbacks) == {("linear", "dtype complex64")}
 
 
 def test_forward_overridden_on_the_instance_is_left_alone(x):

@@ -8,6 +8,7 @@ import threading
 import pytest
 import torch
 
+from conftest import DTYPES, every_dtype, exact_product
 from fastdl import _C, functional
 from fastdl.testing import LAYOUTS, integer_matrix
 
@@ -15,6 +16,12 @@ linux_only = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
 needs_openmp = pytest.mark.skipif(not _C.build_info()["openmp"], reason="built without OpenMP")
 TEAMS = (1, 2, 3, 5)
 SHAPES = [(1, 2000, 700), (37, 53, 1500), (200, 300, 257), (9, 1100, 64), (700, 9, 64)]
+
+
+@pytest.fixture
+def normal(kernel, generator):
+    """normal(shape): normally distributed numbers in the row's dtype."""
+    return lambda *shape: torch.randn(shape, generator=generator).to(DTYPES[kernel["dtype"]])
 
 
 @pytest.fixture
@@ -26,13 +33,13 @@ def restore_num_threads():
 
 # --- the same bits ----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "both_strided"])
-def test_any_team_gives_the_same_bits(kernel, gemm, layout, generator):
+def test_any_team_gives_the_same_bits(kernel, gemm, layout, normal):
     if kernel["kind"] == "dot" and layout != "contiguous":
         pytest.skip("not contiguous along K")
     for M, N, K in SHAPES:
-        a = LAYOUTS[layout](torch.randn(M, K, generator=generator))
-        b = LAYOUTS[layout](torch.randn(K, N, generator=generator))
-        bias, before = torch.randn(N, generator=generator), torch.randn(M, N, generator=generator)
+        a = LAYOUTS[layout](normal(M, K))
+        b = LAYOUTS[layout](normal(K, N))
+        bias, before = normal(N), normal(M, N)
         results = []
         for threads in TEAMS:
             out = before.clone()
@@ -41,30 +48,31 @@ def test_any_team_gives_the_same_bits(kernel, gemm, layout, generator):
         assert all(torch.equal(results[0], other) for other in results[1:]), (M, N, K)
 
 
-def test_batches_give_the_same_bits(gemm, generator):
-    a, b = torch.randn(7, 45, 130, generator=generator), torch.randn(7, 130, 67, generator=generator)
-    results = [torch.empty(7, 45, 67) for _ in TEAMS]
+def test_batches_give_the_same_bits(gemm, normal):
+    a, b = normal(7, 45, 130), normal(7, 130, 67)
+    results = [torch.empty(7, 45, 67, dtype=a.dtype) for _ in TEAMS]
     for out, threads in zip(results, TEAMS, strict=True):
         gemm(out, a, b, threads=threads)
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
 @pytest.mark.parametrize("threads", [2, 5])
-def test_twenty_runs_give_the_same_bits(gemm, threads, generator):
-    a, b = torch.randn(150, 700, generator=generator), torch.randn(700, 300, generator=generator)
-    first = torch.empty(150, 300)
+def test_twenty_runs_give_the_same_bits(gemm, threads, normal):
+    a, b = normal(150, 700), normal(700, 300)
+    first = torch.empty(150, 300, dtype=a.dtype)
     gemm(first, a, b, threads=threads)
     for _ in range(20):
-        again = torch.empty(150, 300)
+        again = torch.empty(150, 300, dtype=a.dtype)
         gemm(again, a, b, threads=threads)
         assert torch.equal(first, again)
 
 
-def test_bias_gradient_gives_the_same_bits(generator):
-    x = torch.randn(3001, 70, generator=generator)
+@every_dtype
+def test_bias_gradient_gives_the_same_bits(dtype, generator):
+    x = torch.randn(3001, 70, generator=generator).to(dtype)
     results = []
     for threads in TEAMS * 5:
-        out = torch.empty(70)
+        out = torch.empty(70, dtype=dtype)
         _C.sum_rows(out, x, threads=threads)
         results.append(out)
     assert all(torch.equal(results[0], other) for other in results[1:])
@@ -82,15 +90,15 @@ def test_forward_and_backward_give_the_same_bits(restore_num_threads, generator)
         assert all(torch.equal(t, o) for t, o in zip(results[0], other, strict=True))
 
 
-def test_concurrent_callers(gemm, generator):
+def test_concurrent_callers(gemm, integers):
     """Several Python threads at once must not share scratch."""
-    a, b = integer_matrix((150, 300), 300, generator), integer_matrix((200, 300), 300, generator).t()  # packed
-    expected = (a.double() @ b.double()).float()
+    a, b = integers((150, 300), 300), integers((200, 300), 300).t()  # packed
+    expected = exact_product(a, b)
     wrong = []
 
     def caller(threads):
         for _ in range(25):
-            out = torch.full((150, 200), float("nan"))
+            out = torch.full((150, 200), float("nan"), dtype=a.dtype)
             gemm(out, a, b, threads=threads)
             if not torch.equal(out, expected):
                 wrong.append(threads)

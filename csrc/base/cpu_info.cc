@@ -23,8 +23,9 @@
 namespace fastdl {
 namespace {
 
-constexpr const char* kNames[kIsaLevels] = {"scalar", "avx2", "avx512", "amx"};
-constexpr bool kCompiled[kIsaLevels] = {true, FASTDL_HAVE_AVX2 != 0, FASTDL_HAVE_AVX512 != 0, FASTDL_HAVE_AMX != 0};
+constexpr const char* kNames[kIsaLevels] = {"scalar", "avx2", "avx512", "avx512bf16", "amx"};
+constexpr bool kCompiled[kIsaLevels] = {true, FASTDL_HAVE_AVX2 != 0, FASTDL_HAVE_AVX512 != 0,
+                                        FASTDL_HAVE_AVX512BF16 != 0, FASTDL_HAVE_AMX != 0};
 
 #if defined(__x86_64__)
 struct Regs {
@@ -66,9 +67,11 @@ bool processor_has(Isa isa) {
     case Isa::kAvx512:  // F, DQ, BW, VL and saved ZMM and mask state
       return processor_has(Isa::kAvx2) && bit(ext.b, 16) && bit(ext.b, 17) && bit(ext.b, 30) && bit(ext.b, 31) &&
              (state & 0xe6) == 0xe6;
-    case Isa::kAmx:  // AMX-TILE, AMX-BF16, AVX512-BF16, and the kernel's permission
-      return processor_has(Isa::kAvx512) && bit(ext.d, 24) && bit(ext.d, 22) && bit(cpuid(7, 1).a, 5) &&
-             (state & 0x60000) == 0x60000 && request_amx();
+    case Isa::kAvx512Bf16:
+      return processor_has(Isa::kAvx512) && bit(cpuid(7, 1).a, 5);
+    case Isa::kAmx:  // AMX-TILE, AMX-BF16, and the kernel's permission
+      return processor_has(Isa::kAvx512Bf16) && bit(ext.d, 24) && bit(ext.d, 22) && (state & 0x60000) == 0x60000 &&
+             request_amx();
   }
   return false;
 }
@@ -125,7 +128,7 @@ CpuInfo detect() {
   if (const char* env = std::getenv("FASTDL_ISA")) {
     info.cap = env;
     if (!info.cap.empty() && !parse_isa(info.cap, &cap))
-      fail("fastdl: FASTDL_ISA: expected scalar, avx2, avx512 or amx, got '", info.cap, "'");
+      fail("fastdl: FASTDL_ISA: expected scalar, avx2, avx512, avx512bf16 or amx, got '", info.cap, "'");
   }
   info.isa = Isa::kScalar;
   for (Isa isa : info.supported)

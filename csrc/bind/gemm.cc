@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <string>
+#include <utility>
 
 #include "base/check.h"
 #include "base/parallel.h"
@@ -38,11 +39,74 @@ void run_linear(py::handle out, py::handle input, py::handle weight, py::handle 
   run(p, kernel, threads, op);
 }
 
+Activation activation_named(const std::string& name, const char* op) {
+  constexpr std::pair<const char*, Activation> kNames[] = {{"none", Activation::none},
+                                                           {"relu", Activation::relu},
+                                                           {"gelu", Activation::gelu},
+                                                           {"gelu_tanh", Activation::gelu_tanh},
+                                                           {"silu", Activation::silu}};
+  for (const auto& [known, activation] : kNames)
+    if (name == known) return activation;
+  fail(op, ": argument 'activation': expected none, relu, gelu, gelu_tanh or silu, got '", name, "'");
+}
+
+// An argument that lies in memory exactly as out does, or null for None.
+void* like_out(py::handle object, const TensorView& out, const char* op, const char* argument) {
+  if (object.is_none()) return nullptr;
+  const TensorView t = view(object, op, argument);
+  require_dtype(t, out.dtype, "as out", op, argument);
+  bool same = t.ndim == out.ndim;
+  for (int i = 0; same && i < t.ndim; ++i)
+    same = t.shape[i] == out.shape[i] && (t.shape[i] == 1 || t.strides[i] == out.strides[i]);
+  if (!same) fail(op, ": argument '", argument, "': expected the shape and strides of out, got ", shape_string(t));
+  require_apart(out, t, op, argument);
+  return t.data;
+}
+
+void run_linear_fused(py::handle out_, py::handle input, py::handle weight, py::handle bias,
+                      const std::string& activation, py::handle residual, py::handle pre, const std::string& kernel,
+                      int threads) {
+  const char* op = "fastdl.linear_fused";
+  GemmProblem p = weight_problem(out_, input, weight, op);
+  const TensorView out = view(out_, op, "out");
+  add_bias(&p, bias, out, op);
+  p.args.activation = activation_named(activation, op);
+  p.args.residual = like_out(residual, out, op, "residual");
+  p.args.pre = like_out(pre, out, op, "pre");
+  if (p.args.pre) {  // written while the inputs are still being read
+    const TensorView z = view(pre, op, "pre");
+    require_apart(z, view(input, op, "input"), op, "input", "pre");
+    require_apart(z, view(weight, op, "weight"), op, "weight", "pre");
+    if (!bias.is_none()) require_apart(z, view(bias, op, "bias"), op, "bias", "pre");
+    if (!residual.is_none()) require_apart(z, view(residual, op, "residual"), op, "residual", "pre");
+  }
+  run(p, kernel, threads, op);
+}
+
+void run_activation_grad(py::handle out_, py::handle grad_, py::handle pre_, const std::string& activation,
+                         int threads) {
+  const char* op = "fastdl.activation_grad";
+  const TensorView out = view(out_, op, "out");
+  require_threads(threads, op);
+  i64 expected = 1;  // contiguous, so that all three are one run of elements
+  for (int i = out.ndim - 1; i >= 0; expected *= out.shape[i--])
+    if (out.shape[i] > 1 && out.strides[i] != expected && out.numel() > 0)
+      fail(op, ": argument 'out': expected a contiguous tensor, got stride ", out.strides[i], " in dimension ", i);
+  for (const auto& [object, name] : {std::pair{grad_, "grad"}, std::pair{pre_, "pre"}})
+    if (object.is_none()) throw TypeMismatch(concat(op, ": argument '", name, "': expected a torch.Tensor, got None"));
+  const void* grad = like_out(grad_, out, op, "grad");
+  const void* pre = like_out(pre_, out, op, "pre");
+  const Activation a = activation_named(activation, op);
+  py::gil_scoped_release release;
+  gemm_activation_grad(grad, pre, out.numel(), a, out.data, out.dtype, cpu_info().isa, current_team(threads).threads);
+}
+
 void run_linear_packed(py::handle out_, py::handle input_, py::handle packed_, py::handle bias, i64 N,
                        const std::string& kernel_name, int threads) {
   const char* op = "fastdl.linear_packed";
-  const GemmKernel& kernel = pack_kernel(kernel_name, op);
   const TensorView out = view(out_, op, "out"), input = view(input_, op, "input"), packed = view(packed_, op, "packed");
+  const GemmKernel& kernel = pack_kernel(kernel_name, input.dtype, op);
+  require_dtype(packed, DType::f32, "the dtype of packs", op, "packed");
   GemmProblem p = linear_problem(out, input, N, op);
   const i64 size = gemm_pack_size(p.desc.K, N, kernel);
   if (kernel.kind != GemmKind::kTile || packed.ndim != 1 || packed.size(0) != size || packed.stride(0) != 1)
@@ -67,14 +131,15 @@ void run_sum_rows(py::handle out_, py::handle x_, int threads) {
   require_threads(threads, op);
   const Rows rows = leading_rows(x, nullptr, op);
   RowsDesc d = {};
-  d.dims = rows.dims, d.cols = x.size(-1), d.col = x.stride(-1);
+  require_dtype(out, x.dtype, "as x", op, "out");
+  d.dims = rows.dims, d.cols = x.size(-1), d.col = x.stride(-1), d.dtype = x.dtype;
   for (int i = 0; i < rows.dims; ++i) d.size[i] = rows.size[i], d.stride[i] = rows.a[i];
   py::gil_scoped_release release;
   gemm_sum_rows(x.data, d, out.data, cpu_info().isa, current_team(threads).threads);
 }
 
 // out[N, K] = grad[..., N]^T @ input[..., K], contracted over all leading dimensions: those that do not merge into one
-// run of rows in both are looped over and accumulated.
+// run of rows in both become pairs to sum over.
 void run_linear_wgrad(py::handle out_, py::handle grad_, py::handle input_, int threads) {
   const char* op = "fastdl.linear_wgrad";
   const TensorView out = view(out_, op, "out"), grad = view(grad_, op, "grad"), input = view(input_, op, "input");
@@ -87,42 +152,46 @@ void run_linear_wgrad(py::handle out_, py::handle grad_, py::handle input_, int 
          shape_string(grad));
   if (out.ndim != 2 || out.size(0) != grad.size(-1) || out.size(1) != input.size(-1))
     fail(op, ": argument 'out': expected shape [", grad.size(-1), ", ", input.size(-1), "], got ", shape_string(out));
+  require_dtype(input, grad.dtype, "as grad", op, "input");
+  require_dtype(out, grad.dtype, "as grad", op, "out");
   const Rows rows = leading_rows(grad, &input, op);
+  const int inner = rows.dims - 1;
   GemmProblem p = {};
   GemmDesc& d = p.desc;
-  d.batch = 1;
-  d.M = out.size(0), d.N = out.size(1), d.K = rows.dims ? rows.size[rows.dims - 1] : 1;
-  d.a_row = grad.stride(-1), d.a_col = rows.dims ? rows.a[rows.dims - 1] : 1;
-  d.b_row = rows.dims ? rows.b[rows.dims - 1] : 1, d.b_col = input.stride(-1);
+  d.batch = d.pairs = 1, d.dtype = grad.dtype;
+  d.M = out.size(0), d.N = out.size(1), d.K = rows.dims ? rows.size[inner] : 1;
+  d.a_row = grad.stride(-1), d.a_col = rows.dims ? rows.a[inner] : 1;
+  d.b_row = rows.dims ? rows.b[inner] : 1, d.b_col = input.stride(-1);
+  GemmPairs& pairs = p.args.pairs;
+  for (int i = 0; i < inner; ++i) {
+    pairs.size[i] = rows.size[i], pairs.a[i] = rows.a[i], pairs.b[i] = rows.b[i];
+    d.pairs *= rows.size[i];
+  }
+  if (d.pairs == 0) {
+    d.K = 0, d.pairs = 1;  // nothing to sum: zeros
+  } else {
+    pairs.dims = std::max(0, inner);
+  }
   set_out(&p, out, op);
   require_apart(out, grad, op, "grad");
   require_apart(out, input, op, "input");
-  i64 outer = 1;
-  for (int i = 0; i + 1 < rows.dims; ++i) outer *= rows.size[i];
-  if (outer == 0) d.K = 0;
-  py::gil_scoped_release release;
-  for (i64 o = 0; o < std::max<i64>(1, outer); ++o) {
-    p.args.a = grad.data, p.args.b = input.data;
-    p.args.accumulate = o > 0;
-    for (i64 i = rows.dims - 2, rest = o; i >= 0 && outer > 0; rest /= rows.size[i--]) {
-      p.args.a += rest % rows.size[i] * rows.a[i];
-      p.args.b += rest % rows.size[i] * rows.b[i];
-    }
-    gemm(d, p.args, nullptr, threads);
-  }
+  p.args.a = grad.data, p.args.b = input.data;
+  run(p, "", threads, op);
 }
 
 void run_pack(py::handle out_, py::handle b_, const std::string& kernel_name) {
   const char* op = "fastdl.pack";
-  const GemmKernel& kernel = pack_kernel(kernel_name, op);
   const TensorView out = view(out_, op, "out"), b = view(b_, op, "b");
+  const GemmKernel& kernel = pack_kernel(kernel_name, b.dtype, op);
+  require_dtype(b, kernel.dtype, "as the kernel", op, "b");
+  require_dtype(out, DType::f32, "the dtype of packs", op, "out");
   if (b.ndim != 2) fail(op, ": argument 'b': expected shape [K, N], got ", shape_string(b));
   const i64 size = gemm_pack_size(b.size(0), b.size(1), kernel);
   if (out.ndim != 1 || out.size(0) != size || out.stride(0) != 1)
     fail(op, ": argument 'out': expected ", size, " contiguous elements, got ", shape_string(out));
   require_apart(out, b, op, "b");
   py::gil_scoped_release release;
-  gemm_pack_b(b.data, b.stride(0), b.stride(1), b.size(0), b.size(1), kernel, out.data);
+  gemm_pack_b(b.data, b.stride(0), b.stride(1), b.size(0), b.size(1), kernel, static_cast<float*>(out.data));
 }
 
 }  // namespace
@@ -132,6 +201,9 @@ void bind_gemm(py::module_& m) {
   m.def("gemm", run_matmul, "out"_a, "a"_a, "b"_a, "bias"_a = py::none(), "accumulate"_a = false, "kernel"_a = "",
         "threads"_a = 0);
   m.def("linear", run_linear, "out"_a, "input"_a, "weight"_a, "bias"_a = py::none(), "kernel"_a = "", "threads"_a = 0);
+  m.def("linear_fused", run_linear_fused, "out"_a, "input"_a, "weight"_a, "bias"_a = py::none(),
+        "activation"_a = "none", "residual"_a = py::none(), "pre"_a = py::none(), "kernel"_a = "", "threads"_a = 0);
+  m.def("activation_grad", run_activation_grad, "out"_a, "grad"_a, "pre"_a, "activation"_a, "threads"_a = 0);
   m.def("linear_wgrad", run_linear_wgrad, "out"_a, "grad"_a, "input"_a, "threads"_a = 0);
   m.def("sum_rows", run_sum_rows, "out"_a, "x"_a, "threads"_a = 0);
   m.def("pack", run_pack, "out"_a, "b"_a, "kernel"_a);

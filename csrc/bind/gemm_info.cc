@@ -37,10 +37,11 @@ py::object linear_shape(py::handle input_, py::handle weight_, py::handle bias_)
   return shape_or_none([&]() -> py::object {
     const char* op = "fastdl.linear";
     const TensorView input = view(input_, op, "input"), w = view(weight_, op, "weight");
-    bool fits = w.ndim == 2 && input.ndim >= 1 && input.ndim <= kMaxBatchDims + 1 && input.size(-1) == w.size(1);
+    bool fits = w.ndim == 2 && input.ndim >= 1 && input.ndim <= kMaxBatchDims + 1 && input.size(-1) == w.size(1) &&
+                input.dtype == w.dtype;
     if (fits && !bias_.is_none()) {
       const TensorView bias = view(bias_, op, "bias");
-      fits = bias.ndim == 1 && bias.size(0) == w.size(0);
+      fits = bias.ndim == 1 && bias.size(0) == w.size(0) && bias.dtype == w.dtype;
     }
     if (!fits) return py::none();
     py::tuple out(input.ndim);
@@ -55,7 +56,8 @@ py::object matmul_shape(py::handle a_, py::handle b_) {
     const char* op = "fastdl.matmul";
     const TensorView a = view(a_, op, "input"), b = view(b_, op, "other");
     const int ndim = std::max(a.ndim, b.ndim);
-    if (a.ndim < 2 || b.ndim < 2 || ndim > kMaxBatchDims + 2 || a.size(-1) != b.size(-2)) return py::none();
+    if (a.ndim < 2 || b.ndim < 2 || ndim > kMaxBatchDims + 2 || a.size(-1) != b.size(-2) || a.dtype != b.dtype)
+      return py::none();
     py::tuple out(ndim);
     out[static_cast<std::size_t>(ndim - 2)] = a.size(-2);
     out[static_cast<std::size_t>(ndim - 1)] = b.size(-1);
@@ -108,7 +110,7 @@ py::dict plan_linear(py::handle out, py::handle input, py::handle weight, bool p
                      int threads) {
   const char* op = "fastdl.linear_plan";
   GemmProblem p = weight_problem(out, input, weight, op);
-  if (packed) p.desc.packed = true, p.desc.b_row = pack_kernel(kernel, op).nr, p.desc.b_col = 1;
+  if (packed) p.desc.packed = true, p.desc.b_row = pack_kernel(kernel, p.desc.dtype, op).nr, p.desc.b_col = 1;
   return plan_problem(p, kernel, threads, op);
 }
 
@@ -117,14 +119,22 @@ py::dict plan_matmul(py::handle out, py::handle a, py::handle b, const std::stri
   return plan_problem(matmul_problem(out, a, b, op), kernel, threads, op);
 }
 
+bool parse_dtype(const std::string& name, DType* dtype) {
+  for (DType d : {DType::f32, DType::bf16, DType::f16})
+    if (name == torch_name(d)) return *dtype = d, true;
+  return false;
+}
+
 py::dict plan_shape(i64 M, i64 N, i64 K, i64 batch, Strides a, Strides b, bool packed, const std::string& isa,
-                    int threads, i64 l1d, i64 l2, i64 l3, const std::string& kernel) {
+                    int threads, i64 l1d, i64 l2, i64 l3, const std::string& kernel, const std::string& dtype) {
   const char* op = "fastdl.gemm_plan";
   require_threads(threads, op);
   if (M < 0 || N < 0 || K < 0 || batch < 0)
     fail(op, ": expected sizes of at least 0, got M=", M, " N=", N, " K=", K, " batch=", batch);
   GemmDesc d = {};
-  d.M = M, d.N = N, d.K = K, d.batch = batch;
+  d.M = M, d.N = N, d.K = K, d.batch = batch, d.pairs = 1;
+  d.dtype = DType::f32;
+  if (!dtype.empty() && !parse_dtype(dtype, &d.dtype)) fail(op, ": argument 'dtype': no dtype '", dtype, "'");
   std::tie(d.a_row, d.a_col) = a.value_or(std::pair<i64, i64>(K, 1));
   std::tie(d.b_row, d.b_col) = b.value_or(std::pair<i64, i64>(N, 1));
   d.packed = packed;
@@ -145,7 +155,7 @@ py::list kernel_rows(const std::string& op) {
     py::dict row;
     row["name"] = k.name;
     row["isa"] = isa_name(k.isa);
-    row["dtype"] = "float32";
+    row["dtype"] = torch_name(k.dtype);
     row["kind"] = k.kind == GemmKind::kTile ? "tile" : "dot";
     row["mr"] = k.mr;
     row["nr"] = k.nr;
@@ -171,13 +181,20 @@ void bind_gemm_info(py::module_& m) {
   m.def("reset_counters", gemm_reset_calls);
   m.def("gemm_plan", plan_shape, "M"_a, "N"_a, "K"_a, py::kw_only(), "batch"_a = 1, "a_strides"_a = py::none(),
         "b_strides"_a = py::none(), "packed"_a = false, "isa"_a = "", "threads"_a = 0, "l1d"_a = 0, "l2"_a = 0,
-        "l3"_a = 0, "kernel"_a = "");
+        "l3"_a = 0, "kernel"_a = "", "dtype"_a = "float32");
   m.def("linear_plan", plan_linear, "out"_a, "input"_a, "weight"_a, "packed"_a = false, "kernel"_a = "",
         "threads"_a = 0);
   m.def("matmul_plan", plan_matmul, "out"_a, "a"_a, "b"_a, "kernel"_a = "", "threads"_a = 0);
   m.def("linear_shape", linear_shape, "input"_a, "weight"_a, "bias"_a = py::none());
   m.def("matmul_shape", matmul_shape, "a"_a, "b"_a);
-  m.def("pack_kernel", [] { return gemm_pack_kernel(cpu_info().isa).name; });
+  m.def(
+      "pack_kernel",
+      [](const std::string& name) {
+        DType dtype;
+        if (!parse_dtype(name, &dtype)) fail("fastdl.pack_kernel: argument 'dtype': no dtype '", name, "'");
+        return gemm_pack_kernel(cpu_info().isa, dtype).name;
+      },
+      "dtype"_a = "float32");
   m.def(
       "pack_numel",
       [](i64 K, i64 N, const std::string& k) { return gemm_pack_size(K, N, gemm_kernel(k, "fastdl.pack_numel")); },

@@ -32,6 +32,7 @@ void add_bias(GemmProblem* p, py::handle bias, const TensorView& out, const char
   const TensorView b = view(bias, op, "bias");
   if (b.ndim != 1 || b.size(0) != p->desc.N)
     fail(op, ": argument 'bias': expected shape [", p->desc.N, "], got ", shape_string(b));
+  require_dtype(b, out.dtype, "as the other arguments", op, "bias");
   require_apart(out, b, op, "bias");
   p->args.bias = b.data;
   p->args.bias_step = b.stride(0);
@@ -53,7 +54,9 @@ GemmProblem matmul_problem(py::handle out_, py::handle a_, py::handle b_, const 
   require_rank(b, 2, op, "b");
   GemmProblem p = {};
   GemmDesc& d = p.desc;
-  d.batch = 1;
+  d.batch = d.pairs = 1, d.dtype = a.dtype;
+  require_dtype(b, a.dtype, "as a", op, "b");
+  require_dtype(out, a.dtype, "as a", op, "out");
   d.M = a.size(-2), d.K = a.size(-1), d.N = b.size(-1);
   d.a_row = a.stride(-2), d.a_col = a.stride(-1), d.b_row = b.stride(-2), d.b_col = b.stride(-1);
   if (b.size(-2) != d.K)
@@ -83,7 +86,8 @@ GemmProblem linear_problem(const TensorView& out, const TensorView& input, i64 N
   require_rank(input, 1, op, "input");
   GemmProblem p = {};
   GemmDesc& d = p.desc;
-  d.batch = 1;
+  d.batch = d.pairs = 1, d.dtype = input.dtype;
+  require_dtype(out, input.dtype, "as input", op, "out");
   d.K = input.size(-1), d.N = N;
   d.M = input.ndim > 1 ? input.size(-2) : 1;
   d.a_col = input.stride(-1);
@@ -106,6 +110,7 @@ GemmProblem weight_problem(py::handle out_, py::handle input_, py::handle weight
   if (w.ndim != 2 || w.size(1) != input.size(-1))
     fail(op, ": argument 'weight': expected shape [N, ", input.size(-1), "] to match input ", shape_string(input),
          ", got ", shape_string(w));
+  require_dtype(w, input.dtype, "as input", op, "weight");
   GemmProblem p = linear_problem(out, input, w.size(0), op);
   require_apart(out, w, op, "weight");
   p.args.b = w.data;
@@ -123,8 +128,8 @@ const GemmKernel* forced_kernel(const std::string& name, const char* op) {
   return &k;
 }
 
-const GemmKernel& pack_kernel(const std::string& name, const char* op) {
-  return name.empty() ? gemm_pack_kernel(cpu_info().isa) : *forced_kernel(name, op);
+const GemmKernel& pack_kernel(const std::string& name, DType dtype, const char* op) {
+  return name.empty() ? gemm_pack_kernel(cpu_info().isa, dtype) : *forced_kernel(name, op);
 }
 
 void require_threads(int threads, const char* op) {

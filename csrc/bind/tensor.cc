@@ -24,6 +24,14 @@ std::string dtype_string(dlpack::DataType t) {
   return concat(name, static_cast<int>(t.bits));
 }
 
+bool to_dtype(dlpack::DataType t, DType* out) {
+  if (t.lanes != 1) return false;
+  if (t.code == dlpack::kFloat && t.bits == 32) return *out = DType::f32, true;
+  if (t.code == dlpack::kBfloat && t.bits == 16) return *out = DType::bf16, true;
+  if (t.code == dlpack::kFloat && t.bits == 16) return *out = DType::f16, true;
+  return false;
+}
+
 // The text of the pending Python error, which is cleared.
 std::string take_error() {
   try {
@@ -57,17 +65,27 @@ TensorView view(py::handle object, const char* op, const char* argument) {
         concat(op, ": argument '", argument, "': expected a torch.Tensor, got ", Py_TYPE(object.ptr())->tp_name));
   dlpack::Tensor t;
   if (g_api->tensor_from_object(object.ptr(), &t) != 0)
-    fail(op, ": argument '", argument, "': expected a float32 tensor on cpu, got one without memory: ", take_error());
+    fail(op, ": argument '", argument, "': expected a tensor with memory on cpu, got: ", take_error());
   const bool cpu = t.device.type == dlpack::kCpu || t.device.type == dlpack::kCudaHost;
-  if (!cpu || t.dtype.code != dlpack::kFloat || t.dtype.bits != 32 || t.dtype.lanes != 1)
-    fail(op, ": argument '", argument, "': expected a float32 tensor on cpu, got ", dtype_string(t.dtype),
-         cpu ? " on cpu" : concat(" on device type ", t.device.type));
-  const TensorView v = {reinterpret_cast<float*>(static_cast<char*>(t.data) + t.byte_offset), t.ndim, t.shape,
-                        t.strides};
+  DType dtype = DType::f32;
+  if (!cpu || !to_dtype(t.dtype, &dtype))
+    fail(op, ": argument '", argument, "': expected a float32, bfloat16 or float16 tensor on cpu, got ",
+         dtype_string(t.dtype), cpu ? " on cpu" : concat(" on device type ", t.device.type));
+  const TensorView v = {static_cast<char*>(t.data) + t.byte_offset, dtype, t.ndim, t.shape, t.strides};
   if (!t.data && v.numel() > 0)  // fake tensors, freed storages: the exchange API passes them without an error
-    fail(op, ": argument '", argument, "': expected a float32 tensor on cpu, got one without memory, shape ",
+    fail(op, ": argument '", argument, "': expected a tensor with memory on cpu, got one without, shape ",
          shape_string(v));
   return v;
+}
+
+const char* torch_name(DType dtype) {
+  constexpr const char* kNames[] = {"float32", "bfloat16", "float16"};
+  return kNames[static_cast<int>(dtype)];
+}
+
+void require_dtype(const TensorView& t, DType dtype, const char* why, const char* op, const char* argument) {
+  if (t.dtype != dtype)
+    fail(op, ": argument '", argument, "': expected ", torch_name(dtype), ", ", why, ", got ", torch_name(t.dtype));
 }
 
 std::string shape_string(const TensorView& t) {
@@ -94,10 +112,13 @@ void require_writable(const TensorView& out, const char* op) {
   }
 }
 
-void require_apart(const TensorView& out, const TensorView& in, const char* op, const char* argument) {
-  const i64 n = extent(out), m = extent(in);
-  if (n == 0 || m == 0 || out.data + n <= in.data || in.data + m <= out.data) return;
-  fail(op, ": argument 'out': expected memory apart from the inputs, got an overlap with '", argument, "'");
+void require_apart(const TensorView& out, const TensorView& in, const char* op, const char* argument,
+                   const char* written) {
+  const auto end = [](const TensorView& t) {
+    return static_cast<const char*>(t.data) + extent(t) * kItemSize[static_cast<int>(t.dtype)];
+  };
+  if (extent(out) == 0 || extent(in) == 0 || end(out) <= in.data || end(in) <= out.data) return;
+  fail(op, ": argument '", written, "': expected memory apart from the inputs, got an overlap with '", argument, "'");
 }
 
 void init_tensors() {

@@ -7,9 +7,10 @@
 
 namespace fastdl {
 
-// A float32 CPU tensor, borrowed for the call. shape and strides belong to the tensor object.
+// A CPU tensor of one of the kernels' dtypes, borrowed for the call. shape and strides belong to the tensor object.
 struct TensorView {
-  float* data;
+  void* data;
+  DType dtype;
   int ndim;
   const i64* shape;
   const i64* strides;
@@ -22,10 +23,14 @@ struct TensorView {
 // Throws TypeMismatch for non-tensors, Error for other dtypes and devices; both name `op` and `argument`.
 TensorView view(pybind11::handle object, const char* op, const char* argument);
 std::string shape_string(const TensorView& t);
+// Throws Error unless t is of this dtype; `why` completes "expected float32, ...".
+void require_dtype(const TensorView& t, DType dtype, const char* why, const char* op, const char* argument);
+const char* torch_name(DType dtype);
 // Throws Error unless writing `out` touches each of its elements once.
 void require_writable(const TensorView& out, const char* op);
-// Throws Error when the memory ranges of the two meet.
-void require_apart(const TensorView& out, const TensorView& in, const char* op, const char* argument);
+// Throws Error when the memory ranges of `out`, an argument named `written`, and of `in`, named `argument`, meet.
+void require_apart(const TensorView& out, const TensorView& in, const char* op, const char* argument,
+                   const char* written = "out");
 
 // Reads the exchange API off torch.Tensor; throws ImportError when torch is too old or too new for it.
 void init_tensors();

@@ -9,23 +9,27 @@
 
 namespace fastdl {
 
-#define GEMM_KERNEL(name, level, isa, kind, mr, nr, kc)          \
-  namespace level {                                              \
-  void name(const TileArgs&);                                    \
-  void pack(const float*, i64, i64, i64, int, int, float*);      \
-  void sum_rows(const float*, i64, i64, i64, i64, float*, bool); \
+#define GEMM_KERNEL(name, level, isa, dtype, function, kind, k_unit, mr, nr, kc) \
+  namespace level {                                                              \
+  void function(const TileArgs&);                                                \
+  extern const GemmHelpers helpers_##dtype;                                      \
   }
 #include "gemm/cpu/kernels.inc"
 #undef GEMM_KERNEL
 
 const std::vector<GemmKernel>& gemm_kernels() {
-#define GEMM_KERNEL(name, level, isa, kind, mr, nr, kc) \
-  {#name, Isa::isa, DType::kFloat32, GemmKind::kind, mr, nr, kc, level::name, level::pack, level::sum_rows},
+#define GEMM_KERNEL(name, level, isa, dtype, function, kind, k_unit, mr, nr, kc) \
+  {#name, Isa::isa, DType::dtype, GemmKind::kind, k_unit, mr, nr, kc, level::function, &level::helpers_##dtype},
   static const std::vector<GemmKernel> table = {
 #include "gemm/cpu/kernels.inc"
   };
 #undef GEMM_KERNEL
   return table;
+}
+
+const char* dtype_name(DType dtype) {
+  constexpr const char* kNames[] = {"f32", "bf16", "f16"};
+  return kNames[static_cast<int>(dtype)];
 }
 
 const GemmKernel& gemm_kernel(const std::string& name, const char* op) {
@@ -37,9 +41,9 @@ const GemmKernel& gemm_kernel(const std::string& name, const char* op) {
   fail(op, ": argument 'kernel': expected one of ", names, "; got '", name, "'");
 }
 
-const GemmKernel& gemm_pack_kernel(Isa isa) {
+const GemmKernel& gemm_pack_kernel(Isa isa, DType dtype) {
   for (const GemmKernel& k : gemm_kernels())
-    if (k.isa <= isa && k.kind == GemmKind::kTile) return k;
+    if (k.isa <= isa && k.dtype == dtype && k.kind == GemmKind::kTile) return k;
   fail("fastdl.gemm: no tile kernel");
 }
 
@@ -60,7 +64,7 @@ void fold_batch(GemmDesc* d, GemmArgs* args) {
     x.size[o] *= x.size[i];
     drop(i);
   }
-  for (int i = x.dims - 1; i >= 0 && x.b[i] == 0; --i) {
+  for (int i = x.dims - 1; i >= 0 && x.b[i] == 0 && d->pairs == 1; --i) {
     if (d->M != 1 && (x.a[i] != d->M * d->a_row || x.c[i] != d->M * args->c_row)) break;
     if (d->M == 1) d->a_row = x.a[i], args->c_row = x.c[i];
     d->M *= x.size[i];
@@ -81,6 +85,7 @@ void gemm_canonicalise(GemmDesc* d, GemmArgs* args) {
     std::swap(d->a_row, d->b_col);
     std::swap(d->a_col, d->b_row);
     for (int i = 0; i < args->batch.dims; ++i) std::swap(args->batch.a[i], args->batch.b[i]);
+    for (int i = 0; i < args->pairs.dims; ++i) std::swap(args->pairs.a[i], args->pairs.b[i]);
     args->bias_step = 0;
     args->c_row = d->N;
   }

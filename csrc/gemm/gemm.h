@@ -1,7 +1,8 @@
-// C(i,j) = [C(i,j) +] sum_k A(i,k) * B(k,j) [+ bias(j)]      A [M,K], B [K,N], C [M,N], over a batch
+// C(i,j) = [C(i,j) +] sum_r sum_k A_r(i,k) * B_r(k,j) [+ bias(j)]      A_r [M,K], B_r [K,N], C [M,N], over a batch
 //
-// A and B have any strides, C has unit stride along N. plan() decides and is pure; run() does it. Each element of C
-// is summed in an order that depends on K and the kernel alone, so results do not change with the thread count.
+// A and B have any strides, C has unit stride along N; all are of one dtype, sums are float32 and rounded once. plan()
+// decides and is pure; run() does it. Each element of C is summed in an order that depends on K, the pairs r and the
+// kernel alone, so results do not change with the thread count.
 #pragma once
 #include <string>
 #include <vector>
@@ -15,10 +16,11 @@ namespace fastdl {
 struct GemmDesc {
   i64 M, N, K;
   i64 batch = 1;
+  i64 pairs = 1;        // (A_r, B_r) to sum over
   i64 a_row, a_col;     // A(i,k) = a[i*a_row + k*a_col]
   i64 b_row, b_col;     // B(k,j) = b[k*b_row + j*b_col]
   bool packed = false;  // b is a frozen pack (pack_b): [ceil(N/nr)][K][nr]
-  DType dtype = DType::kFloat32;
+  DType dtype = DType::f32;
 };
 
 struct GemmPlan {
@@ -29,9 +31,11 @@ struct GemmPlan {
   int grid_m, grid_n;  // C of each matrix is cut into grid_m x grid_n parts; threads take the parts of all in order
   int threads;
   i64 a_bytes, b_bytes;  // packed blocks, a thread
+  i64 sum_bytes;         // float32 sums of a part, a thread; 0 where C itself holds them
   const char* why;
 
-  i64 workspace_bytes() const { return threads * (a_bytes + b_bytes); }
+  i64 workspace_bytes() const { return threads * per_thread_bytes(); }
+  i64 per_thread_bytes() const { return a_bytes + b_bytes + sum_bytes; }
 };
 
 constexpr int kMaxBatchDims = 8;
@@ -42,20 +46,31 @@ struct GemmBatch {
   i64 size[kMaxBatchDims], a[kMaxBatchDims], b[kMaxBatchDims], c[kMaxBatchDims];
 };
 
-struct GemmArgs {
-  const float* a;     // [batch, M, K]
-  const float* b;     // [batch, K, N], or one frozen pack
-  float* c;           // [batch, M, N], rows c_row apart
-  const float* bias;  // bias(j) = bias[j*bias_step], or null
-  i64 c_row;
-  i64 bias_step = 1;
-  bool accumulate = false;
-  GemmBatch batch;
+// The pairs r, in the order they are summed; sizes multiply to GemmDesc::pairs.
+struct GemmPairs {
+  int dims = 0;
+  i64 size[kMaxBatchDims], a[kMaxBatchDims], b[kMaxBatchDims];
 };
 
+struct GemmArgs {
+  const void* a;     // [batch, pairs, M, K]
+  const void* b;     // [batch, pairs, K, N], or one frozen pack
+  void* c;           // [batch, M, N], rows c_row apart
+  const void* bias;  // bias(j) = bias[j*bias_step], or null
+  i64 c_row;
+  i64 bias_step = 1;
+  const void* residual = nullptr;  // added after the activation; lies as c does
+  void* pre = nullptr;             // gets what the activation is applied to; lies as c does
+  Activation activation = Activation::none;
+  bool accumulate = false;
+  GemmBatch batch;
+  GemmPairs pairs;
+};
+
+const char* dtype_name(DType dtype);
 const std::vector<GemmKernel>& gemm_kernels();
 const GemmKernel& gemm_kernel(const std::string& name, const char* op);  // throws Error naming the rows
-const GemmKernel& gemm_pack_kernel(Isa isa);                             // the row that frozen packs are laid out for
+const GemmKernel& gemm_pack_kernel(Isa isa, DType dtype);                // the row that frozen packs are laid out for
 
 // forced: a row to use, or null. The machine's isa must be compiled in, not necessarily runnable here.
 GemmPlan gemm_plan(const GemmDesc& desc, const Machine& machine, const GemmKernel* forced = nullptr);
@@ -66,15 +81,20 @@ void gemm_run(const GemmDesc& desc, const GemmPlan& plan, const GemmArgs& args);
 
 // Frozen packs: out[gemm_pack_size] = B[K,N] in panels [ceil(N/nr)][K][nr], the last one padded with zeros.
 i64 gemm_pack_size(i64 K, i64 N, const GemmKernel& kernel);
-void gemm_pack_b(const float* b, i64 b_row, i64 b_col, i64 K, i64 N, const GemmKernel& kernel, float* out);
+void gemm_pack_b(const void* b, i64 b_row, i64 b_col, i64 K, i64 N, const GemmKernel& kernel, float* out);
+
+// dz[i] = dy[i] * d activation(z[i]) / dz over contiguous elements.
+void gemm_activation_grad(const void* dy, const void* z, i64 count, Activation activation, void* dz, DType dtype,
+                          Isa isa, int threads);
 
 // out[j] = sum_i x(i,j): the bias gradient. The last of the row dimensions is the innermost.
 struct RowsDesc {
   int dims = 0;
   i64 size[kMaxBatchDims], stride[kMaxBatchDims];
   i64 cols, col;  // number of columns and the stride between them
+  DType dtype = DType::f32;
 };
-void gemm_sum_rows(const float* x, const RowsDesc& desc, float* out, Isa isa, int threads);
+void gemm_sum_rows(const void* x, const RowsDesc& desc, void* out, Isa isa, int threads);
 
 // Calls of gemm() that ran this row since the last reset.
 i64 gemm_calls(const GemmKernel& kernel);

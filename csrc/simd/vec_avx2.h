@@ -21,7 +21,60 @@ struct VecAvx2 {
   }
   static FASTDL_INLINE V load(const float* p, M m) { return _mm256_maskload_ps(p, m); }
   static FASTDL_INLINE void store(float* p, V v, M m) { _mm256_maskstore_ps(p, m, v); }
+
+  static FASTDL_INLINE V load(const bf16* p) { return widen_bf16(load16(p)); }
+  static FASTDL_INLINE V load(const bf16* p, M m) { return widen_bf16(load16(p, m)); }
+  static FASTDL_INLINE V load(const f16* p) { return _mm256_cvtph_ps(load16(p)); }
+  static FASTDL_INLINE V load(const f16* p, M m) { return _mm256_cvtph_ps(load16(p, m)); }
+  static FASTDL_INLINE void store(bf16* p, V v) { store16(p, narrow_bf16(v)); }
+  static FASTDL_INLINE void store(bf16* p, V v, M m) { store16(p, narrow_bf16(v), m); }
+  static FASTDL_INLINE void store(f16* p, V v) { store16(p, narrow_f16(v)); }
+  static FASTDL_INLINE void store(f16* p, V v, M m) { store16(p, narrow_f16(v), m); }
+
+  static FASTDL_INLINE int lanes(M m) { return __builtin_popcount(_mm256_movemask_ps(_mm256_castsi256_ps(m))); }
+  static FASTDL_INLINE __m128i load16(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+  static FASTDL_INLINE __m128i load16(const void* p, M m) {  // no masked loads of 16 bits here
+    std::uint16_t x[8] = {};
+    for (int i = 0, n = lanes(m); i < n; ++i) x[i] = static_cast<const std::uint16_t*>(p)[i];
+    return load16(x);
+  }
+  static FASTDL_INLINE void store16(void* p, __m128i v) { _mm_storeu_si128(static_cast<__m128i*>(p), v); }
+  static FASTDL_INLINE void store16(void* p, __m128i v, M m) {
+    std::uint16_t x[8];
+    store16(x, v);
+    for (int i = 0, n = lanes(m); i < n; ++i) static_cast<std::uint16_t*>(p)[i] = x[i];
+  }
+  static FASTDL_INLINE V widen_bf16(__m128i x) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16));
+  }
+  static FASTDL_INLINE __m128i narrow_bf16(V v) {
+    const __m256i u = _mm256_castps_si256(v), high = _mm256_srli_epi32(u, 16);
+    const __m256i odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
+    const __m256i even = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd), 16);
+    const __m256i quiet = _mm256_or_si256(high, _mm256_set1_epi32(0x40));
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    const __m256i x = _mm256_blendv_epi8(even, quiet, nan);
+    return _mm_packus_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+  }
+  static FASTDL_INLINE __m128i narrow_f16(V v) { return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
+
   static FASTDL_INLINE V add(V a, V b) { return _mm256_add_ps(a, b); }
+  static FASTDL_INLINE V sub(V a, V b) { return _mm256_sub_ps(a, b); }
+  static FASTDL_INLINE V mul(V a, V b) { return _mm256_mul_ps(a, b); }
+  static FASTDL_INLINE V div(V a, V b) { return _mm256_div_ps(a, b); }
+  static FASTDL_INLINE V min(V a, V b) { return _mm256_min_ps(a, b); }
+  static FASTDL_INLINE V max(V a, V b) { return _mm256_max_ps(a, b); }
+  static FASTDL_INLINE V round(V x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static FASTDL_INLINE V scale(V x, V n) {  // in two steps: 2^-150 and 2^128 are no float32
+    const __m256i e = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(e, 1);
+    return _mm256_mul_ps(_mm256_mul_ps(x, power_of_two(half)), power_of_two(_mm256_sub_epi32(e, half)));
+  }
+  static FASTDL_INLINE V power_of_two(__m256i e) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(e, _mm256_set1_epi32(127)), 23));
+  }
+  static FASTDL_INLINE V select_le_zero(V x, V a, V b) {
+    return _mm256_blendv_ps(b, a, _mm256_cmp_ps(x, zero(), _CMP_LE_OQ));
+  }
   static FASTDL_INLINE V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
 
   static FASTDL_INLINE void transpose(V (&r)[8]) {

@@ -19,7 +19,35 @@ struct VecAvx512 {
   static FASTDL_INLINE M first(int n) { return static_cast<M>((1u << n) - 1); }
   static FASTDL_INLINE V load(const float* p, M m) { return _mm512_maskz_loadu_ps(m, p); }
   static FASTDL_INLINE void store(float* p, V v, M m) { _mm512_mask_storeu_ps(p, m, v); }
+
+  static constexpr M kAll = 0xffff;
+  static FASTDL_INLINE V load(const bf16* p, M m = kAll) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, p)), 16));
+  }
+  static FASTDL_INLINE V load(const f16* p, M m = kAll) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(m, p)); }
+  static FASTDL_INLINE void store(bf16* p, V v, M m = kAll) { _mm256_mask_storeu_epi16(p, m, narrow_bf16(v)); }
+  static FASTDL_INLINE void store(f16* p, V v, M m = kAll) {
+    _mm256_mask_storeu_epi16(p, m, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+  }
+  static FASTDL_INLINE __m256i narrow_bf16(V v) {
+    const __m512i u = _mm512_castps_si512(v), high = _mm512_srli_epi32(u, 16);
+    const __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
+    const __m512i even = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd), 16);
+    const __m512i quiet = _mm512_or_si512(high, _mm512_set1_epi32(0x40));
+    return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(even, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), quiet));
+  }
+
   static FASTDL_INLINE V add(V a, V b) { return _mm512_add_ps(a, b); }
+  static FASTDL_INLINE V sub(V a, V b) { return _mm512_sub_ps(a, b); }
+  static FASTDL_INLINE V mul(V a, V b) { return _mm512_mul_ps(a, b); }
+  static FASTDL_INLINE V div(V a, V b) { return _mm512_div_ps(a, b); }
+  static FASTDL_INLINE V min(V a, V b) { return _mm512_min_ps(a, b); }
+  static FASTDL_INLINE V max(V a, V b) { return _mm512_max_ps(a, b); }
+  static FASTDL_INLINE V round(V x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static FASTDL_INLINE V scale(V x, V n) { return _mm512_scalef_ps(x, n); }
+  static FASTDL_INLINE V select_le_zero(V x, V a, V b) {
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, zero(), _CMP_LE_OQ), b, a);
+  }
   static FASTDL_INLINE V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
 
   static FASTDL_INLINE void transpose(V (&r)[16]) {

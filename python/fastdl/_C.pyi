@@ -1,6 +1,7 @@
 """Stubs of the native module. Tensors cross as `torch.Tensor`; outputs are allocated by the caller.
 
-Every function that takes tensors checks rank, shape, dtype (float32), device (cpu) and overlap itself, raises
+Every function that takes tensors checks rank, shape, dtype (float32, bfloat16 or float16, the same for all; packs are
+float32), device (cpu) and overlap itself, raises
 `TypeError` (not a tensor) or `RuntimeError` (anything else) with a message that names operation, argument,
 expected and got, and releases the GIL while it computes.
 """
@@ -13,8 +14,8 @@ __version__: str
 
 class KernelRow(TypedDict):
     name: str  # e.g. "gemm_f32_14x32_avx512"; the same name in the log, the tests and the bench rows
-    isa: str  # "scalar" | "avx2" | "avx512" | "amx"
-    dtype: str  # "float32"
+    isa: str  # "scalar" | "avx2" | "avx512" | "avx512bf16" | "amx"
+    dtype: str  # of the operands in memory: "float32", "bfloat16" or "float16"
     kind: str  # "tile": C tile += packed or strided A x panel of B; "dot": both operands contiguous along K
     mr: int  # rows of the register tile
     nr: int  # columns of the register tile
@@ -85,6 +86,7 @@ def gemm_plan(
     l2: int = 0,
     l3: int = 0,  # cache sizes to plan for; 0: this machine's
     kernel: str = "",
+    dtype: str = "float32",
 ) -> Plan:
     """Pure: the decision for a problem on a machine. Runs nothing."""
 
@@ -109,6 +111,25 @@ def linear(
 ) -> None:
     """out[..., N] = input[..., K] @ weight[N, K]^T + bias[N]; input 1-D or more, any strides."""
 
+def linear_fused(
+    out: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    pre: Tensor | None = None,
+    kernel: str = "",
+    threads: int = 0,
+) -> None:
+    """z = input @ weight^T + bias; pre = z; out = activation(z) + residual, in one pass, rounded once each.
+
+    activation: none, relu, gelu (exact), gelu_tanh or silu. residual and pre have the shape and strides of out.
+    """
+
+def activation_grad(out: Tensor, grad: Tensor, pre: Tensor, activation: str, threads: int = 0) -> None:
+    """out = grad * activation'(pre), elementwise; all contiguous and of one shape."""
+
 def linear_plan(
     out: Tensor, input: Tensor, weight: Tensor, packed: bool = False, kernel: str = "", threads: int = 0
 ) -> Plan:
@@ -130,7 +151,7 @@ def sum_rows(out: Tensor, x: Tensor, threads: int = 0) -> None:
     """out[N] = sum of x[..., N] over all leading dimensions: the bias gradient. Fixed order, any strides."""
 
 # --- frozen packs: the weight in panel order, [ceil(N/nr)][K][nr], zero padded, as a 1-D float32 tensor ---------
-def pack_kernel() -> str:
+def pack_kernel(dtype: str = "float32") -> str:
     """The table row that frozen packs are laid out for on this machine."""
 
 def pack_numel(K: int, N: int, kernel: str) -> int: ...

@@ -5,12 +5,11 @@ from __future__ import annotations
 import warnings
 from typing import TypeVar
 
-import torch
 from torch import nn
 
 from fastdl.nn.swapped import Swapped
 from fastdl.ops.packed import PackedWeight, pack_bytes
-from fastdl.ops.plain import is_plain
+from fastdl.ops.plain import KERNEL_DTYPES, is_plain
 from fastdl.optimize import REGISTRY, derived_reason, named_layers
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -26,8 +25,8 @@ def freeze(model: Model, max_bytes: int | None = None) -> Model:
     error that goes unnoticed unless FASTDL_CHECK_FROZEN=1 was set before `freeze`: then each call compares contents
     and raises RuntimeError naming the layer. Gradients flow as without packs.
 
-    A pack is as large as its weight. It is no part of the state dict, and is dropped when the layer is copied,
-    pickled, moved, converted, or loaded into.
+    A pack takes up to four bytes for each element of its weight, whatever the dtype. It is no part of the state dict,
+    and is dropped when the layer is copied, pickled, moved, converted, or loaded into.
 
     Args:
         model: a module that `optimize` has been applied to.
@@ -82,6 +81,7 @@ def _unpackable(module: nn.Module) -> str | None:
     if type(module) not in REGISTRY.values():
         return derived_reason(module)
     weight = module.weight
-    if not is_plain(weight) or weight.dtype != torch.float32:
-        return f"expected a float32 weight on cpu, got {type(weight).__name__} of {weight.dtype} on {weight.device}"
+    if not is_plain(weight) or weight.dtype not in KERNEL_DTYPES:
+        got = f"{type(weight).__name__} of {weight.dtype} on {weight.device}"
+        return f"expected a float32, bfloat16 or float16 weight on cpu, got {got}"
     return "its weight is empty" if weight.numel() == 0 else None

@@ -15,7 +15,7 @@ import torch
 from fastdl import _C
 from fastdl._version import __version__
 
-ISA_LEVELS = ("scalar", "avx2", "avx512", "amx")
+ISA_LEVELS = ("scalar", "avx2", "avx512", "avx512bf16", "amx")
 
 # fastdl's cap and the settings that hold torch's own libraries to the same instructions (none needed at "amx").
 # They are read once, when torch is loaded.
@@ -32,7 +32,12 @@ _CAPS: dict[str, dict[str, str]] = {
     },
     "avx512": {
         "ATEN_CPU_CAPABILITY": "avx512",
-        "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_FP16",
+        "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX512",
+    },
+    "avx512bf16": {
+        "ATEN_CPU_CAPABILITY": "avx512",
+        "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16",
         "MKL_ENABLE_INSTRUCTIONS": "AVX512",
     },
     "amx": {},

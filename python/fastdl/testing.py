@@ -74,13 +74,14 @@ def gemm_bound(K: int, S: Tensor, C: Tensor, dtype: torch.dtype, *, flush_denorm
     """Elementwise bound g*S + u_out*(|C| + g*S), g = h*u/(1 - h*u), for a sum of float32 products.
 
     K is h, the depth of the sum: the inner dimension plus one for each bias or accumulate add. S and C are float64.
-    The last term is what gradual underflow may cost each rounding; with `flush_denormal`, what flushing a product or a
-    sum to zero may cost (operands being normal numbers).
+    The last terms are what gradual underflow may cost each float32 rounding and the one to `dtype`; with
+    `flush_denormal`, what flushing a product or a sum to zero may cost (operands being normal numbers).
     """
     u, u_out = UNIT_ROUNDOFF[torch.float32], UNIT_ROUNDOFF[dtype]
     g = K * u / (1 - K * u)
     underflow = (K + 1) * (2.0**-126 if flush_denormal else 2.0**-150)
-    return g * S + u_out * (C.abs() + g * S) + underflow
+    info = torch.finfo(dtype)
+    return g * S + u_out * (C.abs() + g * S) + underflow + info.smallest_normal * info.eps / 2
 
 
 def assert_special_values(actual: Tensor, expected64: Tensor) -> None:
@@ -162,8 +163,10 @@ def assert_gemm_close(
 
 
 # --- operands -----------------------------------------------------------------------------------------------------
-def integer_matrix(shape: Sequence[int], K: int, generator: torch.Generator | None = None) -> Tensor:
-    """Float32 integers in [-m, m] without 0, m <= 15, such that any sum of K products is exact in float32.
+def integer_matrix(
+    shape: Sequence[int], K: int, generator: torch.Generator | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Integers in [-m, m] without 0, m <= 15, exact in every dtype, such that any sum of K products is in float32.
 
     No zeros: a dropped, doubled or misplaced term always changes the sum. Raises ValueError for K > 2^23.
     """
@@ -171,7 +174,7 @@ def integer_matrix(shape: Sequence[int], K: int, generator: torch.Generator | No
         raise ValueError(f"integer_matrix: sums of K = {K} products do not fit {EXACT_BITS} bits")
     m = min(15, math.isqrt(2**EXACT_BITS // max(K, 1)))
     values = torch.randint(1, 2 * m + 1, tuple(shape), generator=generator).float()
-    return torch.where(values > m, m - values, values)
+    return torch.where(values > m, m - values, values).to(dtype)
 
 
 def tails(tile: int) -> list[int]:
@@ -251,13 +254,14 @@ class GuardedOutput:
     row_gap: int = 5
     band: int = 67  # odd: the rows are not aligned either
     fill: float = math.nan
+    dtype: torch.dtype = torch.float32
     view: Tensor = field(init=False)
     _buffer: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         *batch, M, N = self.shape
         stride = N + self.row_gap
-        self._buffer = torch.full((2 * self.band + math.prod(batch) * M * stride,), GUARD)
+        self._buffer = torch.full((2 * self.band + math.prod(batch) * M * stride,), GUARD, dtype=self.dtype)
         body = self._buffer[self.band : self.band + math.prod(batch) * M * stride]
         self.view = body.view(*batch, M, stride)[..., :N]
         self.view.fill_(self.fill)
@@ -266,7 +270,8 @@ class GuardedOutput:
         """Raise AssertionError where an element outside the view was written."""
         inside = torch.zeros_like(self._buffer, dtype=torch.bool)
         inside.as_strided(self.view.shape, self.view.stride(), self.view.storage_offset()).fill_(True)
-        touched = ((self._buffer != GUARD) & ~inside).nonzero().flatten()
+        guard = torch.tensor(GUARD, dtype=self.dtype)
+        touched = ((self._buffer != guard) & ~inside).nonzero().flatten()
         if len(touched):
             raise AssertionError(
                 f"{len(touched)} elements outside the output were written, first {int(touched[0]) - self.band} "

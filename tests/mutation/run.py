@@ -32,7 +32,9 @@ class Mutation:
 
 
 RUN, KERNEL, GEMM = "csrc/gemm/cpu/run.cc", "csrc/gemm/cpu/kernel.h", "csrc/gemm/gemm.cc"
+PAIRS = "csrc/gemm/cpu/kernel_pairs.h"
 EXACT, STRIDES, THREADS = "tests/test_gemm_exact.py", "tests/test_gemm_strides.py", "tests/test_threads.py"
+DTYPES, EPILOGUE = "tests/test_gemm_dtypes.py", "tests/test_gemm_epilogue.py"
 MUTATIONS = [
     Mutation(
         "dropped K tail of the dot kernel",
@@ -65,36 +67,36 @@ MUTATIONS = [
     Mutation(
         "swapped batch strides",
         RUN,
-        "part.b += at * args.batch.b[i];",
-        "part.b += at * args.batch.a[i];",
+        "part.b = at(part.b, step * args.batch.b[i], d.dtype);",
+        "part.b = at(part.b, step * args.batch.a[i], d.dtype);",
         f"{STRIDES} -k test_batches",
     ),
     Mutation(
         "bias not advanced with the panel",
         RUN,
-        "    if (bias) t.bias = bias + j * t.bias_step;\n",
+        "    if (origin.bias) t.bias = origin.bias + j * t.bias_step;\n",
         "",
         f"{EXACT} -k test_every_tail",
     ),
     Mutation(
         "bias read as if contiguous",
         RUN,
-        "bias + j * t.bias_step;",
-        "bias + j;",
+        "origin.bias + j * t.bias_step;",
+        "origin.bias + j;",
         f"{STRIDES} -k test_bias_strides",
     ),
     Mutation(
         "lost beta: out overwritten instead of accumulated into",
         RUN,
-        "t.accumulate = args.accumulate || k0 > 0;",
-        "t.accumulate = k0 > 0;",
+        "t.accumulate = args.accumulate || !first || k0 > 0;",
+        "t.accumulate = !first || k0 > 0;",
         f"{EXACT} -k test_every_tail",
     ),
     Mutation(
         "lost K blocks but the last",
         RUN,
-        "t.accumulate = args.accumulate || k0 > 0;",
-        "t.accumulate = args.accumulate;",
+        "t.accumulate = args.accumulate || !first || k0 > 0;",
+        "t.accumulate = args.accumulate || !first;",
         f"{EXACT} -k test_every_tail",
     ),
     Mutation(
@@ -121,14 +123,14 @@ MUTATIONS = [
     Mutation(
         "frozen pack read from its first K block only",
         RUN,
-        "x.b = part.b + n0 / nr * d.K * nr + k0 * nr",
-        "x.b = part.b + n0 / nr * d.K * nr",
+        "x.b = at(part.b, n0 / nr * x.b_panel + k0 / p.kernel->k_unit * nr, DType::f32);",
+        "x.b = at(part.b, n0 / nr * x.b_panel, DType::f32);",
         f"{EXACT} -k test_linear_packed",
     ),
     Mutation(
         "race: threads share one scratch",
         RUN,
-        "scratch.data() + thread * per_thread",
+        "scratch.data() + thread * p.per_thread_bytes()",
         "scratch.data()",
         f"{EXACT} {THREADS} -k 'test_packed_blocks or same_bits'",
     ),
@@ -142,8 +144,8 @@ MUTATIONS = [
     Mutation(
         "race in a reduction: column sums of both threads meet in one column block",
         RUN,
-        "const i64 begin = units * thread / n * kUnit, end",
-        "const i64 begin = units * (thread / 2) / n * kUnit, end",
+        "const i64 begin = units * thread / n * kUnit, end = std::min(d.cols",
+        "const i64 begin = units * (thread / 2) / n * kUnit, end = std::min(d.cols",
         f"{EXACT} -k test_sum_rows",
     ),
     Mutation(
@@ -166,6 +168,83 @@ MUTATIONS = [
         "    return kTail && v == NV - 1 ? L::load(p + v * W, mask) : L::load(p + v * W);",
         "    return L::load(p + v * W);",
         f"{STRIDES} -k test_guard_pages",
+    ),
+    Mutation(
+        "dropped odd K of a pair",
+        PAIRS,
+        "  const i64 pairs = (k_count + 1) / 2;",
+        "  const i64 pairs = k_count / 2;",
+        f"{EXACT} -k test_pack_in_every_layout",
+    ),
+    Mutation(
+        "second of a pair read behind an odd K",
+        PAIRS,
+        "const bf16* b = odd || j_step != 1 ? y : high + j;",
+        "const bf16* b = j_step != 1 ? y : high + j;",
+        f"{EXACT} -k test_pack_in_every_layout",
+    ),
+    Mutation(
+        "truncation instead of rounding to bfloat16",
+        "csrc/simd/vec.h",
+        "(u + 0x7fffu + (u >> 16 & 1u)) >> 16);",
+        "u >> 16);",
+        f"{DTYPES} -k test_results_are_rounded",
+    ),
+    Mutation(
+        "halves rounded up instead of to even in bfloat16",
+        "csrc/simd/vec.h",
+        "(u + 0x7fffu + (u >> 16 & 1u)) >> 16);",
+        "(u + 0x8000u) >> 16);",
+        f"{DTYPES} -k test_results_are_rounded",
+    ),
+    Mutation(
+        "16-bit sums of every K block but the last lost",
+        RUN,
+        "          t.accumulate = !first || k0 > 0;",
+        "          t.accumulate = !first;",
+        f"{EXACT} -k test_k_blocks",
+    ),
+    Mutation(
+        "dropped accumulate over pairs in 16 bits",
+        RUN,
+        "          t.accumulate = !first || k0 > 0;",
+        "          t.accumulate = k0 > 0;",
+        f"{EXACT} -k test_linear_wgrad",
+    ),
+    Mutation(
+        "dropped accumulate over pairs in float32",
+        RUN,
+        "t.accumulate = args.accumulate || !first || k0 > 0;",
+        "t.accumulate = args.accumulate || k0 > 0;",
+        f"{EXACT} -k test_linear_wgrad",
+    ),
+    Mutation(
+        "lost beta in 16 bits",
+        RUN,
+        "f.accumulate = narrow && args.accumulate;",
+        "f.accumulate = false;",
+        f"{EXACT} -k test_every_tail",
+    ),
+    Mutation(
+        "residual not advanced with the tile",
+        RUN,
+        "      if (f.residual) f.residual = at(f.residual, i * f.c_row + j, c_dtype);\n",
+        "",
+        f"{EPILOGUE} -k test_every_row",
+    ),
+    Mutation(
+        "residual not advanced with the block",
+        RUN,
+        "f.residual = at(args.residual, offset, d.dtype);",
+        "f.residual = at(args.residual, part.c_offset, d.dtype);",
+        f"{EPILOGUE} -k test_default_kernel",
+    ),
+    Mutation(
+        "pre written after the activation",
+        KERNEL,
+        "      if (t.pre) lanes.store(static_cast<T*>(t.pre) + at, x);\n      x = activate<L, kActivation>(x);\n",
+        "      x = activate<L, kActivation>(x);\n      if (t.pre) lanes.store(static_cast<T*>(t.pre) + at, x);\n",
+        f"{EPILOGUE} -k test_pre_is_linear",
     ),
     Mutation(
         "team keeps the caller's flush-denormal state",

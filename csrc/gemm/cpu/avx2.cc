@@ -5,13 +5,14 @@ namespace fastdl::avx2 {
 
 using L = VecAvx2;
 
-void gemm_f32_6x16_avx2(const TileArgs& t) { run_tile<L, 6, 2>(t); }
-void gemm_f32_dot_3x4_avx2(const TileArgs& t) { run_dot<L, 3>(t); }
-void pack(const float* src, i64 k_step, i64 j_step, i64 k_count, int n, int panel, float* dst) {
-  fastdl::pack<L>(src, k_step, j_step, k_count, n, panel, dst);
-}
-void sum_rows(const float* x, i64 rows, i64 cols, i64 row, i64 col, float* out, bool accumulate) {
-  fastdl::sum_rows<L>(x, rows, cols, row, col, out, accumulate);
-}
+extern const GemmHelpers helpers_f32, helpers_bf16, helpers_f16;
+const GemmHelpers helpers_f32 = helpers<L, float>();
+const GemmHelpers helpers_bf16 = helpers<L, bf16>();
+const GemmHelpers helpers_f16 = helpers<L, f16>();
+
+void tile_6x16(const TileArgs& t) { run_tile<L, 6, 2>(t); }
+void dot_3x4_f32(const TileArgs& t) { run_dot<L, float, 3>(t); }
+void dot_3x4_bf16(const TileArgs& t) { run_dot<L, bf16, 3>(t); }
+void dot_3x4_f16(const TileArgs& t) { run_dot<L, f16, 3>(t); }
 
 }  // namespace fastdl::avx2

@@ -1,6 +1,7 @@
 // The GEMM microkernels, written once over a vector level L (simd/vec.h).
 #pragma once
 #include "gemm/cpu/kernel_args.h"
+#include "simd/math.h"
 #include "simd/vec.h"
 
 namespace fastdl {
@@ -31,8 +32,8 @@ void tile(const TileArgs& t) {
   const i64 a_row = kUnitRow ? 1 : t.a_row;
   const float* a[kGroups];
 #pragma GCC unroll 4
-  for (int g = 0; g < kGroups; ++g) a[g] = t.a + 4 * g * a_row;
-  const float* b = t.b;
+  for (int g = 0; g < kGroups; ++g) a[g] = static_cast<const float*>(t.a) + 4 * g * a_row;
+  const float* b = static_cast<const float*>(t.b);
   for (i64 k = t.k; k > 0; --k) {
     typename L::V bv[NV];
 #pragma GCC unroll 4
@@ -107,11 +108,12 @@ void run_tile(const TileArgs& t) {
 }
 
 // MR rows of A against four columns of B, all contiguous along K. Columns past n repeat the last one and are dropped.
-template <class L, int MR>
+template <class L, class T, int MR>
 void dot(const TileArgs& t) {
   constexpr int W = L::width, NR = 4;
-  const float* b[NR];
-  for (int j = 0; j < NR; ++j) b[j] = t.b + (j < t.n ? j : t.n - 1) * t.b_col;
+  const T* const a = static_cast<const T*>(t.a);
+  const T* b[NR];
+  for (int j = 0; j < NR; ++j) b[j] = static_cast<const T*>(t.b) + (j < t.n ? j : t.n - 1) * t.b_col;
 
   typename L::V acc[MR][NR];
 #pragma GCC unroll 8
@@ -122,7 +124,7 @@ void dot(const TileArgs& t) {
   const auto step = [&](auto load) __attribute__((always_inline)) {
     typename L::V x[MR];
 #pragma GCC unroll 8
-    for (int i = 0; i < MR; ++i) x[i] = load(t.a + i * t.a_row);
+    for (int i = 0; i < MR; ++i) x[i] = load(a + i * t.a_row);
 #pragma GCC unroll 4
     for (int j = 0; j < NR; ++j) {
       const auto y = load(b[j]);
@@ -131,10 +133,10 @@ void dot(const TileArgs& t) {
     }
   };
   i64 k = 0;
-  for (; k + W <= t.k; k += W) step([&](const float* p) __attribute__((always_inline)) { return L::load(p + k); });
+  for (; k + W <= t.k; k += W) step([&](const T* p) __attribute__((always_inline)) { return L::load(p + k); });
   if (k < t.k) {
     const auto mask = L::first(static_cast<int>(t.k - k));
-    step([&](const float* p) __attribute__((always_inline)) { return L::load(p + k, mask); });
+    step([&](const T* p) __attribute__((always_inline)) { return L::load(p + k, mask); });
   }
 
 #pragma GCC unroll 8
@@ -151,22 +153,23 @@ void dot(const TileArgs& t) {
   }
 }
 
-template <class L, int MR>
+template <class L, class T, int MR>
 void run_dot(const TileArgs& t) {
   if constexpr (MR > 1) {
-    if (t.m < MR) return run_dot<L, MR - 1>(t);
+    if (t.m < MR) return run_dot<L, T, MR - 1>(t);
   }
-  dot<L, MR>(t);
+  dot<L, T, MR>(t);
 }
 
-// See GemmKernel::pack. Rows are stored as whole vectors in rising order: what a store writes past its row is
+// See GemmHelpers::pack. Rows are stored as whole vectors in rising order: what a store writes past its row is
 // overwritten by the next row, and past the last row by the next panel (or lands in the buffer's slack).
-template <class L>
-void pack(const float* src, i64 k_step, i64 j_step, i64 k_count, int n, int panel, float* dst) {
+template <class L, class T>
+void pack(const void* source, i64 k_step, i64 j_step, i64 k_count, int n, int panel, float* dst) {
   constexpr int W = L::width;
+  const T* const src = static_cast<const T*>(source);
   if (j_step == 1) {  // rows of the panel are contiguous: copy
     for (i64 k = 0; k < k_count; ++k) {
-      const float* s = src + k * k_step;
+      const T* s = src + k * k_step;
       float* d = dst + k * panel;
       int j = 0;
       for (; j + W <= n; j += W) L::store(d + j, L::load(s + j));
@@ -181,7 +184,7 @@ void pack(const float* src, i64 k_step, i64 j_step, i64 k_count, int n, int pane
         typename L::V r[W];
 #pragma GCC unroll 16
         for (int i = 0; i < W; ++i) {
-          const float* s = src + (j + i) * j_step + k;
+          const T* s = src + (j + i) * j_step + k;
           r[i] = j + i >= n ? L::zero() : depth == W ? L::load(s) : L::load(s, mask);
         }
         L::transpose(r);
@@ -196,25 +199,110 @@ void pack(const float* src, i64 k_step, i64 j_step, i64 k_count, int n, int pane
     }
   } else {
     for (i64 k = 0; k < k_count; ++k) {
-      for (int j = 0; j < panel; ++j) dst[k * panel + j] = j < n ? src[k * k_step + j * j_step] : 0.0f;
+      for (int j = 0; j < panel; ++j) dst[k * panel + j] = j < n ? widen(src[k * k_step + j * j_step]) : 0.0f;
     }
   }
 }
 
+// The first n <= width lanes. Whole vectors skip the mask, which is slow to store with below AVX-512.
+template <class L>
+struct Lanes {
+  int n;
+  typename L::M mask;
+
+  explicit FASTDL_INLINE Lanes(i64 left) : n(left < L::width ? static_cast<int>(left) : L::width), mask(L::first(n)) {}
+  template <class T>
+  FASTDL_INLINE typename L::V load(const T* p) const {
+    return n == L::width ? L::load(p) : L::load(p, mask);
+  }
+  template <class T>
+  FASTDL_INLINE void store(T* p, typename L::V v) const {
+    if (n == L::width) {
+      L::store(p, v);
+    } else {
+      L::store(p, v, mask);
+    }
+  }
+};
+
+// Calls body with the activation as a template argument.
+template <class Body>
+FASTDL_INLINE void with_activation(Activation activation, const Body& body) {
+  switch (activation) {
+    case Activation::none:
+      return body(ActivationTag<Activation::none>());
+    case Activation::relu:
+      return body(ActivationTag<Activation::relu>());
+    case Activation::gelu:
+      return body(ActivationTag<Activation::gelu>());
+    case Activation::gelu_tanh:
+      return body(ActivationTag<Activation::gelu_tanh>());
+    case Activation::silu:
+      return body(ActivationTag<Activation::silu>());
+  }
+}
+
+// See FinishArgs.
+template <class L, class T, Activation kActivation>
+void finish_with(const FinishArgs& t) {
+  constexpr int W = L::width;
+  const T* const bias = static_cast<const T*>(t.bias);
+  for (int j = 0; j < t.n; j += W) {
+    const Lanes<L> lanes(t.n - j);
+    auto b = L::zero();
+    if (bias) {
+      float x[W] = {};
+      for (int l = 0; l < lanes.n; ++l) x[l] = widen(bias[(j + l) * t.bias_step]);
+      b = L::load(x);
+    }
+    for (int i = 0; i < t.m; ++i) {
+      const i64 at = i * t.c_row + j;
+      auto x = lanes.load(t.sum + i * t.sum_row + j);
+      if (t.accumulate) x = L::add(lanes.load(static_cast<const T*>(t.c) + at), x);
+      x = L::add(x, b);
+      if (t.pre) lanes.store(static_cast<T*>(t.pre) + at, x);
+      x = activate<L, kActivation>(x);
+      if (t.residual) x = L::add(x, lanes.load(static_cast<const T*>(t.residual) + at));
+      lanes.store(static_cast<T*>(t.c) + at, x);
+    }
+  }
+}
+
+template <class L, class T>
+void finish(const FinishArgs& t) {
+  with_activation(t.activation, [&](auto tag) { finish_with<L, T, decltype(tag)::value>(t); });
+}
+
+// See GemmHelpers::activation_grad.
+template <class L, class T>
+void activation_grad(const void* dy_, const void* z_, i64 count, Activation activation, void* dz_) {
+  constexpr int W = L::width;
+  const T* const dy = static_cast<const T*>(dy_);
+  const T* const z = static_cast<const T*>(z_);
+  T* const dz = static_cast<T*>(dz_);
+  with_activation(activation, [&](auto tag) {
+    for (i64 i = 0; i < count; i += W) {
+      const Lanes<L> lanes(count - i);
+      const auto slope = activate_grad<L, decltype(tag)::value>(lanes.load(z + i));
+      lanes.store(dz + i, L::mul(lanes.load(dy + i), slope));
+    }
+  });
+}
+
 // Column sums. Chunks of 32 rows are summed in order and the chunks pairwise, so that the rounding error grows with
 // 32 + log2(rows/32) instead of rows (Higham, "The Accuracy of Floating Point Summation", 1993).
-template <class L>
-void sum_rows(const float* x, i64 rows, i64 cols, i64 row, i64 col, float* out, bool accumulate) {
+template <class L, class T>
+void sum_rows(const void* source, i64 rows, i64 cols, i64 row, i64 col, float* out, bool accumulate) {
   constexpr int W = L::width;
+  const T* const x = static_cast<const T*>(source);
   constexpr i64 kChunk = 32;
   for (i64 j = 0; j < cols; j += W) {
-    const int n = cols - j < W ? static_cast<int>(cols - j) : W;
-    const auto mask = L::first(n);
-    const auto load = [&](const float* p) {
-      if (col == 1) return n == W ? L::load(p) : L::load(p, mask);
-      float lanes[W] = {};
-      for (int l = 0; l < n; ++l) lanes[l] = p[l * col];
-      return L::load(lanes);
+    const Lanes<L> lanes(cols - j);
+    const auto load = [&](const T* p) {
+      if (col == 1) return lanes.load(p);
+      float x[W] = {};
+      for (int l = 0; l < lanes.n; ++l) x[l] = widen(p[l * col]);
+      return L::load(x);
     };
     typename L::V partial[64];  // partial[d] sums 2^i chunks, i falling with d: the binary digits of the chunks so far
     int depth = 0;
@@ -227,13 +315,13 @@ void sum_rows(const float* x, i64 rows, i64 cols, i64 row, i64 col, float* out, 
     }
     auto total = L::zero();
     while (depth > 0) total = L::add(total, partial[--depth]);
-    float* o = out + j;
-    if (n == W) {
-      L::store(o, accumulate ? L::add(L::load(o), total) : total);
-    } else {
-      L::store(o, accumulate ? L::add(L::load(o, mask), total) : total, mask);
-    }
+    lanes.store(out + j, accumulate ? L::add(lanes.load(out + j), total) : total);
   }
+}
+
+template <class L, class T>
+constexpr GemmHelpers helpers() {
+  return {pack<L, T>, finish<L, T>, activation_grad<L, T>, sum_rows<L, T>};
 }
 
 }  // namespace

@@ -1,14 +1,15 @@
 // What a GEMM microkernel is given, and a row of the kernel table. Included by instruction-set units: plain data only.
 #pragma once
 #include "base/types.h"
+#include "simd/activation.h"
 
 namespace fastdl {
 
 // One register tile: C(i,j) = [C(i,j) +] sum_k A(i,k) * B(k,j) [+ bias(j)], i < m <= MR, j < n <= NR.
 struct TileArgs {
-  const float* a;  // A(i,k) = a[i*a_row + k*a_col]
+  const void* a;  // A(i,k) = a[i*a_row + k*a_col]; float for tile kernels, the kernel's dtype for dot kernels
   i64 a_row, a_col;
-  const float* b;  // B(k,j) = b[k*b_row + j*b_col]; tile kernels need b_col == 1, dot kernels a_col == b_row == 1
+  const void* b;  // B(k,j) = b[k*b_row + j*b_col]; tile kernels need b_col == 1, dot kernels a_col == b_row == 1
   i64 b_row, b_col;
   float* c;  // C(i,j) = c[i*c_row + j]
   i64 c_row;
@@ -24,19 +25,44 @@ enum class GemmKind : std::uint8_t {
   kDot,   // rows of A against columns of B, both contiguous along K: vectors along K, nothing packed
 };
 
+// Sums in float32 to elements of C: z = sum(i,j) [+ C(i,j)] [+ bias(j)], pre(i,j) = narrow(z) where wanted,
+// C(i,j) = narrow(activation(z) [+ residual(i,j)]), i < m, j < n. pre and residual lie as C does.
+struct FinishArgs {
+  const float* sum;
+  i64 sum_row;
+  void* c;
+  i64 c_row;
+  const void* bias;  // bias(j) = bias[j*bias_step], or null
+  i64 bias_step;
+  const void* residual;  // or null
+  void* pre;             // or null
+  Activation activation;
+  int m, n;
+  bool accumulate;
+};
+
+// What a schedule needs besides the tile: the conversions between a dtype in memory and float32 in registers.
+struct GemmHelpers {
+  // dst[k*panel + j] = src[k*k_step + j*j_step] for j < n, 0 for n <= j < panel (k_unit 2: see kernel_pairs.h). panel
+  // <= the vector width or a multiple of it; writes up to one vector past dst + k_count*panel.
+  void (*pack)(const void* src, i64 k_step, i64 j_step, i64 k_count, int n, int panel, float* dst);
+  void (*finish)(const FinishArgs&);
+  // dz[i] = dy[i] * d activation(z[i]) / dz
+  void (*activation_grad)(const void* dy, const void* z, i64 count, Activation activation, void* dz);
+  // out[j] (+)= sum_i x[i*row + j*col] for j < cols
+  void (*sum_rows)(const void* x, i64 rows, i64 cols, i64 row, i64 col, float* out, bool accumulate);
+};
+
 struct GemmKernel {
   const char* name;
   Isa isa;
-  DType dtype;
+  DType dtype;  // of A, B, C and bias in memory
   GemmKind kind;
+  int k_unit;  // elements along K in a float of a packed panel: 1, or 2 for pairs of 16 bits
   int mr, nr;
   i64 kc;  // K block: accumulators start afresh after each
   void (*tile)(const TileArgs&);
-  // dst[k*panel + j] = src[k*k_step + j*j_step] for j < n, 0 for n <= j < panel. panel <= the vector width or a
-  // multiple of it; writes up to one vector past dst + k_count*panel.
-  void (*pack)(const float* src, i64 k_step, i64 j_step, i64 k_count, int n, int panel, float* dst);
-  // out[j] (+)= sum_i x[i*row + j*col] for j < cols
-  void (*sum_rows)(const float* x, i64 rows, i64 cols, i64 row, i64 col, float* out, bool accumulate);
+  const GemmHelpers* helpers;
 };
 
 }  // namespace fastdl

@@ -18,29 +18,33 @@ i64 even_block(i64 size, i64 limit, i64 unit) {
 
 // Packing an element costs about as much as this many multiply-adds: it is read, shuffled and written once.
 constexpr double kPackCost = 8;
+// Sums of a part that are kept in float32 beside C: 4 MiB, so that packing costs each of its operands below 1%.
+constexpr i64 kSumElements = i64{1} << 20;
 // A region costs its team a few microseconds of waking and waiting: below this much work, one thread is faster.
 constexpr double kSerialNanoseconds = 6000;
 
 double serial_nanoseconds(const GemmDesc& d) {
   const double m = d.M, n = d.N, k = d.K;
-  return d.batch * (m * n * k * 2 / 100 + (m * k + k * n + m * n) * 4 / 30);  // 100 GFLOP/s, 30 GB/s
+  return d.batch * d.pairs * (m * n * k * 2 / 100 + (m * k + k * n + m * n) * 4 / 30);  // 100 GFLOP/s, 30 GB/s
 }
 
-const GemmKernel* find(Isa isa, GemmKind kind) {
+const GemmKernel* find(Isa isa, DType dtype, GemmKind kind) {
   for (const GemmKernel& k : gemm_kernels())
-    if (k.isa <= isa && k.kind == kind) return &k;
+    if (k.isa <= isa && k.dtype == dtype && k.kind == kind) return &k;
   return nullptr;
 }
 
 bool dot_applies(const GemmDesc& d) { return !d.packed && d.a_col == 1 && d.b_row == 1; }
 
-// The dot kernel pays about 80 multiply-adds an element of C for its horizontal sums, the tile kernel kPackCost an
-// element of B for the transpose: even at M = K/10. Past 64 rows the tile kernel's smaller traffic decides.
+// Multiply-adds an element of B: the dot kernel M, and 80 for the horizontal sums of each M x K of its own; the tile
+// kernel M and the transpose, both at k_unit times the rate. Past 64 rows the tile kernel's smaller traffic decides.
 // (Zen 4, M x 4096 x 4096: 48 rows 80.6 against 76.9 GFLOP/s, 2 rows 15.4 against 10.3; 64^3: 49 against 88.)
 // Few columns leave most lanes of a tile empty.
-constexpr i64 kDotRows = 64, kDotCols = 8, kDotDepth = 128;
-bool dot_pays(const GemmDesc& d) {
-  return d.M == 1 || (d.M <= kDotRows && 10 * d.M <= d.K) || (d.N <= kDotCols && d.K >= kDotDepth);
+constexpr i64 kDotRows = 64, kDotCols = 8, kDotDepth = 128, kDotSums = 80;
+bool dot_pays(const GemmDesc& d, const GemmKernel& tile) {
+  if (d.M == 1 || (d.N <= kDotCols && d.K >= kDotDepth)) return true;
+  const double dot_cost = static_cast<double>(d.M) * (d.K + kDotSums) * tile.k_unit;
+  return d.M <= kDotRows && dot_cost <= (d.M + kPackCost) * d.K;
 }
 
 // With so few rows the work is reading B. In place and contiguous along N, it is read a few whole rows at a time, the
@@ -48,7 +52,8 @@ bool dot_pays(const GemmDesc& d) {
 // 3.8 / 12.7, M = 4 11.7 / 41 GFLOP/s; a block of 16 loses a fifth of that, of 4 a third.)
 constexpr i64 kStreamRows = 6, kStreamDepth = 8;
 bool streams_b(const GemmDesc& d, const GemmKernel& kernel) {
-  return kernel.kind == GemmKind::kTile && !d.packed && d.b_col == 1 && d.M <= kStreamRows && d.M <= kernel.mr;
+  return kernel.kind == GemmKind::kTile && kernel.dtype == DType::f32 && !d.packed && d.b_col == 1 &&
+         d.M <= kStreamRows && d.M <= kernel.mr;
 }
 
 // Rows this many bytes apart fall on one or two sets of an L1 way (4096 bytes) and evict each other.
@@ -59,21 +64,24 @@ bool rows_collide(i64 stride) { return std::gcd<i64>(stride * 4, 4096) >= 2048; 
 // unpacked, 108.8 packed; 1024^3 84.9 unpacked, 104.3 packed; B 128x768x768 111.4 in place, 106.1 packed.)
 constexpr i64 kPackColumns = 512, kPackTiles = 2, kPackTilesApart = 40;
 bool pack_a_pays(const GemmDesc& d, const GemmKernel& kernel, i64 cols) {
+  if (d.dtype != DType::f32) return true;  // tile kernels read float32
   if (d.a_row == 1) return cols >= kPackColumns;
   return rows_collide(d.a_row) ? cols > 2 * kernel.nr : cols >= 4 * kPackColumns;
 }
 bool pack_b_pays(const GemmDesc& d, i64 tiles) {
+  if (d.dtype != DType::f32) return true;
   return d.b_col != 1 || tiles > (rows_collide(d.b_row) ? kPackTiles : kPackTilesApart);
 }
 
 const GemmKernel* choose(const GemmDesc& d, const Machine& machine, const char** why) {
-  const GemmKernel* dot = find(machine.isa, GemmKind::kDot);
-  if (dot && dot_applies(d) && dot_pays(d)) {
+  const GemmKernel* tile = find(machine.isa, d.dtype, GemmKind::kTile);
+  const GemmKernel* dot = find(machine.isa, d.dtype, GemmKind::kDot);
+  if (dot && dot_applies(d) && dot_pays(d, *tile)) {
     *why = "few rows or columns, both operands contiguous along K: nothing to pack";
     return dot;
   }
   *why = d.packed ? "frozen pack" : "highest level with a tile kernel";
-  return find(machine.isa, GemmKind::kTile);
+  return tile;
 }
 
 // Cuts C into `parts` = grid_m x grid_n pieces so that the largest takes least, packing of its A and B included.
@@ -102,6 +110,9 @@ GemmPlan gemm_plan(const GemmDesc& d, const Machine& machine, const GemmKernel* 
   if (forced) p.why = "forced";
   const GemmKernel& kernel = *p.kernel;
   const bool dot = kernel.kind == GemmKind::kDot;
+  if (kernel.dtype != d.dtype)
+    fail("fastdl.gemm: kernel '", kernel.name, "': expected ", dtype_name(kernel.dtype), " operands, got ",
+         dtype_name(d.dtype));
   if (dot && !dot_applies(d))
     fail("fastdl.gemm: kernel '", kernel.name, "': expected operands contiguous along K and no pack, got A strides (",
          d.a_row, ", ", d.a_col, "), B strides (", d.b_row, ", ", d.b_col, ")", d.packed ? ", packed" : "");
@@ -109,9 +120,15 @@ GemmPlan gemm_plan(const GemmDesc& d, const Machine& machine, const GemmKernel* 
   p.threads = serial_nanoseconds(d) < kSerialNanoseconds ? 1 : std::max(1, machine.threads);
   const i64 batch = std::max<i64>(1, d.batch);
   choose_grid(d, kernel, static_cast<int>(p.threads / std::gcd<i64>(batch, p.threads)), &p);
-
-  const i64 rows = std::max<i64>(1, ceil_div(d.M, p.grid_m));  // of a part
-  const i64 cols = std::max<i64>(1, std::min(d.N, ceil_div(ceil_div(d.N, kernel.nr), p.grid_n) * kernel.nr));
+  const auto part_rows = [&] { return std::max<i64>(1, ceil_div(d.M, p.grid_m)); };
+  const auto part_cols = [&] {
+    return std::max<i64>(1, std::min(d.N, ceil_div(ceil_div(d.N, kernel.nr), p.grid_n) * kernel.nr));
+  };
+  if (d.dtype != DType::f32) {  // sums wait in scratch: cut until those of a part fit
+    while (part_rows() * part_cols() > kSumElements) (part_rows() > part_cols() ? p.grid_m : p.grid_n) *= 2;
+    p.sum_bytes = round_up(part_rows() * part_cols() * 4, 4096);
+  }
+  const i64 rows = part_rows(), cols = part_cols();
   p.tile_m = static_cast<int>(ceil_div(rows, ceil_div(rows, kernel.mr)));
   p.kc = std::max<i64>(1, even_block(d.K, streams_b(d, kernel) ? kStreamDepth : kernel.kc, 8));
 
@@ -132,22 +149,23 @@ GemmPlan gemm_plan(const GemmDesc& d, const Machine& machine, const GemmKernel* 
     const i64 bytes = std::min<i64>(machine.l3 / (2 * p.threads), i64{4} << 20);
     p.nc = even_block(cols, std::max<i64>(kernel.nr, bytes / (p.kc * 4) / kernel.nr * kernel.nr), kernel.nr);
   }
-  constexpr i64 kSlack = 64;  // one vector: see GemmKernel::pack
-  p.a_bytes = p.pack_a ? round_up(p.mc * p.kc * 4 + kSlack, 4096) : 0;
-  p.b_bytes = p.pack_b ? round_up(p.nc * p.kc * 4 + kSlack, 4096) : 0;
+  constexpr i64 kSlack = 64;  // one vector: see GemmHelpers::pack
+  const i64 depth_bytes = ceil_div(p.kc, kernel.k_unit) * 4;
+  p.a_bytes = p.pack_a ? round_up(p.mc * depth_bytes + kSlack, 4096) : 0;
+  p.b_bytes = p.pack_b ? round_up(p.nc * depth_bytes + kSlack, 4096) : 0;
   return p;
 }
 
 std::vector<std::string> gemm_candidates(const GemmDesc& d, const Machine& machine, const GemmPlan& chosen) {
   std::vector<std::string> lost;
   for (const GemmKernel& k : gemm_kernels()) {
-    if (&k == chosen.kernel) continue;
+    if (&k == chosen.kernel || k.dtype != d.dtype) continue;
     std::string reason;
     if (k.isa > machine.isa) {
       reason = concat("needs ", isa_name(k.isa));
     } else if (k.kind == GemmKind::kDot && !dot_applies(d)) {
       reason = "operands not contiguous along K";
-    } else if (k.kind == GemmKind::kDot && !dot_pays(d)) {
+    } else if (k.kind == GemmKind::kDot && chosen.kernel->kind == GemmKind::kTile) {
       reason = "enough rows and columns for packing B to pay";
     } else {
       reason = chosen.why;
@@ -158,9 +176,9 @@ std::vector<std::string> gemm_candidates(const GemmDesc& d, const Machine& machi
 }
 
 std::string describe(const GemmDesc& d, const GemmPlan& p) {
-  return concat("gemm f32 batch=", d.batch, " M=", d.M, " N=", d.N, " K=", d.K, " A(", d.a_row, ",", d.a_col, ") B(",
-                d.b_row, ",", d.b_col, ")", d.packed ? " packed" : "", " -> ", p.kernel->name, " mc=", p.mc,
-                " nc=", p.nc, " kc=", p.kc, " pack=", p.pack_a ? "A" : "", p.pack_b ? "B" : "",
+  return concat("gemm ", dtype_name(d.dtype), " batch=", d.batch, " M=", d.M, " N=", d.N, " K=", d.K, " A(", d.a_row,
+                ",", d.a_col, ") B(", d.b_row, ",", d.b_col, ")", d.packed ? " packed" : "", " -> ", p.kernel->name,
+                " mc=", p.mc, " nc=", p.nc, " kc=", p.kc, " pack=", p.pack_a ? "A" : "", p.pack_b ? "B" : "",
                 p.pack_a || p.pack_b ? "" : "none", " grid=", p.grid_m, "x", p.grid_n, " threads=", p.threads,
                 " workspace=", p.workspace_bytes(), "B: ", p.why);
 }

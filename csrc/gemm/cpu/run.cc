@@ -11,25 +11,34 @@ namespace fastdl {
 namespace {
 
 struct Part {
-  const float* a;
-  const float* b;
-  float* c;
+  const void* a;
+  const void* b;
+  void* c;
+  i64 c_offset;  // elements from args.c to c: residual and pre lie as C does
   i64 m_begin, m_end, n_begin, n_end;
 };
+
+const void* at(const void* p, i64 elements, DType dtype) {
+  return static_cast<const char*>(p) + elements * kItemSize[static_cast<int>(dtype)];
+}
+void* at(void* p, i64 elements, DType dtype) {
+  return static_cast<char*>(p) + elements * kItemSize[static_cast<int>(dtype)];
+}
 
 // Part `index` of batch x grid_m x grid_n.
 Part part_at(const GemmDesc& d, const GemmPlan& p, const GemmArgs& args, i64 index) {
   const i64 grid = i64{p.grid_m} * p.grid_n;
   i64 matrix = index / grid;
   const i64 im = index % grid / p.grid_n, in = index % p.grid_n;
-  Part part = {args.a, args.b, args.c, 0, 0, 0, 0};
+  Part part = {args.a, args.b, args.c, 0, 0, 0, 0, 0};
   for (int i = args.batch.dims - 1; i >= 0; --i) {
-    const i64 at = matrix % args.batch.size[i];
+    const i64 step = matrix % args.batch.size[i];
     matrix /= args.batch.size[i];
-    part.a += at * args.batch.a[i];
-    part.b += at * args.batch.b[i];
-    part.c += at * args.batch.c[i];
+    part.a = at(part.a, step * args.batch.a[i], d.dtype);
+    part.b = at(part.b, step * args.batch.b[i], d.dtype);
+    part.c_offset += step * args.batch.c[i];
   }
+  part.c = at(args.c, part.c_offset, d.dtype);
   const i64 nr = p.kernel->nr, panels = (d.N + nr - 1) / nr;
   part.m_begin = d.M * im / p.grid_m;
   part.m_end = d.M * (im + 1) / p.grid_m;
@@ -38,132 +47,209 @@ Part part_at(const GemmDesc& d, const GemmPlan& p, const GemmArgs& args, i64 ind
   return part;
 }
 
+// Floats along K that a panel of this depth holds.
+i64 packed_steps(i64 depth, const GemmKernel& kernel) { return (depth + kernel.k_unit - 1) / kernel.k_unit; }
+
 // out = the panels of B[k0 .. k0+depth, n0 .. n0+n], `kc` rows of storage each. Rows that are contiguous along N are
 // read a few at a time over all panels, so that the memory stream runs along them.
-void pack_b(const GemmDesc& d, const GemmKernel& kernel, const float* b, i64 depth, i64 n, i64 kc, float* out) {
-  const i64 step = d.b_col == 1 ? 8 : depth;
+void pack_b(const GemmDesc& d, const GemmKernel& kernel, const void* b, i64 depth, i64 n, i64 kc, float* out) {
+  const i64 step = d.b_col == 1 ? 8 : std::max<i64>(1, depth);
   for (i64 k = 0; k < depth; k += step) {
     for (i64 j = 0; j < n; j += kernel.nr) {
-      kernel.pack(b + k * d.b_row + j * d.b_col, d.b_row, d.b_col, std::min(step, depth - k),
-                  static_cast<int>(std::min<i64>(kernel.nr, n - j)), kernel.nr, out + j * kc + k * kernel.nr);
+      kernel.helpers->pack(at(b, k * d.b_row + j * d.b_col, d.dtype), d.b_row, d.b_col, std::min(step, depth - k),
+                           static_cast<int>(std::min<i64>(kernel.nr, n - j)), kernel.nr,
+                           out + (j * kc + k * kernel.nr) / kernel.k_unit);
     }
   }
 }
 
-void pack_a(const GemmDesc& d, const GemmPlan& p, const float* a, i64 depth, i64 m, float* out) {
+void pack_a(const GemmDesc& d, const GemmPlan& p, const void* a, i64 depth, i64 m, float* out) {
+  const i64 steps = packed_steps(depth, *p.kernel);
   for (i64 i = 0; i < m; i += p.tile_m) {
-    p.kernel->pack(a + i * d.a_row, d.a_col, d.a_row, depth, static_cast<int>(std::min<i64>(p.tile_m, m - i)), p.tile_m,
-                   out + i * depth);
+    p.kernel->helpers->pack(at(a, i * d.a_row, d.dtype), d.a_col, d.a_row, depth,
+                            static_cast<int>(std::min<i64>(p.tile_m, m - i)), p.tile_m, out + i * steps);
   }
 }
 
-// All register tiles of one block: A[m x depth] in blocks.a, B[depth x n] in blocks.b.
+// One block of operands as the tiles of a kernel see it: A[m x depth] and B[depth x n].
 struct Blocks {
-  const float* a;
+  const void* a;
   i64 a_tile, a_row, a_col;  // a_tile: from one row of tiles to the next
-  const float* b;
+  const void* b;
   i64 b_panel, b_row, b_col;  // b_panel: from one panel to the next
+  DType dtype;                // of both as they lie there: float32 once packed
 };
 
-void run_tiles(const GemmPlan& p, const Blocks& x, TileArgs t, i64 m, i64 n) {
-  float* const c = t.c;
-  const float* const bias = t.bias;
+// All register tiles of a block; `finish` is applied to each while it is hot, or is null.
+void run_tiles(const GemmPlan& p, const Blocks& x, TileArgs t, const FinishArgs* finish, DType c_dtype, i64 m, i64 n) {
+  const TileArgs origin = t;
   t.a_row = x.a_row, t.a_col = x.a_col, t.b_row = x.b_row, t.b_col = x.b_col;
   for (i64 j = 0; j < n; j += p.kernel->nr) {
-    t.b = x.b + j / p.kernel->nr * x.b_panel;
+    t.b = at(x.b, j / p.kernel->nr * x.b_panel, x.dtype);
     t.n = static_cast<int>(std::min<i64>(p.kernel->nr, n - j));
-    if (bias) t.bias = bias + j * t.bias_step;
+    if (origin.bias) t.bias = origin.bias + j * t.bias_step;
     for (i64 i = 0; i < m; i += p.tile_m) {
-      t.a = x.a + i / p.tile_m * x.a_tile;
-      t.c = c + i * t.c_row + j;
+      t.a = at(x.a, i / p.tile_m * x.a_tile, x.dtype);
+      t.c = origin.c + i * t.c_row + j;
       t.m = static_cast<int>(std::min<i64>(p.tile_m, m - i));
       p.kernel->tile(t);
+      if (!finish) continue;
+      FinishArgs f = *finish;
+      f.sum = t.c, f.sum_row = t.c_row, f.m = t.m, f.n = t.n;
+      f.c = at(f.c, i * f.c_row + j, c_dtype);
+      if (f.residual) f.residual = at(f.residual, i * f.c_row + j, c_dtype);
+      if (f.pre) f.pre = at(f.pre, i * f.c_row + j, c_dtype);
+      if (f.bias) f.bias = at(f.bias, j * f.bias_step, c_dtype);
+      p.kernel->helpers->finish(f);
     }
   }
 }
 
-void run_part(const GemmDesc& d, const GemmPlan& p, const GemmArgs& args, const Part& part, char* scratch) {
-  float* const a_block = reinterpret_cast<float*>(scratch);
-  float* const b_block = reinterpret_cast<float*>(scratch + p.a_bytes);
+// Scratch of a thread, cut as the plan says.
+struct Scratch {
+  float* a;
+  float* b;
+  float* sum;
+};
+
+// C of the part (+)= A_r * B_r. first: C is written, not added to; last: the bias is added and the sums are narrowed.
+void run_pair(const GemmDesc& d, const GemmPlan& p, const GemmArgs& args, const Part& part, const Scratch& scratch,
+              bool first, bool last) {
   const i64 nr = p.kernel->nr;
+  const bool narrow = d.dtype != DType::f32;
+  const bool epilogue = narrow || args.activation != Activation::none || args.residual || args.pre;
   i64 k0 = 0;
   do {  // once for K = 0 too: C is the bias then
     const i64 depth = std::min(p.kc, d.K - k0);
-    i64 packed_m = -1;  // the row of A that a_block begins with
+    const i64 steps = packed_steps(depth, *p.kernel);
+    const bool finish = last && k0 + p.kc >= d.K;
+    i64 packed_m = -1;  // the row of A that scratch.a begins with
     for (i64 n0 = part.n_begin; n0 < part.n_end; n0 += p.nc) {
       const i64 n = std::min(p.nc, part.n_end - n0);
       Blocks x;
+      const void* b = at(part.b, k0 * d.b_row + n0 * d.b_col, d.dtype);
       if (p.pack_b) {
-        pack_b(d, *p.kernel, part.b + k0 * d.b_row + n0 * d.b_col, depth, n, depth, b_block);
-        x.b = b_block, x.b_panel = depth * nr, x.b_row = nr, x.b_col = 1;
+        pack_b(d, *p.kernel, b, depth, n, steps * p.kernel->k_unit, scratch.b);
+        x.b = scratch.b, x.b_panel = steps * nr, x.b_row = nr, x.b_col = 1;
       } else if (d.packed) {
-        x.b = part.b + n0 / nr * d.K * nr + k0 * nr, x.b_panel = d.K * nr, x.b_row = nr, x.b_col = 1;
+        x.b_panel = packed_steps(d.K, *p.kernel) * nr, x.b_row = nr, x.b_col = 1;
+        x.b = at(part.b, n0 / nr * x.b_panel + k0 / p.kernel->k_unit * nr, DType::f32);
       } else {
-        x.b = part.b + k0 * d.b_row + n0 * d.b_col, x.b_panel = nr * d.b_col, x.b_row = d.b_row, x.b_col = d.b_col;
+        x.b = b, x.b_panel = nr * d.b_col, x.b_row = d.b_row, x.b_col = d.b_col;
       }
+      x.dtype = p.kernel->kind == GemmKind::kTile ? DType::f32 : d.dtype;
       for (i64 m0 = part.m_begin; m0 < part.m_end; m0 += p.mc) {
         const i64 m = std::min(p.mc, part.m_end - m0);
-        const float* a = part.a + m0 * d.a_row + k0 * d.a_col;
+        const void* a = at(part.a, m0 * d.a_row + k0 * d.a_col, d.dtype);
         if (p.pack_a) {
-          if (packed_m != m0) pack_a(d, p, a, depth, m, a_block);
+          if (packed_m != m0) pack_a(d, p, a, depth, m, scratch.a);
           packed_m = m0;
-          x.a = a_block, x.a_tile = p.tile_m * depth, x.a_row = 1, x.a_col = p.tile_m;
+          x.a = scratch.a, x.a_tile = p.tile_m * steps, x.a_row = 1, x.a_col = p.tile_m;
         } else {
           x.a = a, x.a_tile = p.tile_m * d.a_row, x.a_row = d.a_row, x.a_col = d.a_col;
         }
+        void* c = at(part.c, m0 * args.c_row + n0, d.dtype);
+        // With the last block: added first, a large bias would have every later block round at its magnitude.
+        const void* bias = finish && args.bias ? at(args.bias, n0 * args.bias_step, d.dtype) : nullptr;
         TileArgs t = {};
-        t.c = part.c + m0 * args.c_row + n0;
-        t.c_row = args.c_row;
-        t.k = depth;
-        t.accumulate = args.accumulate || k0 > 0;
-        // Last: added first, a large bias would have every later block round at its magnitude.
-        t.bias = args.bias && k0 + p.kc >= d.K ? args.bias + n0 * args.bias_step : nullptr;
-        t.bias_step = args.bias_step;
-        run_tiles(p, x, t, m, n);
+        t.k = steps;
+        if (narrow) {
+          t.c_row = part.n_end - part.n_begin;
+          t.c = scratch.sum + (m0 - part.m_begin) * t.c_row + (n0 - part.n_begin);
+          t.accumulate = !first || k0 > 0;
+        } else {
+          t.c = static_cast<float*>(c);
+          t.c_row = args.c_row;
+          t.accumulate = args.accumulate || !first || k0 > 0;
+          t.bias = epilogue ? nullptr : static_cast<const float*>(bias);
+          t.bias_step = args.bias_step;
+        }
+        FinishArgs f = {};
+        f.c = c, f.c_row = args.c_row, f.bias = bias, f.bias_step = args.bias_step,
+        f.accumulate = narrow && args.accumulate;
+        const i64 offset = part.c_offset + m0 * args.c_row + n0;
+        if (args.residual) f.residual = at(args.residual, offset, d.dtype);
+        if (args.pre) f.pre = at(args.pre, offset, d.dtype);
+        f.activation = args.activation;
+        run_tiles(p, x, t, epilogue && finish ? &f : nullptr, d.dtype, m, n);
       }
     }
     k0 += p.kc;
   } while (k0 < d.K);
 }
 
+void run_part(const GemmDesc& d, const GemmPlan& p, const GemmArgs& args, const Part& whole, char* memory) {
+  const Scratch scratch = {reinterpret_cast<float*>(memory), reinterpret_cast<float*>(memory + p.a_bytes),
+                           reinterpret_cast<float*>(memory + p.a_bytes + p.b_bytes)};
+  for (i64 r = 0; r < d.pairs; ++r) {
+    Part part = whole;
+    for (i64 i = args.pairs.dims - 1, rest = r; i >= 0; rest /= args.pairs.size[i--]) {
+      part.a = at(part.a, rest % args.pairs.size[i] * args.pairs.a[i], d.dtype);
+      part.b = at(part.b, rest % args.pairs.size[i] * args.pairs.b[i], d.dtype);
+    }
+    run_pair(d, p, args, part, scratch, r == 0, r + 1 == d.pairs);
+  }
+}
+
 }  // namespace
 
 void gemm_run(const GemmDesc& d, const GemmPlan& p, const GemmArgs& args) {
   if (d.M == 0 || d.N == 0 || d.batch == 0) return;
-  const i64 per_thread = p.a_bytes + p.b_bytes;
   ArenaLease scratch(p.workspace_bytes());
   const i64 parts = d.batch * p.grid_m * p.grid_n;
   parallel(p.threads, [&](int thread, int threads) {
     for (i64 i = parts * thread / threads, end = parts * (thread + 1) / threads; i < end; ++i)
-      run_part(d, p, args, part_at(d, p, args, i), scratch.data() + thread * per_thread);
+      run_part(d, p, args, part_at(d, p, args, i), scratch.data() + thread * p.per_thread_bytes());
   });
 }
 
-i64 gemm_pack_size(i64 K, i64 N, const GemmKernel& kernel) { return (N + kernel.nr - 1) / kernel.nr * kernel.nr * K; }
+i64 gemm_pack_size(i64 K, i64 N, const GemmKernel& kernel) {
+  return (N + kernel.nr - 1) / kernel.nr * kernel.nr * packed_steps(K, kernel);
+}
 
-void gemm_pack_b(const float* b, i64 b_row, i64 b_col, i64 K, i64 N, const GemmKernel& kernel, float* out) {
+void gemm_pack_b(const void* b, i64 b_row, i64 b_col, i64 K, i64 N, const GemmKernel& kernel, float* out) {
   GemmDesc d = {};
   d.b_row = b_row;
   d.b_col = b_col;
-  pack_b(d, kernel, b, K, N, K, out);
+  d.dtype = kernel.dtype;
+  pack_b(d, kernel, b, K, N, packed_steps(K, kernel) * kernel.k_unit, out);
 }
 
-void gemm_sum_rows(const float* x, const RowsDesc& d, float* out, Isa isa, int threads) {
-  const GemmKernel& kernel = gemm_pack_kernel(isa);
+void gemm_activation_grad(const void* dy, const void* z, i64 count, Activation activation, void* dz, DType dtype,
+                          Isa isa, int threads) {
+  const GemmHelpers& helpers = *gemm_pack_kernel(isa, dtype).helpers;
+  constexpr i64 kUnit = 1024, kSerial = 1 << 14;
+  const i64 units = (count + kUnit - 1) / kUnit;
+  parallel(count < kSerial ? 1 : threads, [&](int thread, int n) {
+    const i64 begin = units * thread / n * kUnit, end = std::min(count, units * (thread + 1) / n * kUnit);
+    if (begin < end)
+      helpers.activation_grad(at(dy, begin, dtype), at(z, begin, dtype), end - begin, activation, at(dz, begin, dtype));
+  });
+}
+
+void gemm_sum_rows(const void* x, const RowsDesc& d, void* out, Isa isa, int threads) {
+  const GemmHelpers& helpers = *gemm_pack_kernel(isa, d.dtype).helpers;
   constexpr i64 kUnit = 64, kSerial = 1 << 16;  // columns a share; elements below which one thread is faster
   i64 outer = 1;
   for (int i = 0; i + 1 < d.dims; ++i) outer *= d.size[i];
   const i64 rows = d.dims ? d.size[d.dims - 1] : 1, row = d.dims ? d.stride[d.dims - 1] : 0;
   const i64 units = (d.cols + kUnit - 1) / kUnit;
+  const bool narrow = d.dtype != DType::f32;
+  ArenaLease scratch(narrow ? d.cols * 4 : 0);
+  float* const sum = narrow ? reinterpret_cast<float*>(scratch.data()) : static_cast<float*>(out);
   parallel(outer * rows * d.cols < kSerial ? 1 : threads, [&](int thread, int n) {
     const i64 begin = units * thread / n * kUnit, end = std::min(d.cols, units * (thread + 1) / n * kUnit);
     if (begin >= end) return;
-    if (outer == 0) kernel.sum_rows(x, 0, end - begin, row, d.col, out + begin, false);
+    if (outer == 0) helpers.sum_rows(x, 0, end - begin, row, d.col, sum + begin, false);
     for (i64 o = 0; o < outer; ++o) {
-      const float* p = x + begin * d.col;
-      for (i64 i = d.dims - 2, rest = o; i >= 0; rest /= d.size[i--]) p += rest % d.size[i] * d.stride[i];
-      kernel.sum_rows(p, rows, end - begin, row, d.col, out + begin, o > 0);
+      i64 offset = begin * d.col;
+      for (i64 i = d.dims - 2, rest = o; i >= 0; rest /= d.size[i--]) offset += rest % d.size[i] * d.stride[i];
+      helpers.sum_rows(at(x, offset, d.dtype), rows, end - begin, row, d.col, sum + begin, o > 0);
     }
+    if (!narrow) return;
+    FinishArgs f = {};
+    f.sum = sum + begin, f.c = at(out, begin, d.dtype), f.m = 1, f.n = static_cast<int>(end - begin);
+    helpers.finish(f);
   });
 }
 

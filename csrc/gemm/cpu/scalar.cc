@@ -5,12 +5,11 @@ namespace fastdl::scalar {
 
 using L = VecScalar;
 
-void gemm_f32_4x8_scalar(const TileArgs& t) { run_tile<L, 4, 2>(t); }
-void pack(const float* src, i64 k_step, i64 j_step, i64 k_count, int n, int panel, float* dst) {
-  fastdl::pack<L>(src, k_step, j_step, k_count, n, panel, dst);
-}
-void sum_rows(const float* x, i64 rows, i64 cols, i64 row, i64 col, float* out, bool accumulate) {
-  fastdl::sum_rows<L>(x, rows, cols, row, col, out, accumulate);
-}
+extern const GemmHelpers helpers_f32, helpers_bf16, helpers_f16;
+const GemmHelpers helpers_f32 = helpers<L, float>();
+const GemmHelpers helpers_bf16 = helpers<L, bf16>();
+const GemmHelpers helpers_f16 = helpers<L, f16>();
+
+void tile_4x8(const TileArgs& t) { run_tile<L, 4, 2>(t); }
 
 }  // namespace fastdl::scalar

@@ -20,7 +20,7 @@ from fastdl import _C, functional
 from fastdl.bench.harness import Case, Check
 from fastdl.bench.settings import Settings
 from fastdl.bench.shapes import Shape
-from fastdl.testing import assert_within_bound, error_measures, gemm_reference
+from fastdl.testing import UNIT_ROUNDOFF, assert_within_bound, error_measures, gemm_reference
 
 _FRESH_PAGES = 32 << 20  # bytes of output from which every call gets, and pays for, a fresh mapping
 _CHECK_FLOPS = 2e9  # what the float64 reference of one row may cost
@@ -47,9 +47,10 @@ def _sample(M: int, flops_a_row: float) -> Tensor:
 
 def _assert_near_torch(p: Product) -> None:
     """Every element within both results' bounds of torch's, by |a_i| |b_j| >= S: what a sample of rows may miss."""
-    h = p.a.shape[-1] + 1
-    limit = (p.a.norm(dim=-1)[..., None] * p.b.norm(dim=-2)[..., None, :]).mul_(4 * h * 2.0**-24)
-    wrong = int(((p.actual - p.torch_actual).abs_() > limit).sum())
+    sums = (p.a.shape[-1] + 1) * UNIT_ROUNDOFF[torch.float32]
+    scale = p.a.float().norm(dim=-1)[..., None] * p.b.float().norm(dim=-2)[..., None, :]
+    limit = scale.mul_(4 * (sums + UNIT_ROUNDOFF[p.actual.dtype]))
+    wrong = int(((p.actual.float() - p.torch_actual.float()).abs_() > limit).sum())
     if wrong or not bool(p.actual.isfinite().all()):
         raise AssertionError(f"{wrong} of {p.actual.numel()} elements are far from torch's, or not finite")
 

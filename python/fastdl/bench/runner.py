@@ -28,7 +28,8 @@ Progress = Callable[[int, int, str], None]
 def _validate(operation: str, settings: Settings) -> None:
     """ValueError for what this build, machine or operation cannot do."""
     module, table = OPERATIONS[operation], _C.kernels(operation)
-    names, dtypes = {row["name"]: row for row in table}, sorted({row["dtype"] for row in table})
+    dtypes = sorted({row["dtype"] for row in table})
+    names = {row["name"]: row for row in table if row["dtype"] == settings.dtype}
     if settings.dtype not in dtypes:
         raise ValueError(
             f"{operation}: dtype: expected one of {dtypes} (kernels of this build), got {settings.dtype!r}"

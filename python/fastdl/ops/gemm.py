@@ -28,17 +28,34 @@ from fastdl.ops.route import Operation, call
 
 
 # --- public ------------------------------------------------------------------------------------------------------
-def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`torch.nn.functional.linear`: y = x @ w^T + b.
+def linear(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """`torch.nn.functional.linear`, and what often follows it: y = activation(x @ w^T + b) + residual, in one pass.
 
-    input [..., K], weight [N, K], bias [N] or None -> [..., N]; any strides, nothing is copied. float32 on the CPU
-    runs fastdl's kernels, float64 the reference; every other call is handed to torch and recorded with the reason.
+    input [..., K], weight [N, K], bias [N] or None -> [..., N]; any strides, nothing is copied. float32,
+    bfloat16 and float16 on the CPU run fastdl's kernels, which sum in float32 and round once; float64 runs the
+    reference; every other call is handed to torch and recorded with the reason. torch.autocast casts as in torch.
+
+    Args:
+        activation: None, "relu", "gelu" (exact), "gelu_tanh" or "silu". Its gradient needs what it is applied to,
+            which is kept for the backward pass; differentiating twice computes that again.
+        residual: of the shape of the output, added last. One that is not contiguous is copied.
 
     Raises TypeError for an argument that is not a tensor, RuntimeError for shapes, dtypes or devices that do not fit
     together. Unlike torch, a mix of meta and cpu tensors is an error, too.
     """
     # The short way, for what nearly every eager call is. It may skip torch.library and autograd only because
     # nothing that hooks into them is there; whatever is not obviously plain takes the general path.
+    if activation is not None or residual is not None:
+        from fastdl.ops.fused import linear_fused  # here: it builds on this module
+
+        return linear_fused(input, weight, bias, residual, activation)
     if not is_compiling() and (shape := plain_linear_shape(input, weight, bias)):
         if torch.is_grad_enabled() and (
             input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
@@ -243,7 +260,8 @@ def _matmul_unsupported(input: Tensor, other: Tensor) -> str | None:
     return f"more than {MAX_BATCH_DIMS} batch dimensions" if max(input.ndim, other.ndim) - 2 > MAX_BATCH_DIMS else None
 
 
-def _linear_plan(out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None) -> str:
+def linear_plan(out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None) -> str:
+    """The kernel that `linear` runs for these."""
     return "reference" if out.dtype is torch.float64 else _C.linear_plan(out, input, weight)["kernel"]
 
 
@@ -263,7 +281,8 @@ _LINEAR = Operation(
     overload=torch.ops.fastdl.linear.default,
     function=LinearFunction,
     unsupported=linear_unsupported,
-    plan=_linear_plan,
+    plan=linear_plan,
+    autocast=True,
 )
 _MATMUL = Operation(
     name="matmul",
@@ -273,6 +292,7 @@ _MATMUL = Operation(
     function=MatmulFunction,
     unsupported=_matmul_unsupported,
     plan=_matmul_plan,
+    autocast=True,
 )
 _LINEAR_WGRAD = Operation(
     name="linear_wgrad",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from fastdl.ops import gemm_native, shapes
+from fastdl.ops import gemm_native, reference, shapes
 
 _library = torch.library.Library("fastdl", "DEF")  # the registrations live as long as this object
 _ops = torch.ops.fastdl
@@ -26,6 +26,22 @@ def _fake_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _fake_linear_packed(input: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, kernel: str) -> Tensor:
     return input.new_empty(shapes.linear_packed(input, out_features, bias))
+
+
+def _fake_linear_fused(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str | None,
+    save_pre: bool,
+) -> tuple[Tensor, Tensor]:
+    shape = shapes.linear_fused(input, weight, bias, residual)
+    return input.new_empty(shape), input.new_empty(shape if save_pre else (0,))
+
+
+def _fake_activation_grad(grad: Tensor, pre: Tensor, activation: str) -> Tensor:
+    return pre.new_empty(pre.shape)
 
 
 def _fake_matmul(input: Tensor, other: Tensor) -> Tensor:
@@ -93,6 +109,32 @@ def _vmap_linear_packed(
     return _add_mapped_bias(out, bias, bias_dim, x.ndim - (1 if input_dim is None else 2)), 0
 
 
+def _vmap_linear_fused(
+    info: Any,
+    dims: Sequence[int | None],
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str | None,
+    save_pre: bool,
+) -> tuple[tuple[Tensor, Tensor], tuple[int, int | None]]:
+    if all(dim is None for dim in dims[:3]):
+        z = _ops.linear(input, weight, bias)[None]
+    else:
+        z, _ = _vmap_linear(info, dims[:3], input, weight, bias)
+    z = z.expand(info.batch_size, *z.shape[1:])
+    out = reference.epilogue(z, None if residual is None else _front(residual, dims[3]), activation)
+    out = out.clone() if out is z else out
+    return (out, z.clone() if save_pre else z.new_empty(0)), (0, 0 if save_pre else None)
+
+
+def _vmap_activation_grad(
+    info: Any, dims: Sequence[int | None], grad: Tensor, pre: Tensor, activation: str
+) -> tuple[Tensor, int]:
+    return _ops.activation_grad(*torch.broadcast_tensors(_front(grad, dims[0]), _front(pre, dims[1])), activation), 0
+
+
 def _vmap_matmul(info: Any, dims: Sequence[int | None], input: Tensor, other: Tensor) -> tuple[Tensor, int]:
     a, b = _front(input, dims[0]), _front(other, dims[1])
     row, column = a.ndim == (1 if dims[0] is None else 2), b.ndim == (1 if dims[1] is None else 2)
@@ -137,7 +179,7 @@ def _flops_linear_wgrad(grad: Sequence[int], input: Sequence[int], *args: Any, *
 
 # --- the table ----------------------------------------------------------------------------------------------------
 def _register(
-    schema: str, native: Callable[..., Tensor], fake: Callable[..., Tensor], vmap: Callable, flops: Callable | None
+    schema: str, native: Callable[..., Any], fake: Callable[..., Any], vmap: Callable, flops: Callable | None
 ) -> None:
     # The kernels take any strides, so Inductor need not restore the layouts that eager tensors had.
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
@@ -163,6 +205,21 @@ for _row in (
         _fake_linear_packed,
         _vmap_linear_packed,
         _flops_linear_packed,
+    ),
+    (
+        "linear_fused(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, str? activation, bool save_pre)"
+        " -> (Tensor, Tensor)",
+        gemm_native.linear_fused,
+        _fake_linear_fused,
+        _vmap_linear_fused,
+        _flops_linear,
+    ),
+    (
+        "activation_grad(Tensor grad, Tensor pre, str activation) -> Tensor",
+        gemm_native.activation_grad,
+        _fake_activation_grad,
+        _vmap_activation_grad,
+        None,
     ),
     (
         "matmul(Tensor input, Tensor other) -> Tensor",

@@ -1,7 +1,7 @@
 """The GEMM operations on plain CPU tensors: allocate the output, call the kernel. float64 runs the reference.
 
 "Plain" is `plain.is_plain`. These are the CPU implementations of torch.ops.fastdl.*, and what eager code calls; the
-native functions check their arguments and refuse what is neither dtype.
+native functions check their arguments and refuse every other dtype.
 """
 
 from __future__ import annotations
@@ -27,6 +27,36 @@ def linear_packed(input: Tensor, packed: Tensor, bias: Tensor | None, out_featur
     """linear with a frozen weight: input [..., K], packed 1-D, bias [N] -> [..., N]."""
     out = input.new_empty(*input.shape[:-1], out_features)
     _C.linear_packed(out, input, packed, bias, out_features, kernel)
+    return out
+
+
+def linear_fused(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str | None,
+    save_pre: bool,
+) -> tuple[Tensor, Tensor]:
+    """(activation(z) + residual, z) with z = linear(input, weight, bias); an empty tensor for z unless `save_pre`."""
+    shape = shapes.linear_fused(input, weight, bias, residual)
+    pre = input.new_empty(shape if save_pre else (0,))
+    if input.dtype is torch.float64:
+        z = reference.linear(input, weight, bias)
+        return reference.epilogue(z, residual, activation), pre.copy_(z) if save_pre else pre
+    out = input.new_empty(shape)
+    residual = residual if residual is None else residual.contiguous()
+    _C.linear_fused(out, input, weight, bias, activation or "none", residual, pre if save_pre else None)
+    return out, pre
+
+
+def activation_grad(grad: Tensor, pre: Tensor, activation: str) -> Tensor:
+    """grad * activation'(pre), elementwise; of one shape."""
+    if grad.dtype is torch.float64:
+        return reference.activation_grad(grad, pre, activation)
+    out = pre.new_empty(pre.shape)
+    if out.numel():
+        _C.activation_grad(out, grad.contiguous(), pre.contiguous(), activation)
     return out
 
 

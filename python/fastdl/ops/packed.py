@@ -15,10 +15,11 @@ from torch.nn import functional as F
 from fastdl import _C
 from fastdl.ops import gemm_native
 from fastdl.ops.gemm import LinearFunction, backend, linear, linear_gradients, linear_unsupported
-from fastdl.ops.plain import plain_linear_shape
+from fastdl.ops.plain import KERNEL_DTYPES, plain_linear_shape
 from fastdl.ops.route import Operation, call
 
-PACK_KERNEL = _C.pack_kernel()  # the table row that packs are laid out for, fixed for the life of the process
+# The table rows that packs are laid out for, fixed for the life of the process.
+PACK_KERNELS = {dtype: _C.pack_kernel(str(dtype).removeprefix("torch.")) for dtype in KERNEL_DTYPES}
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,15 +27,16 @@ class PackedWeight:
     """A weight [N, K] in panel order, [ceil(N/nr)][K][nr], with the contents it had when it was packed."""
 
     weight: Tensor  # the object that was packed: the pack speaks for no other
-    packed: Tensor  # 1-D float32
+    packed: Tensor  # 1-D float32, whatever the dtype of the weight
+    kernel: str  # the table row it is laid out for
     name: str  # of the layer, for messages
     check: bool  # compare contents on every call (FASTDL_CHECK_FROZEN=1 when it was made)
 
     @classmethod
     def of(cls, weight: Tensor, name: str) -> PackedWeight:
-        """Pack weight [N, K], plain float32."""
+        """Pack weight [N, K], plain and of one of KERNEL_DTYPES."""
         check = os.environ.get("FASTDL_CHECK_FROZEN", "0") not in ("", "0")
-        return cls(weight, _pack(weight), name, check)
+        return cls(weight, _pack(weight), PACK_KERNELS[weight.dtype], name, check)
 
     def require_fresh(self) -> None:
         """RuntimeError unless the weight still holds, bit for bit, what was packed."""
@@ -48,14 +50,15 @@ class PackedWeight:
 def pack_bytes(weight: Tensor) -> int:
     """Bytes that the pack of weight [N, K] takes."""
     N, K = weight.shape
-    return 4 * _C.pack_numel(K, N, PACK_KERNEL)
+    return 4 * _C.pack_numel(K, N, PACK_KERNELS[weight.dtype])
 
 
 def _pack(weight: Tensor) -> Tensor:
     N, K = weight.shape
     b = weight.detach().resolve_neg().t()
-    packed = torch.empty(_C.pack_numel(K, N, PACK_KERNEL), dtype=torch.float32, device="cpu")
-    _C.pack(packed, b, PACK_KERNEL)
+    kernel = PACK_KERNELS[weight.dtype]
+    packed = torch.empty(_C.pack_numel(K, N, kernel), dtype=torch.float32, device="cpu")
+    _C.pack(packed, b, kernel)
     return packed
 
 
@@ -75,9 +78,11 @@ def linear_packed(input: Tensor, weight: Tensor, bias: Tensor | None, pack: Pack
         if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (input, weight, bias)):
             return _apply_plain(input, weight, bias, pack.packed)
         out = input.new_empty(*shape)
-        _C.linear_packed(out, input, pack.packed, bias, shape[-1], PACK_KERNEL)
+        _C.linear_packed(out, input, pack.packed, bias, shape[-1], pack.kernel)
         return out
-    return call(_LINEAR_PACKED, input, weight, bias, pack.packed)
+    if torch.is_autocast_enabled("cpu"):  # the weight may be cast, and the pack is not of that
+        return linear(input, weight, bias)
+    return call(_LINEAR_PACKED, input, weight, bias, constants=(pack.packed,))
 
 
 class PackedLinearFunction(LinearFunction):
@@ -85,7 +90,7 @@ class PackedLinearFunction(LinearFunction):
 
     @staticmethod
     def forward(input: Tensor, weight: Tensor, bias: Tensor | None, packed: Tensor) -> Tensor:
-        return torch.ops.fastdl.linear_packed(input, packed, bias, weight.shape[0], PACK_KERNEL)
+        return torch.ops.fastdl.linear_packed(input, packed, bias, weight.shape[0], PACK_KERNELS[weight.dtype])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -97,18 +102,18 @@ class _PlainPackedLinear(PackedLinearFunction):
 
     @staticmethod
     def forward(input: Tensor, weight: Tensor, bias: Tensor | None, packed: Tensor) -> Tensor:
-        return gemm_native.linear_packed(input, packed, bias, weight.shape[0], PACK_KERNEL)
+        return gemm_native.linear_packed(input, packed, bias, weight.shape[0], PACK_KERNELS[weight.dtype])
 
 
 _apply_plain = super(Function, _PlainPackedLinear).apply  # see ops/gemm.py
 
 _LINEAR_PACKED = Operation(
     name="linear",
-    arguments=("input", "weight", "bias", "packed"),
+    arguments=("input", "weight", "bias"),
     optional=("bias",),
     torch_function=lambda input, weight, bias, packed: F.linear(input, weight, bias),
     overload=lambda input, weight, bias, packed: torch.ops.fastdl.linear_packed(
-        input, packed, bias, weight.shape[0], PACK_KERNEL
+        input, packed, bias, weight.shape[0], PACK_KERNELS[weight.dtype]
     ),
     function=PackedLinearFunction,
     unsupported=lambda input, weight, bias, packed: linear_unsupported(input, weight, bias),

@@ -19,7 +19,10 @@ HAS_VECTOR_LEVEL = any(level != "scalar" for level in _C.build_info()["isa_compi
 # Exactly these types: a subclass may redefine any operation. Empty without a vector level, so that nothing is plain.
 PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter} if HAS_VECTOR_LEVEL else ())
 
-_float32, _float64 = torch.float32, torch.float64
+# What the kernels take, and what the reference takes as well.
+KERNEL_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
+DTYPES = KERNEL_DTYPES | {torch.float64}
+
 _has_storage = torch._C._has_storage
 _function_modes = torch._C._len_torch_function_stack
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -43,10 +46,10 @@ def eager_is_plain() -> bool:
 
 
 def is_plain(x: Tensor | None) -> bool:
-    """Whether x is a dense CPU tensor, float32 or float64, whose values are what lies in memory; or absent (None)."""
+    """Whether x is a dense CPU tensor of one of DTYPES whose values are what lies in memory; or absent (None)."""
     return x is None or (
         type(x) in PLAIN_TYPES
-        and (x.dtype is _float32 or x.dtype is _float64)
+        and x.dtype in DTYPES
         and x.is_cpu
         and _has_storage(x)  # else sparse, or mapped by a vmap that is_grads_batched=True sets up
         and not x.is_neg()
@@ -55,7 +58,7 @@ def is_plain(x: Tensor | None) -> bool:
 
 
 def plain_linear_shape(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[int, ...] | None:
-    """The output shape of linear if the call is plain, its tensors are plain float32 and fit together; else None."""
+    """The output shape of linear if the call and its tensors are plain, of one of KERNEL_DTYPES, and fit."""
     if (
         type(input) in PLAIN_TYPES
         and type(weight) in PLAIN_TYPES
@@ -68,7 +71,7 @@ def plain_linear_shape(input: Tensor, weight: Tensor, bias: Tensor | None) -> tu
 
 
 def plain_matmul_shape(input: Tensor, other: Tensor) -> tuple[int, ...] | None:
-    """The output shape of matmul if the call is plain, both are plain float32, 2-D or more, and fit; else None."""
+    """The output shape of matmul if the call and both are plain, of one of KERNEL_DTYPES, 2-D or more, and fit."""
     if (
         type(input) in PLAIN_TYPES
         and type(other) in PLAIN_TYPES

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -17,6 +18,43 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def matmul(input: Tensor, other: Tensor) -> Tensor:
     """input[..., M, K] @ other[..., K, N] -> [..., M, N]; 1-D operands as in torch.matmul."""
     return torch.matmul(input, other)
+
+
+def _silu_grad(grad: Tensor, z: Tensor) -> Tensor:
+    """Spelled out: torch has no derivative of its own silu_backward."""
+    s = torch.sigmoid(z)
+    return grad * (s * (1 + z * (1 - s)))
+
+
+_aten = torch.ops.aten
+# name -> the function, and its derivative as grad, z -> grad * f'(z); torch can differentiate both again.
+ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
+    "relu": (F.relu, lambda grad, z: _aten.threshold_backward(grad, z, 0)),
+    "gelu": (F.gelu, _aten.gelu_backward),
+    "gelu_tanh": (
+        lambda z: F.gelu(z, approximate="tanh"),
+        lambda grad, z: _aten.gelu_backward(grad, z, approximate="tanh"),
+    ),
+    "silu": (F.silu, _silu_grad),
+}
+
+
+def linear_fused(
+    input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str | None
+) -> Tensor:
+    """activation(linear(input, weight, bias)) + residual."""
+    return epilogue(linear(input, weight, bias), residual, activation)
+
+
+def epilogue(z: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
+    """activation(z) + residual."""
+    out = z if activation is None else ACTIVATIONS[activation][0](z)
+    return out if residual is None else out + residual
+
+
+def activation_grad(grad: Tensor, pre: Tensor, activation: str) -> Tensor:
+    """grad * activation'(pre), elementwise."""
+    return ACTIVATIONS[activation][1](grad, pre)
 
 
 def linear_wgrad(grad: Tensor, input: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch.autograd import Function, forward_ad
 from torch.compiler import is_compiling, is_exporting
 
 from fastdl.ops import calls
-from fastdl.ops.plain import HAS_VECTOR_LEVEL, PLAIN_TYPES
+from fastdl.ops.plain import DTYPES, HAS_VECTOR_LEVEL, PLAIN_TYPES
 
 # torch.export writes programs that load without fastdl, unless FASTDL_EXPORT_OPS=1 asks to keep its operations.
 EXPORT_OPS = os.environ.get("FASTDL_EXPORT_OPS", "0") not in ("", "0")
@@ -35,26 +36,47 @@ class Operation:
     unsupported: Callable[..., str | None]  # why shapes that torch takes are not taken; raises where nobody takes them
     plan: Callable[..., str]  # (out, *arguments) -> the kernel's name, for `explain`
     optional: tuple[str, ...] = ()  # arguments that may be None
+    autocast: bool = False  # whether torch.autocast casts its tensors
 
 
-def call(op: Operation, *args: Tensor | None) -> Tensor:
-    """Run op on tensors of any kind: by fastdl, with autograd where needed, or by torch with the reason recorded."""
-    given = zip(op.arguments, args, strict=True)
-    tensors = {name: x for name, x in given if x is not None or name not in op.optional}
-    reason = handback_reason(op.name, tensors) or op.unsupported(*args)
+def call(op: Operation, *args: Tensor | None, constants: tuple[Any, ...] = ()) -> Tensor:
+    """Run op on tensors of any kind: by fastdl, with autograd where needed, or by torch with the reason recorded.
+
+    `constants` follow the tensors as further arguments; nothing is asked of them. Of several results the first counts.
+    """
+    tensors = _given(op, args)
+    reason = handback_reason(op.name, tensors)
+    if reason is None:
+        if op.autocast and torch.is_autocast_enabled("cpu"):
+            args = _cast(args, torch.get_autocast_dtype("cpu"))
+            tensors = _given(op, args)
+        reason = _reason_from_dtype(op.name, tensors) or op.unsupported(*args, *constants)
     if reason is not None:
         calls.handback(op.name, reason)
-        out = op.torch_function(*args)
+        out = op.torch_function(*args, *constants)
     elif _needs_autograd(tensors):
-        out = op.function.apply(*args)
+        out = op.function.apply(*args, *constants)
     else:
-        out = op.overload(*args)
+        out = op.overload(*args, *constants)
+    out = out[0] if isinstance(out, tuple) else out
     if not is_compiling() and calls.observer is not None:
         traced = any(isinstance(x, _TRACING_TYPES) for x in tensors.values())
-        kernel = "torch" if reason else "no kernel: traced" if traced else op.plan(out, *args)
+        kernel = "torch" if reason else "no kernel: traced" if traced else op.plan(out, *args, *constants)
         shapes = tuple(tuple(x.shape) for x in tensors.values())
         calls.observer(calls.Call(op.name, kernel, shapes, out.dtype, reason or ""))
     return out
+
+
+def _given(op: Operation, args: tuple[Tensor | None, ...]) -> dict[str, Tensor]:
+    given = zip(op.arguments, args, strict=True)
+    return {name: x for name, x in given if x is not None or name not in op.optional}
+
+
+def _cast(args: tuple[Tensor | None, ...], dtype: torch.dtype) -> tuple[Tensor | None, ...]:
+    """What torch.autocast does to the arguments of a matrix product: all floating-point ones but float64 are cast."""
+    return tuple(
+        x.to(dtype) if x is not None and x.is_floating_point() and x.dtype != torch.float64 else x for x in args
+    )
 
 
 def _needs_autograd(tensors: dict[str, Tensor]) -> bool:
@@ -77,13 +99,13 @@ def _transforms_active() -> bool:
 
 
 def handback_reason(op: str, tensors: dict[str, Tensor]) -> str | None:
-    """Why torch should run this call, or None. TypeError and RuntimeError for what torch refuses as well."""
+    """Why torch should run this call, dtypes aside, or None. TypeError and RuntimeError for what torch refuses too."""
     for name, x in tensors.items():
         if not isinstance(x, Tensor):
             if hasattr(type(x), "__torch_function__"):  # e.g. a torch.fx proxy
                 return f"{name} is a {type(x).__name__}"
             raise TypeError(f"fastdl.{op}: argument '{name}': expected a torch.Tensor, got {type(x).__name__}")
-    return _reason_from_context() or _reason_from_kind(op, tensors) or _reason_from_dtype(op, tensors)
+    return _reason_from_context() or _reason_from_kind(op, tensors)
 
 
 def _reason_from_context() -> str | None:
@@ -117,8 +139,6 @@ def _reason_from_kind(op: str, tensors: dict[str, Tensor]) -> str | None:
             return f"{name} is quantized"
         if x.layout != torch.strided or x.is_nested:
             return f"{name} is {'nested' if x.is_nested else _short(x.layout)}"
-    if torch.is_autocast_enabled("cpu"):
-        return f"autocast to {_short(torch.get_autocast_dtype('cpu'))}"
     return None
 
 
@@ -127,7 +147,7 @@ def _reason_from_dtype(op: str, tensors: dict[str, Tensor]) -> str | None:
     if any(dtype != dtypes[0] for dtype in dtypes):
         got = ", ".join(f"{name} {_short(x.dtype)}" for name, x in tensors.items())
         raise RuntimeError(f"fastdl.{op}: expected tensors of one dtype, got {got}")
-    return None if dtypes[0] in (torch.float32, torch.float64) else f"dtype {_short(dtypes[0])}"
+    return None if dtypes[0] in DTYPES else f"dtype {_short(dtypes[0])}"
 
 
 def _short(torch_constant: object) -> str:

@@ -68,3 +68,11 @@ def sum_rows(x: Tensor) -> tuple[int]:
     """x [..., N] -> [N]."""
     require(x.ndim >= 1, "sum_rows", "x", "at least 1 dimension", x)
     return (x.shape[-1],)
+
+
+def linear_fused(input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> tuple[int, ...]:
+    """`linear`, and a residual of the output's shape."""
+    shape = linear(input, weight, bias)
+    if residual is not None:
+        require(tuple(residual.shape) == shape, "linear", "residual", f"the output's shape {list(shape)}", residual)
+    return shape

@@ -1,0 +1,106 @@
+// Elementwise functions over a vector level: exp, the logistic and normal distribution functions, activations.
+// NaN goes through, and -Inf * 0 is NaN as in torch. Errors against float64 are asserted in the tests.
+#pragma once
+#include "simd/activation.h"
+#include "simd/vec.h"
+
+namespace fastdl {
+namespace {
+
+// exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln(2)/2: polynomial of degree 6 (minimax by Lawson's iteration,
+// relative error 3e-9), reduction in two parts (Cody and Waite, 1980). Clamped where the result is Inf or 0 anyway.
+template <class L>
+FASTDL_INLINE typename L::V exp(typename L::V x) {
+  x = L::min(L::set1(89.0f), L::max(L::set1(-104.0f), x));
+  const auto n = L::round(L::mul(x, L::set1(1.44269504f)));
+  auto r = L::fma(n, L::set1(-0.693359375f), x);
+  r = L::fma(n, L::set1(2.12194440e-4f), r);
+  auto p = L::set1(0.001381461275741458f);
+  p = L::fma(p, r, L::set1(0.008368710055947304f));
+  p = L::fma(p, r, L::set1(0.04166838899254799f));
+  p = L::fma(p, r, L::set1(0.1666652113199234f));
+  p = L::fma(p, r, L::set1(0.4999999403953552f));
+  p = L::fma(p, r, L::set1(1.0f));
+  p = L::fma(p, r, L::set1(1.0f));
+  return L::scale(p, n);
+}
+
+// 1 / (1 + exp(-x))
+template <class L>
+FASTDL_INLINE typename L::V logistic(typename L::V x) {
+  const auto one = L::set1(1.0f);
+  return L::div(one, L::add(one, exp<L>(L::sub(L::zero(), x))));
+}
+
+// exp(-x^2 / 2), and Phi(x), the normal distribution function: Phi(-s) = t Q(t) exp(-s^2/2) with t = 1 / (1 + s/4) and
+// Q of degree 8 (the form of Abramowitz and Stegun 7.1.26, refitted: relative error 6e-8).
+template <class L>
+FASTDL_INLINE void normal(typename L::V x, typename L::V* density, typename L::V* phi) {
+  const auto one = L::set1(1.0f);
+  const auto s = L::max(L::sub(L::zero(), x), x);
+  const auto t = L::div(one, L::fma(s, L::set1(0.25f), one));
+  auto q = L::set1(0.025723371654748917f);
+  q = L::fma(q, t, L::set1(-0.1528088003396988f));
+  q = L::fma(q, t, L::set1(0.29612088203430176f));
+  q = L::fma(q, t, L::set1(-0.20578229427337646f));
+  q = L::fma(q, t, L::set1(0.20175780355930328f));
+  q = L::fma(q, t, L::set1(0.03292803093791008f));
+  q = L::fma(q, t, L::set1(0.1037466749548912f));
+  q = L::fma(q, t, L::set1(0.09851684421300888f));
+  q = L::fma(q, t, L::set1(0.09979747980833054f));
+  *density = exp<L>(L::mul(L::mul(s, s), L::set1(-0.5f)));
+  const auto tail = L::mul(L::mul(q, t), *density);
+  *phi = L::select_le_zero(x, tail, L::sub(one, tail));
+}
+
+constexpr float kGeluScale = 0.7978845608f, kGeluCube = 0.044715f;  // sqrt(2/pi); Hendrycks and Gimpel, 2016
+
+template <Activation kActivation>
+struct ActivationTag {
+  static constexpr Activation value = kActivation;
+};
+
+template <class L, Activation kActivation>
+FASTDL_INLINE typename L::V activate(typename L::V x) {
+  if constexpr (kActivation == Activation::relu) {
+    return L::max(L::zero(), x);
+  } else if constexpr (kActivation == Activation::silu) {
+    return L::mul(x, logistic<L>(x));
+  } else if constexpr (kActivation == Activation::gelu) {
+    typename L::V density, phi;
+    normal<L>(x, &density, &phi);
+    return L::mul(x, phi);
+  } else if constexpr (kActivation == Activation::gelu_tanh) {  // (1 + tanh u) / 2 = logistic(2u)
+    const auto cube = L::fma(L::mul(x, x), L::set1(kGeluCube), L::set1(1.0f));
+    return L::mul(x, logistic<L>(L::mul(L::mul(x, cube), L::set1(2 * kGeluScale))));
+  } else {
+    return x;
+  }
+}
+
+// d activate(x) / dx
+template <class L, Activation kActivation>
+FASTDL_INLINE typename L::V activate_grad(typename L::V x) {
+  const auto zero = L::zero(), one = L::set1(1.0f);
+  if constexpr (kActivation == Activation::relu) {
+    return L::select_le_zero(x, zero, one);  // as torch has it: 0 at 0, 1 at NaN
+  } else if constexpr (kActivation == Activation::silu) {
+    const auto s = logistic<L>(x);
+    return L::fma(L::mul(x, s), L::sub(one, s), s);
+  } else if constexpr (kActivation == Activation::gelu) {
+    typename L::V density, phi;
+    normal<L>(x, &density, &phi);
+    return L::fma(L::mul(x, density), L::set1(0.3989422804f), phi);  // 1 / sqrt(2 pi)
+  } else if constexpr (kActivation == Activation::gelu_tanh) {
+    const auto square = L::mul(x, x);
+    const auto u = L::mul(L::mul(x, L::fma(square, L::set1(kGeluCube), one)), L::set1(2 * kGeluScale));
+    const auto slope = L::mul(L::fma(square, L::set1(3 * kGeluCube), one), L::set1(2 * kGeluScale));
+    const auto s = logistic<L>(u);
+    return L::fma(L::mul(x, L::mul(s, L::sub(one, s))), slope, s);
+  } else {
+    return one;
+  }
+}
+
+}  // namespace
+}  // namespace fastdl
