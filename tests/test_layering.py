@@ -116,7 +116,8 @@ def escaping_symbols(obj, level):
         (kind, text)
         for kind, text in symbols
         if kind in "WwVvu" or (kind.isupper() and not text.startswith(f"fastdl::{level}::"))
-        if not text.startswith("DW.ref.")  # the compiler's own reference to its exception personality
+        # The compiler's own: the reference to its exception personality, AddressSanitizer's mark of a global.
+        if not text.startswith(("DW.ref.", "__odr_asan."))
     ]
 
 
