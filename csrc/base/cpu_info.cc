@@ -70,6 +70,7 @@ bool processor_has(Isa isa) {
     case Isa::kAvx512Bf16:
       return processor_has(Isa::kAvx512) && bit(cpuid(7, 1).a, 5);
     case Isa::kAmx:  // AMX-TILE, AMX-BF16, and the kernel's permission
+      if (amx_emulated()) return processor_has(Isa::kAvx512Bf16);
       return processor_has(Isa::kAvx512Bf16) && bit(ext.d, 24) && bit(ext.d, 22) && (state & 0x60000) == 0x60000 &&
              request_amx();
   }
@@ -179,6 +180,8 @@ bool parse_isa(const std::string& name, Isa* isa) {
   }
   return false;
 }
+
+bool amx_emulated() { return FASTDL_EMULATE_AMX != 0; }
 
 bool isa_compiled(Isa isa) { return kCompiled[static_cast<int>(isa)]; }
 

@@ -27,6 +27,7 @@ const char* isa_name(Isa isa);
 bool parse_isa(const std::string& name, Isa* isa);
 bool isa_compiled(Isa isa);
 bool isa_supported(Isa isa);
+bool amx_emulated();  // the level amx runs on a model of the tile unit (CMake option FASTDL_EMULATE_AMX)
 
 // CPUs that this process may use: the affinity mask, cut by the cgroup's quota. Re-read at most once a second.
 int usable_cpus();

@@ -10,6 +10,14 @@ using i64 = std::int64_t;
 enum class DType : std::uint8_t { f32, bf16, f16 };
 constexpr int kItemSize[] = {4, 2, 2};  // bytes, by DType
 
+// How exact products of float32 operands are, in falling order; a kernel at least as exact as asked may run.
+enum class Precision : std::uint8_t {
+  fma,   // rounded float32 operands as they are
+  ieee,  // three bfloat16 parts of each operand, six products: within float32's own error
+  tf32,  // two parts, three products: 2^-16
+  bf16,  // rounded to bfloat16: 2^-8
+};
+
 // Storage only; vector levels convert them (simd/vec.h).
 struct bf16 {
   std::uint16_t bits;

@@ -156,7 +156,11 @@ py::list kernel_rows(const std::string& op) {
     row["name"] = k.name;
     row["isa"] = isa_name(k.isa);
     row["dtype"] = torch_name(k.dtype);
+    row["precision"] = precision_name(k.precision);
     row["kind"] = k.kind == GemmKind::kTile ? "tile" : "dot";
+    row["k_unit"] = k.k_unit;
+    row["k_step"] = k.k_step;
+    row["planes"] = k.planes;
     row["mr"] = k.mr;
     row["nr"] = k.nr;
     row["available"] = k.isa <= cpu.isa;

@@ -52,6 +52,7 @@ py::dict build_info() {
 #endif
   out["isa_compiled"] = names(compiled);
   out["isa_missing"] = missing_levels();
+  out["amx_emulated"] = amx_emulated();
   out["cuda"] = cuda;
   return out;
 }

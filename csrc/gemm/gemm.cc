@@ -9,17 +9,29 @@
 
 namespace fastdl {
 
-#define GEMM_KERNEL(name, level, isa, dtype, function, kind, k_unit, mr, nr, kc) \
-  namespace level {                                                              \
-  void function(const TileArgs&);                                                \
-  extern const GemmHelpers helpers_##dtype;                                      \
+#define GEMM_KERNEL(name, level, isa, dtype, precision, function, helpers, kind, k_unit, k_step, planes, mr, nr, kc) \
+  namespace level {                                                                                                  \
+  void function(const TileArgs&);                                                                                    \
+  extern const GemmHelpers helpers_##helpers;                                                                        \
   }
 #include "gemm/cpu/kernels.inc"
 #undef GEMM_KERNEL
 
 const std::vector<GemmKernel>& gemm_kernels() {
-#define GEMM_KERNEL(name, level, isa, dtype, function, kind, k_unit, mr, nr, kc) \
-  {#name, Isa::isa, DType::dtype, GemmKind::kind, k_unit, mr, nr, kc, level::function, &level::helpers_##dtype},
+#define GEMM_KERNEL(name, level, isa, dtype, precision, function, helpers, kind, k_unit, k_step, planes, mr, nr, kc) \
+  {#name,                                                                                                            \
+   Isa::isa,                                                                                                         \
+   DType::dtype,                                                                                                     \
+   Precision::precision,                                                                                             \
+   GemmKind::kind,                                                                                                   \
+   k_unit,                                                                                                           \
+   k_step,                                                                                                           \
+   planes,                                                                                                           \
+   mr,                                                                                                               \
+   nr,                                                                                                               \
+   kc,                                                                                                               \
+   level::function,                                                                                                  \
+   &level::helpers_##helpers},
   static const std::vector<GemmKernel> table = {
 #include "gemm/cpu/kernels.inc"
   };
@@ -32,6 +44,11 @@ const char* dtype_name(DType dtype) {
   return kNames[static_cast<int>(dtype)];
 }
 
+const char* precision_name(Precision precision) {
+  constexpr const char* kNames[] = {"fma", "ieee", "tf32", "bf16"};
+  return kNames[static_cast<int>(precision)];
+}
+
 const GemmKernel& gemm_kernel(const std::string& name, const char* op) {
   std::string names;
   for (const GemmKernel& k : gemm_kernels()) {
@@ -41,9 +58,9 @@ const GemmKernel& gemm_kernel(const std::string& name, const char* op) {
   fail(op, ": argument 'kernel': expected one of ", names, "; got '", name, "'");
 }
 
-const GemmKernel& gemm_pack_kernel(Isa isa, DType dtype) {
+const GemmKernel& gemm_pack_kernel(Isa isa, DType dtype, Precision precision) {
   for (const GemmKernel& k : gemm_kernels())
-    if (k.isa <= isa && k.dtype == dtype && k.kind == GemmKind::kTile) return k;
+    if (k.isa <= isa && k.dtype == dtype && k.precision <= precision && k.kind == GemmKind::kTile) return k;
   fail("fastdl.gemm: no tile kernel");
 }
 

@@ -21,6 +21,7 @@ struct GemmDesc {
   i64 b_row, b_col;     // B(k,j) = b[k*b_row + j*b_col]
   bool packed = false;  // b is a frozen pack (pack_b): [ceil(N/nr)][K][nr]
   DType dtype = DType::f32;
+  Precision precision = Precision::ieee;  // asked of float32 operands
 };
 
 struct GemmPlan {
@@ -32,10 +33,13 @@ struct GemmPlan {
   int threads;
   i64 a_bytes, b_bytes;  // packed blocks, a thread
   i64 sum_bytes;         // float32 sums of a part, a thread; 0 where C itself holds them
+  int sums;              // of them, for adding K pairwise: 1 up to kPairwiseDepth
+  const GemmKernel* repair;  // computes again what the kernel suspects to be wrong; null where nothing can be
+  i64 peak_bytes, repair_bytes;
   const char* why;
 
   i64 workspace_bytes() const { return threads * per_thread_bytes(); }
-  i64 per_thread_bytes() const { return a_bytes + b_bytes + sum_bytes; }
+  i64 per_thread_bytes() const { return a_bytes + b_bytes + sums * sum_bytes + peak_bytes + repair_bytes; }
 };
 
 constexpr int kMaxBatchDims = 8;
@@ -68,9 +72,11 @@ struct GemmArgs {
 };
 
 const char* dtype_name(DType dtype);
+const char* precision_name(Precision precision);
 const std::vector<GemmKernel>& gemm_kernels();
 const GemmKernel& gemm_kernel(const std::string& name, const char* op);  // throws Error naming the rows
-const GemmKernel& gemm_pack_kernel(Isa isa, DType dtype);                // the row that frozen packs are laid out for
+// The row that frozen packs are laid out for.
+const GemmKernel& gemm_pack_kernel(Isa isa, DType dtype, Precision precision = Precision::ieee);
 
 // forced: a row to use, or null. The machine's isa must be compiled in, not necessarily runnable here.
 GemmPlan gemm_plan(const GemmDesc& desc, const Machine& machine, const GemmKernel* forced = nullptr);
@@ -79,7 +85,10 @@ std::string describe(const GemmDesc& desc, const GemmPlan& plan);
 
 void gemm_run(const GemmDesc& desc, const GemmPlan& plan, const GemmArgs& args);
 
-// Frozen packs: out[gemm_pack_size] = B[K,N] in panels [ceil(N/nr)][K][nr], the last one padded with zeros.
+constexpr i64 kPairwiseDepth = 8192;  // K beyond which the sums of so many are added pairwise, where parts are split
+
+// Frozen packs: out[gemm_pack_size] = B[K,N] in panels [ceil(N/nr)][K][nr], the last one padded with zeros; behind them,
+// where the kernel has suspects, the largest |B| of each column.
 i64 gemm_pack_size(i64 K, i64 N, const GemmKernel& kernel);
 void gemm_pack_b(const void* b, i64 b_row, i64 b_col, i64 K, i64 N, const GemmKernel& kernel, float* out);
 
@@ -95,6 +104,12 @@ struct RowsDesc {
   DType dtype = DType::f32;
 };
 void gemm_sum_rows(const void* x, const RowsDesc& desc, void* out, Isa isa, int threads);
+
+// Floats of a packed panel, a row or column of it, that hold this many elements along K.
+i64 gemm_packed_steps(i64 depth, const GemmKernel& kernel);
+i64 gemm_repair_bytes(const GemmKernel& kernel, const GemmKernel& repair);  // scratch, a thread
+// Elements of C that were computed a second time since the process began: see GemmPlan::repair.
+i64 gemm_repaired();
 
 // Calls of gemm() that ran this row since the last reset.
 i64 gemm_calls(const GemmKernel& kernel);

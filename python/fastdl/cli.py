@@ -90,7 +90,8 @@ def _info_facts() -> Iterator[tuple[str, str]]:
     yield "processor", f"{cpu['brand']} ({cpu['vendor']}), {cpu['cpus']} available"
     yield "caches", f"L1d {_bytes(cpu['l1d'])}, L2 {_bytes(cpu['l2'])}, L3 {_bytes(cpu['l3'])}"
     yield "levels in use", f"{cpu['isa']}{cap}"
-    yield "levels supported", f"{', '.join(cpu['isa_supported'])}"
+    emulated = " (amx emulated: slow, for tests)" if build["amx_emulated"] else ""
+    yield "levels supported", f"{', '.join(cpu['isa_supported'])}{emulated}"
     yield "levels compiled", f"{', '.join(build['isa_compiled'])}"
     for isa, reason in build["isa_missing"].items():
         yield f"no {isa}", reason

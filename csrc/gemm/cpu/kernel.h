@@ -161,10 +161,10 @@ void run_dot(const TileArgs& t) {
   dot<L, T, MR>(t);
 }
 
-// See GemmHelpers::pack. Rows are stored as whole vectors in rising order: what a store writes past its row is
+// See PackFunction. Rows are stored as whole vectors in rising order: what a store writes past its row is
 // overwritten by the next row, and past the last row by the next panel (or lands in the buffer's slack).
 template <class L, class T>
-void pack(const void* source, i64 k_step, i64 j_step, i64 k_count, int n, int panel, float* dst) {
+void pack(const void* source, i64 k_step, i64 j_step, i64 k_count, int n, int panel, float* dst, float*) {
   constexpr int W = L::width;
   const T* const src = static_cast<const T*>(source);
   if (j_step == 1) {  // rows of the panel are contiguous: copy
@@ -321,7 +321,7 @@ void sum_rows(const void* source, i64 rows, i64 cols, i64 row, i64 col, float* o
 
 template <class L, class T>
 constexpr GemmHelpers helpers() {
-  return {pack<L, T>, finish<L, T>, activation_grad<L, T>, sum_rows<L, T>};
+  return {pack<L, T>, pack<L, T>, finish<L, T>, activation_grad<L, T>, sum_rows<L, T>, {}, {}, {}, {}};
 }
 
 }  // namespace

@@ -41,24 +41,48 @@ struct FinishArgs {
   bool accumulate;
 };
 
+// dst[k*panel + j] = src[k*k_step + j*j_step] for j < n, 0 for n <= j < panel (k_unit 2: see kernel_pairs.h, tiles:
+// see kernel_amx.h). panel <= the vector width or a multiple of it; writes up to one vector past dst + k_count*panel.
+// peak: peak[j] = max(peak[j], |src[.., j]|) where the kernel has suspects, else unused.
+using PackFunction = void(const void* src, i64 k_step, i64 j_step, i64 k_count, int n, int panel, float* dst,
+                          float* peak);
+
+// Sums of a tile that a kernel with limits may have got wrong.
+struct SuspectArgs {
+  const float* sum;
+  i64 sum_row;
+  const float* a_peak;  // the largest |a| of each row and |b| of each column
+  const float* b_peak;
+  int m, n;  // <= 32
+};
+
 // What a schedule needs besides the tile: the conversions between a dtype in memory and float32 in registers.
 struct GemmHelpers {
-  // dst[k*panel + j] = src[k*k_step + j*j_step] for j < n, 0 for n <= j < panel (k_unit 2: see kernel_pairs.h). panel
-  // <= the vector width or a multiple of it; writes up to one vector past dst + k_count*panel.
-  void (*pack)(const void* src, i64 k_step, i64 j_step, i64 k_count, int n, int panel, float* dst);
+  PackFunction* pack_a;
+  PackFunction* pack_b;
   void (*finish)(const FinishArgs&);
   // dz[i] = dy[i] * d activation(z[i]) / dz
   void (*activation_grad)(const void* dy, const void* z, i64 count, Activation activation, void* dz);
   // out[j] (+)= sum_i x[i*row + j*col] for j < cols
   void (*sum_rows)(const void* x, i64 rows, i64 cols, i64 row, i64 col, float* out, bool accumulate);
+  // The rest only where a kernel needs it, else null.
+  void (*begin)();  // called by each thread before and after its tiles
+  void (*end)();
+  // rows[i] = the columns of row i to compute again; false when there are none. Without it every sum is right.
+  bool (*suspects)(const SuspectArgs&, unsigned rows[32]);
+  // dst[k*panel + j] = B(k,j) again, from the packed panel that stores it; peak as above.
+  void (*unpack_b)(const float* packed, i64 k_count, int n, int panel, const float* peak, float* dst);
 };
 
 struct GemmKernel {
   const char* name;
   Isa isa;
   DType dtype;  // of A, B, C and bias in memory
+  Precision precision;
   GemmKind kind;
   int k_unit;  // elements along K in a float of a packed panel: 1, or 2 for pairs of 16 bits
+  int k_step;  // panels are filled with zeros to a multiple of this many elements along K
+  int planes;  // parts that each operand is split into, side by side in a panel
   int mr, nr;
   i64 kc;  // K block: accumulators start afresh after each
   void (*tile)(const TileArgs&);

@@ -8,7 +8,7 @@ namespace {
 // As pack (kernel.h), with dst[k/2*panel + j] = (src[k*k_step + j*j_step], src[(k+1)*k_step + j*j_step]) for even k; an
 // odd last k is paired with zero.
 template <class L>
-void pack_pairs(const void* source, i64 k_step, i64 j_step, i64 k_count, int n, int panel, float* dst) {
+void pack_pairs(const void* source, i64 k_step, i64 j_step, i64 k_count, int n, int panel, float* dst, float*) {
   constexpr int W = L::width;
   const bf16* const src = static_cast<const bf16*>(source);
   const i64 pairs = (k_count + 1) / 2;
@@ -56,7 +56,7 @@ void pack_pairs(const void* source, i64 k_step, i64 j_step, i64 k_count, int n, 
 // Plain: the level in which fma is what it says, for all that is not a product of pairs.
 template <class L, class Plain>
 constexpr GemmHelpers pair_helpers() {
-  return {pack_pairs<L>, finish<Plain, bf16>, activation_grad<Plain, bf16>, sum_rows<Plain, bf16>};
+  return {pack_pairs<L>, pack_pairs<L>, finish<Plain, bf16>, activation_grad<Plain, bf16>, sum_rows<Plain, bf16>, {}, {}, {}, {}};
 }
 
 }  // namespace

@@ -1,5 +1,6 @@
 // Which kernel, which blocks, how many threads. Pure: everything follows from the problem and the machine given.
 #include <algorithm>
+#include <cmath>
 #include <numeric>
 
 #include "base/check.h"
@@ -16,7 +17,8 @@ i64 even_block(i64 size, i64 limit, i64 unit) {
   return round_up(ceil_div(size, ceil_div(size, limit)), unit);
 }
 
-// Packing an element costs about as much as this many multiply-adds: it is read, shuffled and written once.
+// Packing an element costs about as much as this many multiply-adds: it is read, shuffled and written once; each part
+// that it is split into costs that again.
 constexpr double kPackCost = 8;
 // Sums of a part that are kept in float32 beside C: 4 MiB, so that packing costs each of its operands below 1%.
 constexpr i64 kSumElements = i64{1} << 20;
@@ -28,10 +30,42 @@ double serial_nanoseconds(const GemmDesc& d) {
   return d.batch * d.pairs * (m * n * k * 2 / 100 + (m * k + k * n + m * n) * 4 / 30);  // 100 GFLOP/s, 30 GB/s
 }
 
-const GemmKernel* find(Isa isa, DType dtype, GemmKind kind) {
+const GemmKernel* find(Isa isa, DType dtype, Precision precision, GemmKind kind) {
   for (const GemmKernel& k : gemm_kernels())
-    if (k.isa <= isa && k.dtype == dtype && k.kind == kind) return &k;
+    if (k.isa <= isa && k.dtype == dtype && k.precision <= precision && k.kind == kind) return &k;
   return nullptr;
+}
+
+// --- time, in multiply-adds of the float32 FMA kernel --------------------------------------------------------------
+// Sapphire Rapids, a core: FMA 122e9 multiply-adds a second, tiles 1.9e12, 28 GB/s from L3.
+constexpr double kTileRate = 1900.0 / 122, kByteCost = 122.0 / 28;
+
+bool is_tiled(const GemmKernel& k) { return k.isa == Isa::kAmx; }
+
+double rate(const GemmKernel& k) {
+  if (!is_tiled(k)) return k.k_unit;
+  return kTileRate / (k.planes == 1 ? 1 : k.planes == 3 ? 6 : k.dtype == DType::f16 ? 4 : 3);
+}
+double pack_cost(const GemmKernel& k) {
+  return k.dtype == DType::bf16 ? kPackCost / k.k_unit : kPackCost * k.planes;
+}
+double products(const GemmDesc& d, const GemmKernel& k) {  // with an element of B
+  return static_cast<double>(is_tiled(k) ? round_up(d.M, 16) : d.M) / rate(k);
+}
+
+// An element of B costs its products, packing, and its bytes, as read from L3: whichever of the two, work or bytes,
+// takes longer.
+double tile_cost(const GemmDesc& d, const GemmKernel& k) {
+  const double work = products(d, k) + (d.packed ? 0 : pack_cost(k));
+  const double bytes = d.packed ? 4.0 * k.planes / k.k_unit : kItemSize[static_cast<int>(d.dtype)];
+  return std::max(work, bytes * kByteCost);
+}
+
+// float32 has two kinds of tile kernel from amx on: split into bfloat16 parts, and FMA, for few rows.
+const GemmKernel* find_tile(const GemmDesc& d, Isa isa) {
+  const GemmKernel* split = find(isa, d.dtype, d.precision, GemmKind::kTile);
+  const GemmKernel* fma = find(isa, d.dtype, Precision::fma, GemmKind::kTile);
+  return split == fma || tile_cost(d, *split) < tile_cost(d, *fma) ? split : fma;
 }
 
 bool dot_applies(const GemmDesc& d) { return !d.packed && d.a_col == 1 && d.b_row == 1; }
@@ -43,8 +77,8 @@ bool dot_applies(const GemmDesc& d) { return !d.packed && d.a_col == 1 && d.b_ro
 constexpr i64 kDotRows = 64, kDotCols = 8, kDotDepth = 128, kDotSums = 80;
 bool dot_pays(const GemmDesc& d, const GemmKernel& tile) {
   if (d.M == 1 || (d.N <= kDotCols && d.K >= kDotDepth)) return true;
-  const double dot_cost = static_cast<double>(d.M) * (d.K + kDotSums) * tile.k_unit;
-  return d.M <= kDotRows && dot_cost <= (d.M + kPackCost) * d.K;
+  const double dot_cost = static_cast<double>(d.M) * (d.K + kDotSums);
+  return d.M <= kDotRows && dot_cost <= (products(d, tile) + pack_cost(tile)) * d.K;
 }
 
 // With so few rows the work is reading B. In place and contiguous along N, it is read a few whole rows at a time, the
@@ -64,18 +98,19 @@ bool rows_collide(i64 stride) { return std::gcd<i64>(stride * 4, 4096) >= 2048; 
 // unpacked, 108.8 packed; 1024^3 84.9 unpacked, 104.3 packed; B 128x768x768 111.4 in place, 106.1 packed.)
 constexpr i64 kPackColumns = 512, kPackTiles = 2, kPackTilesApart = 40;
 bool pack_a_pays(const GemmDesc& d, const GemmKernel& kernel, i64 cols) {
-  if (d.dtype != DType::f32) return true;  // tile kernels read float32
+  if (is_tiled(kernel) || d.dtype != DType::f32) return true;  // kernels read float32, or tiles
   if (d.a_row == 1) return cols >= kPackColumns;
   return rows_collide(d.a_row) ? cols > 2 * kernel.nr : cols >= 4 * kPackColumns;
 }
-bool pack_b_pays(const GemmDesc& d, i64 tiles) {
-  if (d.dtype != DType::f32) return true;
+bool pack_b_pays(const GemmDesc& d, const GemmKernel& kernel, i64 tiles) {
+  if (is_tiled(kernel) || d.dtype != DType::f32) return true;
   return d.b_col != 1 || tiles > (rows_collide(d.b_row) ? kPackTiles : kPackTilesApart);
 }
 
 const GemmKernel* choose(const GemmDesc& d, const Machine& machine, const char** why) {
-  const GemmKernel* tile = find(machine.isa, d.dtype, GemmKind::kTile);
-  const GemmKernel* dot = find(machine.isa, d.dtype, GemmKind::kDot);
+  const GemmKernel* tile =
+      d.packed ? &gemm_pack_kernel(machine.isa, d.dtype, d.precision) : find_tile(d, machine.isa);
+  const GemmKernel* dot = find(machine.isa, d.dtype, d.precision, GemmKind::kDot);
   if (dot && dot_applies(d) && dot_pays(d, *tile)) {
     *why = "few rows or columns, both operands contiguous along K: nothing to pack";
     return dot;
@@ -124,21 +159,28 @@ GemmPlan gemm_plan(const GemmDesc& d, const Machine& machine, const GemmKernel* 
   const auto part_cols = [&] {
     return std::max<i64>(1, std::min(d.N, ceil_div(ceil_div(d.N, kernel.nr), p.grid_n) * kernel.nr));
   };
-  if (d.dtype != DType::f32) {  // sums wait in scratch: cut until those of a part fit
-    while (part_rows() * part_cols() > kSumElements) (part_rows() > part_cols() ? p.grid_m : p.grid_n) *= 2;
+  p.sums = 1;
+  if (kernel.precision == Precision::ieee)  // one more for each binary digit of the number of runs
+    for (i64 runs = ceil_div(d.K, kPairwiseDepth) * d.pairs; runs > 1; runs = ceil_div(runs, 2)) ++p.sums;
+  if (d.dtype != DType::f32 || kernel.precision != Precision::fma) {  // sums wait in scratch: cut until a part's fit
+    while (part_rows() * part_cols() > kSumElements / p.sums) (part_rows() > part_cols() ? p.grid_m : p.grid_n) *= 2;
     p.sum_bytes = round_up(part_rows() * part_cols() * 4, 4096);
   }
   const i64 rows = part_rows(), cols = part_cols();
-  p.tile_m = static_cast<int>(ceil_div(rows, ceil_div(rows, kernel.mr)));
-  p.kc = std::max<i64>(1, even_block(d.K, streams_b(d, kernel) ? kStreamDepth : kernel.kc, 8));
+  p.tile_m = is_tiled(kernel) ? static_cast<int>(std::min<i64>(kernel.mr, round_up(rows, 16)))
+                              : static_cast<int>(ceil_div(rows, ceil_div(rows, kernel.mr)));
+  const i64 depth_limit = streams_b(d, kernel) ? kStreamDepth : kernel.kc;
+  p.kc = std::max<i64>(1, even_block(d.K, depth_limit, std::max(8, kernel.k_step)));
+  const i64 depth_bytes = gemm_packed_steps(p.kc, kernel) * 4;  // of a row of A or a column of B, packed
 
   // A block: half of L2, the other half is for the panel of B and C passing through.
-  const i64 mc_limit = std::max<i64>(1, machine.l2 / 2 / (p.kc * 4) / p.tile_m) * p.tile_m;
+  const i64 line_bytes = is_tiled(kernel) ? depth_bytes : p.kc * 4;
+  const i64 mc_limit = std::max<i64>(1, machine.l2 / 2 / line_bytes / p.tile_m) * p.tile_m;
   p.mc = even_block(rows, mc_limit, p.tile_m);
   const i64 tiles = ceil_div(rows, p.tile_m);
 
   p.pack_a = !dot && pack_a_pays(d, kernel, cols);
-  p.pack_b = !dot && !d.packed && pack_b_pays(d, tiles);
+  p.pack_b = !dot && !d.packed && pack_b_pays(d, kernel, tiles);
 
   if (!p.pack_b) {
     p.nc = round_up(cols, kernel.nr);
@@ -147,12 +189,16 @@ GemmPlan gemm_plan(const GemmDesc& d, const Machine& machine, const GemmKernel* 
   } else {
     // B block: a share of L3, at most 4 MiB.
     const i64 bytes = std::min<i64>(machine.l3 / (2 * p.threads), i64{4} << 20);
-    p.nc = even_block(cols, std::max<i64>(kernel.nr, bytes / (p.kc * 4) / kernel.nr * kernel.nr), kernel.nr);
+    p.nc = even_block(cols, std::max<i64>(kernel.nr, bytes / line_bytes / kernel.nr * kernel.nr), kernel.nr);
   }
   constexpr i64 kSlack = 64;  // one vector: see GemmHelpers::pack
-  const i64 depth_bytes = ceil_div(p.kc, kernel.k_unit) * 4;
   p.a_bytes = p.pack_a ? round_up(p.mc * depth_bytes + kSlack, 4096) : 0;
   p.b_bytes = p.pack_b ? round_up(p.nc * depth_bytes + kSlack, 4096) : 0;
+  if (kernel.helpers->suspects) {
+    p.repair = find(Isa::kAvx512, d.dtype, Precision::fma, GemmKind::kTile);
+    p.peak_bytes = round_up((round_up(rows, kernel.mr) + round_up(cols, kernel.nr)) * 4, 4096);
+    p.repair_bytes = round_up(gemm_repair_bytes(kernel, *p.repair), 4096);
+  }
   return p;
 }
 
@@ -165,8 +211,13 @@ std::vector<std::string> gemm_candidates(const GemmDesc& d, const Machine& machi
       reason = concat("needs ", isa_name(k.isa));
     } else if (k.kind == GemmKind::kDot && !dot_applies(d)) {
       reason = "operands not contiguous along K";
+    } else if (k.precision > d.precision) {
+      reason = "less exact than asked";
     } else if (k.kind == GemmKind::kDot && chosen.kernel->kind == GemmKind::kTile) {
       reason = "enough rows and columns for packing B to pay";
+    } else if (k.kind == chosen.kernel->kind && (is_tiled(k) || is_tiled(*chosen.kernel)) && !d.packed) {
+      reason = concat("estimated at ", std::round(tile_cost(d, k) / tile_cost(d, *chosen.kernel) * 100) / 100,
+                      " times the time");
     } else {
       reason = chosen.why;
     }
@@ -176,7 +227,9 @@ std::vector<std::string> gemm_candidates(const GemmDesc& d, const Machine& machi
 }
 
 std::string describe(const GemmDesc& d, const GemmPlan& p) {
-  return concat("gemm ", dtype_name(d.dtype), " batch=", d.batch, " M=", d.M, " N=", d.N, " K=", d.K, " A(", d.a_row,
+  return concat("gemm ", dtype_name(d.dtype),
+                d.dtype == DType::f32 && d.precision != Precision::ieee ? concat(" ", precision_name(d.precision)) : "",
+                " batch=", d.batch, " M=", d.M, " N=", d.N, " K=", d.K, " A(", d.a_row,
                 ",", d.a_col, ") B(", d.b_row, ",", d.b_col, ")", d.packed ? " packed" : "", " -> ", p.kernel->name,
                 " mc=", p.mc, " nc=", p.nc, " kc=", p.kc, " pack=", p.pack_a ? "A" : "", p.pack_b ? "B" : "",
                 p.pack_a || p.pack_b ? "" : "none", " grid=", p.grid_m, "x", p.grid_n, " threads=", p.threads,

@@ -47,27 +47,27 @@ Part part_at(const GemmDesc& d, const GemmPlan& p, const GemmArgs& args, i64 ind
   return part;
 }
 
-// Floats along K that a panel of this depth holds.
-i64 packed_steps(i64 depth, const GemmKernel& kernel) { return (depth + kernel.k_unit - 1) / kernel.k_unit; }
-
 // out = the panels of B[k0 .. k0+depth, n0 .. n0+n], `kc` rows of storage each. Rows that are contiguous along N are
 // read a few at a time over all panels, so that the memory stream runs along them.
-void pack_b(const GemmDesc& d, const GemmKernel& kernel, const void* b, i64 depth, i64 n, i64 kc, float* out) {
-  const i64 step = d.b_col == 1 ? 8 : std::max<i64>(1, depth);
+void pack_b(const GemmDesc& d, const GemmKernel& kernel, const void* b, i64 depth, i64 n, i64 kc, float* out,
+            float* peak) {
+  const i64 step = d.b_col == 1 ? std::max(8, kernel.k_step) : std::max<i64>(1, depth);
   for (i64 k = 0; k < depth; k += step) {
     for (i64 j = 0; j < n; j += kernel.nr) {
-      kernel.helpers->pack(at(b, k * d.b_row + j * d.b_col, d.dtype), d.b_row, d.b_col, std::min(step, depth - k),
-                           static_cast<int>(std::min<i64>(kernel.nr, n - j)), kernel.nr,
-                           out + (j * kc + k * kernel.nr) / kernel.k_unit);
+      kernel.helpers->pack_b(at(b, k * d.b_row + j * d.b_col, d.dtype), d.b_row, d.b_col, std::min(step, depth - k),
+                             static_cast<int>(std::min<i64>(kernel.nr, n - j)), kernel.nr,
+                             out + j * gemm_packed_steps(kc, kernel) + gemm_packed_steps(k, kernel) * kernel.nr,
+                             peak ? peak + j : nullptr);
     }
   }
 }
 
-void pack_a(const GemmDesc& d, const GemmPlan& p, const void* a, i64 depth, i64 m, float* out) {
-  const i64 steps = packed_steps(depth, *p.kernel);
+void pack_a(const GemmDesc& d, const GemmPlan& p, const void* a, i64 depth, i64 m, float* out, float* peak) {
+  const i64 steps = gemm_packed_steps(depth, *p.kernel);
   for (i64 i = 0; i < m; i += p.tile_m) {
-    p.kernel->helpers->pack(at(a, i * d.a_row, d.dtype), d.a_col, d.a_row, depth,
-                            static_cast<int>(std::min<i64>(p.tile_m, m - i)), p.tile_m, out + i * steps);
+    p.kernel->helpers->pack_a(at(a, i * d.a_row, d.dtype), d.a_col, d.a_row, depth,
+                              static_cast<int>(std::min<i64>(p.tile_m, m - i)), p.tile_m, out + i * steps,
+                              peak ? peak + i : nullptr);
   }
 }
 
@@ -116,12 +116,12 @@ struct Scratch {
 void run_pair(const GemmDesc& d, const GemmPlan& p, const GemmArgs& args, const Part& part, const Scratch& scratch,
               bool first, bool last) {
   const i64 nr = p.kernel->nr;
-  const bool narrow = d.dtype != DType::f32;
+  const bool narrow = p.sum_bytes > 0;  // sums wait in scratch
   const bool epilogue = narrow || args.activation != Activation::none || args.residual || args.pre;
   i64 k0 = 0;
   do {  // once for K = 0 too: C is the bias then
     const i64 depth = std::min(p.kc, d.K - k0);
-    const i64 steps = packed_steps(depth, *p.kernel);
+    const i64 steps = gemm_packed_steps(depth, *p.kernel);
     const bool finish = last && k0 + p.kc >= d.K;
     i64 packed_m = -1;  // the row of A that scratch.a begins with
     for (i64 n0 = part.n_begin; n0 < part.n_end; n0 += p.nc) {
@@ -129,11 +129,11 @@ void run_pair(const GemmDesc& d, const GemmPlan& p, const GemmArgs& args, const 
       Blocks x;
       const void* b = at(part.b, k0 * d.b_row + n0 * d.b_col, d.dtype);
       if (p.pack_b) {
-        pack_b(d, *p.kernel, b, depth, n, steps * p.kernel->k_unit, scratch.b);
+        pack_b(d, *p.kernel, b, depth, n, depth, scratch.b, nullptr);
         x.b = scratch.b, x.b_panel = steps * nr, x.b_row = nr, x.b_col = 1;
       } else if (d.packed) {
-        x.b_panel = packed_steps(d.K, *p.kernel) * nr, x.b_row = nr, x.b_col = 1;
-        x.b = at(part.b, n0 / nr * x.b_panel + k0 / p.kernel->k_unit * nr, DType::f32);
+        x.b_panel = gemm_packed_steps(d.K, *p.kernel) * nr, x.b_row = nr, x.b_col = 1;
+        x.b = at(part.b, n0 / nr * x.b_panel + gemm_packed_steps(k0, *p.kernel) * nr, DType::f32);
       } else {
         x.b = b, x.b_panel = nr * d.b_col, x.b_row = d.b_row, x.b_col = d.b_col;
       }
@@ -142,7 +142,7 @@ void run_pair(const GemmDesc& d, const GemmPlan& p, const GemmArgs& args, const 
         const i64 m = std::min(p.mc, part.m_end - m0);
         const void* a = at(part.a, m0 * d.a_row + k0 * d.a_col, d.dtype);
         if (p.pack_a) {
-          if (packed_m != m0) pack_a(d, p, a, depth, m, scratch.a);
+          if (packed_m != m0) pack_a(d, p, a, depth, m, scratch.a, nullptr);
           packed_m = m0;
           x.a = scratch.a, x.a_tile = p.tile_m * steps, x.a_row = 1, x.a_col = p.tile_m;
         } else {
@@ -198,13 +198,22 @@ void gemm_run(const GemmDesc& d, const GemmPlan& p, const GemmArgs& args) {
   ArenaLease scratch(p.workspace_bytes());
   const i64 parts = d.batch * p.grid_m * p.grid_n;
   parallel(p.threads, [&](int thread, int threads) {
+    if (p.kernel->helpers->begin) p.kernel->helpers->begin();
     for (i64 i = parts * thread / threads, end = parts * (thread + 1) / threads; i < end; ++i)
       run_part(d, p, args, part_at(d, p, args, i), scratch.data() + thread * p.per_thread_bytes());
+    if (p.kernel->helpers->end) p.kernel->helpers->end();
   });
 }
 
+i64 gemm_packed_steps(i64 depth, const GemmKernel& kernel) {
+  return (depth + kernel.k_step - 1) / kernel.k_step * kernel.k_step / kernel.k_unit * kernel.planes;
+}
+
+i64 gemm_repair_bytes(const GemmKernel&, const GemmKernel&) { return 0; }
+i64 gemm_repaired() { return 0; }
+
 i64 gemm_pack_size(i64 K, i64 N, const GemmKernel& kernel) {
-  return (N + kernel.nr - 1) / kernel.nr * kernel.nr * packed_steps(K, kernel);
+  return (N + kernel.nr - 1) / kernel.nr * kernel.nr * gemm_packed_steps(K, kernel);
 }
 
 void gemm_pack_b(const void* b, i64 b_row, i64 b_col, i64 K, i64 N, const GemmKernel& kernel, float* out) {
@@ -212,7 +221,7 @@ void gemm_pack_b(const void* b, i64 b_row, i64 b_col, i64 K, i64 N, const GemmKe
   d.b_row = b_row;
   d.b_col = b_col;
   d.dtype = kernel.dtype;
-  pack_b(d, kernel, b, K, N, packed_steps(K, kernel) * kernel.k_unit, out);
+  pack_b(d, kernel, b, K, N, K, out, nullptr);
 }
 
 void gemm_activation_grad(const void* dy, const void* z, i64 count, Activation activation, void* dz, DType dtype,

@@ -1,0 +1,17 @@
+#include "gemm/cpu/kernel_amx.h"
+
+namespace fastdl::amx {
+
+extern const GemmHelpers helpers_bf16, helpers_f16, helpers_f32_medium, helpers_f32_high, helpers_f32_split;
+const GemmHelpers helpers_bf16 = tile_helpers<bf16, Whole>();
+const GemmHelpers helpers_f16 = tile_helpers<f16, Parts<2>>();
+const GemmHelpers helpers_f32_medium = tile_helpers<float, Parts<1>>();
+const GemmHelpers helpers_f32_high = tile_helpers<float, Parts<2>>();
+const GemmHelpers helpers_f32_split = tile_helpers<float, Parts<3>>();
+
+void tile_bf16(const TileArgs& t) { run_block<Products1>(t); }
+void tile_f16(const TileArgs& t) { run_block<Products4>(t); }
+void tile_high(const TileArgs& t) { run_block<Products3>(t); }
+void tile_split(const TileArgs& t) { run_block<Products6>(t); }
+
+}  // namespace fastdl::amx

@@ -1,0 +1,273 @@
+// GEMM on tiles of bfloat16: float32 and float16 operands are split into bfloat16 parts while they are packed, and the
+// products of parts that matter are summed.
+//
+// A packed panel, mr rows of A or nr columns of B, is a run of tiles (simd/tile_amx.h) in the order of their use:
+//   [ceil(K/32)][part][panel/16][16][16] pairs of bf16 along K      A tile: [row][pair]      B tile: [pair][column]
+#pragma once
+#include "gemm/cpu/kernel.h"
+#include "simd/tile_amx.h"
+#include "simd/vec_avx512.h"
+
+namespace fastdl {
+namespace {
+
+using L = VecAvx512;
+
+constexpr int kTileDepth = 32;   // elements along K in a tile
+constexpr int kTileFloats = 256;
+constexpr int kBlock = 32;  // rows and columns of a block: two tiles each
+
+// --- products ------------------------------------------------------------------------------------------------------
+// Which parts are multiplied, in order: each step changes one operand, small products come before large ones.
+struct Products1 {
+  static constexpr int parts = 1, count = 1, a[] = {0}, b[] = {0};
+};
+struct Products3 {
+  static constexpr int parts = 2, count = 3, a[] = {0, 0, 1}, b[] = {1, 0, 0};
+};
+struct Products4 {
+  static constexpr int parts = 2, count = 4, a[] = {1, 1, 0, 0}, b[] = {1, 0, 0, 1};
+};
+struct Products6 {
+  static constexpr int parts = 3, count = 6, a[] = {0, 0, 1, 1, 2, 0}, b[] = {2, 1, 1, 0, 0, 0};
+};
+
+// Rows of C: 16*kRows, columns 16*kCols, in tiles 0 to 3; A in 4 and 5, B in 6 and 7.
+template <class P, int kRows, int kCols, int I>
+FASTDL_INLINE void multiply(const char* a, i64 a_part, const char* b) {
+  constexpr i64 b_part = 2 * kTileBytes;
+  if constexpr (I < P::count) {
+    constexpr int before = I == 0 ? 0 : I - 1;
+    if constexpr (I == 0 || P::a[I] != P::a[before]) {
+      tile_load<4>(a + P::a[I] * a_part, kTileRowBytes);
+      if constexpr (kRows > 1) tile_load<5>(a + P::a[I] * a_part + kTileBytes, kTileRowBytes);
+    }
+    if constexpr (I == 0 || P::b[I] != P::b[before]) {
+      // B streams from L2: its next K step is fetched while this one is multiplied. Past a panel's end comes the next.
+      const char* next = b + P::parts * b_part + P::b[I] * b_part;
+#pragma GCC unroll 32
+      for (int r = 0; r < kCols * kTileRows; ++r) __builtin_prefetch(next + r * kTileRowBytes);
+      tile_load<6>(b + P::b[I] * b_part, kTileRowBytes);
+      if constexpr (kCols > 1) tile_load<7>(b + P::b[I] * b_part + kTileBytes, kTileRowBytes);
+    }
+    tile_dpbf16ps<0, 4, 6>();
+    if constexpr (kCols > 1) tile_dpbf16ps<1, 4, 7>();
+    if constexpr (kRows > 1) tile_dpbf16ps<2, 5, 6>();
+    if constexpr (kRows > 1 && kCols > 1) tile_dpbf16ps<3, 5, 7>();
+    multiply<P, kRows, kCols, I + 1>(a, a_part, b);
+  }
+}
+
+template <class P, int kRows, int kCols>
+void block(const TileArgs& t) {
+  for (int i = 0; i < t.m; ++i) {  // C comes from memory while the products run
+    __builtin_prefetch(t.c + i * t.c_row, 1);
+    __builtin_prefetch(t.c + i * t.c_row + t.n - 1, 1);
+  }
+  tile_zero<0>();
+  tile_zero<1>();
+  tile_zero<2>();
+  tile_zero<3>();
+  const char* a = static_cast<const char*>(t.a);
+  const char* b = static_cast<const char*>(t.b);
+  const i64 a_part = t.a_col / 16 * kTileBytes, b_part = 2 * kTileBytes;
+  for (i64 k = t.k / (16 * P::parts); k > 0; --k) {
+    multiply<P, kRows, kCols, 0>(a, a_part, b);
+    a += P::parts * a_part;
+    b += P::parts * b_part;
+  }
+
+  if (!t.accumulate && t.m == 16 * kRows && t.n == 16 * kCols) {
+    const i64 row = t.c_row * 4;
+    tile_store<0>(t.c, row);
+    if constexpr (kCols > 1) tile_store<1>(t.c + 16, row);
+    if constexpr (kRows > 1) tile_store<2>(t.c + 16 * t.c_row, row);
+    if constexpr (kRows > 1 && kCols > 1) tile_store<3>(t.c + 16 * t.c_row + 16, row);
+    return;
+  }
+  alignas(64) float sum[kBlock][kBlock];
+  tile_store<0>(sum[0], sizeof sum[0]);
+  if constexpr (kCols > 1) tile_store<1>(sum[0] + 16, sizeof sum[0]);
+  if constexpr (kRows > 1) tile_store<2>(sum[16], sizeof sum[0]);
+  if constexpr (kRows > 1 && kCols > 1) tile_store<3>(sum[16] + 16, sizeof sum[0]);
+  for (int v = 0; v < kCols; ++v) {
+    const auto mask = L::first(t.n - 16 * v < 16 ? t.n - 16 * v : 16);
+    for (int i = 0; i < t.m; ++i) {
+      float* c = t.c + i * t.c_row + 16 * v;
+      auto x = L::load(sum[i] + 16 * v);
+      if (t.accumulate) x = L::add(L::load(c, mask), x);
+      L::store(c, x, mask);
+    }
+  }
+}
+
+template <class P>
+void run_block(const TileArgs& t) {
+  if (t.m > 16) return t.n > 16 ? block<P, 2, 2>(t) : block<P, 2, 1>(t);
+  return t.n > 16 ? block<P, 1, 2>(t) : block<P, 1, 1>(t);
+}
+
+// --- splitting -----------------------------------------------------------------------------------------------------
+// How a vector of operands becomes tile rows of pairs: row() takes 32 elements that follow each other along K, pair()
+// two vectors that do, lane by lane. Both give one vector of pairs a part, and collect the largest magnitudes.
+
+// bfloat16 as it is.
+struct Whole {
+  static constexpr int parts = 1;
+  static constexpr bool limited = false;
+  static FASTDL_INLINE void row(const bf16* x, int n, L::V (&out)[1], L::V*) {
+    out[0] = _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(static_cast<__mmask32>((std::uint64_t{1} << n) - 1), x));
+  }
+  static FASTDL_INLINE void pair(const bf16* x, const bf16* y, L::M m, L::V (&out)[1], L::V*) {
+    const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, x));
+    const __m512i high = y ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, y)) : _mm512_setzero_si512();
+    out[0] = _mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+  }
+};
+
+FASTDL_INLINE __m512i bits(L::V x) { return _mm512_castps_si512(x); }
+FASTDL_INLINE __m512i magnitude(L::V x) { return _mm512_and_si512(bits(x), _mm512_set1_epi32(0x7fffffff)); }
+
+// x = out[0] + out[1] + ..., each the rest so far rounded to bfloat16, to nearest even; the parts keep their place in
+// the upper half of a lane. Three parts hold any float32 exactly, as far as they are normal numbers. Inf, NaN and what
+// would round to Inf are cut off instead, Inf and NaN without further parts, so that the sum of the parts is x again.
+template <int kParts>
+FASTDL_INLINE void split(L::V x, L::V (&out)[kParts]) {
+  const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000u)), half = _mm512_set1_epi32(0x7fff);
+#pragma GCC unroll 3
+  for (int p = 0; p < kParts; ++p) {
+    const __m512i u = bits(x), odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+    __m512i part = _mm512_and_si512(_mm512_add_epi32(_mm512_add_epi32(u, half), odd), high);
+    if (p == 0) {
+      const auto large = _mm512_cmpge_epu32_mask(magnitude(x), _mm512_set1_epi32(0x7f7f8000));
+      if (__builtin_expect(large, 0)) {
+        const auto nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+        part = _mm512_mask_and_epi32(part, large, u, high);
+        part = _mm512_mask_or_epi32(part, nan, part, _mm512_set1_epi32(0x400000));
+        const auto finite = _mm512_cmplt_epu32_mask(magnitude(x), _mm512_set1_epi32(0x7f800000));
+        out[p] = _mm512_castsi512_ps(part);
+        x = _mm512_maskz_sub_ps(finite, x, out[p]);  // Inf - Inf would be NaN
+        continue;
+      }
+    }
+    out[p] = _mm512_castsi512_ps(part);
+    x = L::sub(x, out[p]);
+  }
+}
+
+template <int kParts>
+struct Parts {
+  static constexpr int parts = kParts;
+  static constexpr bool limited = true;
+  template <class T>
+  static FASTDL_INLINE void row(const T* x, int n, L::V (&out)[kParts], L::V* peak) {
+    const auto x0 = L::load(x, L::first(n < 16 ? n : 16));
+    const auto x1 = n > 16 ? L::load(x + 16, L::first(n - 16)) : L::zero();
+    raise(peak, x0);
+    raise(peak, x1);
+    L::V low[kParts], high[kParts];
+    split(x0, low);
+    split(x1, high);
+#pragma GCC unroll 3
+    for (int p = 0; p < kParts; ++p) {
+      const __m256i y0 = _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits(low[p]), 16));
+      const __m256i y1 = _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits(high[p]), 16));
+      out[p] = _mm512_castsi512_ps(_mm512_inserti64x4(_mm512_castsi256_si512(y0), y1, 1));
+    }
+  }
+  template <class T>
+  static FASTDL_INLINE void pair(const T* x, const T* y, L::M m, L::V (&out)[kParts], L::V* peak) {
+    const auto x0 = L::load(x, m);
+    const auto x1 = y ? L::load(y, m) : L::zero();
+    raise(peak, x0);
+    raise(peak, x1);
+    L::V low[kParts], high[kParts];
+    split(x0, low);
+    split(x1, high);
+#pragma GCC unroll 3
+    for (int p = 0; p < kParts; ++p)
+      out[p] = _mm512_castsi512_ps(_mm512_or_si512(_mm512_srli_epi32(bits(low[p]), 16), bits(high[p])));
+  }
+  static FASTDL_INLINE void raise(L::V* peak, L::V x) {
+    *peak = _mm512_castsi512_ps(_mm512_max_epu32(bits(*peak), magnitude(x)));
+  }
+};
+
+// --- packing -------------------------------------------------------------------------------------------------------
+// One tile of each part: 16 lines (rows of A, columns of B), n <= 32 elements along K. Rows of A that are contiguous
+// along K are tile rows as they lie; so are, turned, columns of B. The other way round elements are paired first.
+template <class T, class S, bool kIsA>
+FASTDL_INLINE void pack_tile(const T* src, i64 k_step, i64 j_step, int n, int lines, float* dst, i64 part, L::V* peak) {
+  L::V r[S::parts][16], x[S::parts];
+  const bool along_k = k_step == 1;
+  if (along_k) {
+    for (int j = 0; j < 16; ++j) {
+      if (j < lines) {
+        S::row(src + j * j_step, n, x, peak + j);
+      } else {
+        for (auto& v : x) v = L::zero();
+      }
+      for (int p = 0; p < S::parts; ++p) r[p][j] = x[p];
+    }
+  } else {
+    const auto mask = L::first(lines);
+    for (int k = 0; k < kTileDepth; k += 2) {
+      if (k >= n) {
+        for (auto& v : x) v = L::zero();
+      } else if (j_step == 1) {
+        S::pair(src + k * k_step, k + 1 < n ? src + (k + 1) * k_step : nullptr, mask, x, peak);
+      } else {
+        T low[16] = {}, high[16] = {};
+        for (int j = 0; j < lines; ++j) {
+          low[j] = src[k * k_step + j * j_step];
+          if (k + 1 < n) high[j] = src[(k + 1) * k_step + j * j_step];
+        }
+        S::pair(low, high, mask, x, peak);
+      }
+      for (int p = 0; p < S::parts; ++p) r[p][k / 2] = x[p];
+    }
+  }
+  for (int p = 0; p < S::parts; ++p) {
+    if (along_k != kIsA) L::transpose(r[p]);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) L::store(dst + p * part + 16 * i, r[p][i]);
+  }
+}
+
+// See PackFunction. Tiles of lines past n rounded up to 16 are not written: nobody reads them.
+template <class T, class S, bool kIsA>
+void pack_tiles(const void* source, i64 k_step, i64 j_step, i64 k_count, int n, int panel, float* dst, float* peak) {
+  const T* const src = static_cast<const T*>(source);
+  const i64 part = panel / 16 * kTileFloats;
+  for (int j = 0; j < n; j += 16) {
+    const int lines = n - j < 16 ? n - j : 16;
+    L::V peaks[16];
+    for (auto& v : peaks) v = L::zero();
+    for (i64 k = 0; k < k_count; k += kTileDepth) {
+      const int depth = k_count - k < kTileDepth ? static_cast<int>(k_count - k) : kTileDepth;
+      float* const out = dst + k / kTileDepth * S::parts * part + j / 16 * kTileFloats;
+      pack_tile<T, S, kIsA>(src + k * k_step + j * j_step, k_step, j_step, depth, lines, out, part, peaks);
+    }
+    if (!S::limited || !peak) continue;
+    if (k_step == 1) {  // peaks[j]: of line j, lane by lane; else peaks[0] holds a line a lane
+      float largest[16];
+      for (int i = 0; i < 16; ++i) largest[i] = float_of(_mm512_reduce_max_epu32(bits(peaks[i])));
+      peaks[0] = L::load(largest);
+    }
+    const auto mask = L::first(lines);
+    Parts<1>::raise(&peaks[0], L::load(peak + j, mask));
+    L::store(peak + j, peaks[0], mask);
+  }
+}
+
+void begin_tiles() { tile_configure(); }
+void end_tiles() { tile_release(); }
+
+template <class T, class S>
+constexpr GemmHelpers tile_helpers() {
+  return {pack_tiles<T, S, true>, pack_tiles<T, S, false>, finish<L, T>, activation_grad<L, T>, sum_rows<L, T>,
+          begin_tiles,            end_tiles,               {},           {}};
+}
+
+}  // namespace
+}  // namespace fastdl
