@@ -131,6 +131,9 @@ CpuInfo detect() {
     if (!info.cap.empty() && !parse_isa(info.cap, &cap))
       fail("fastdl: FASTDL_ISA: expected scalar, avx2, avx512, avx512bf16 or amx, got '", info.cap, "'");
   }
+  const char* float32 = std::getenv("FASTDL_FLOAT32");
+  info.float32_fma = float32 && std::string(float32) == "ieee";
+  if (float32 && *float32 && !info.float32_fma) fail("fastdl: FASTDL_FLOAT32: expected ieee, got '", float32, "'");
   info.isa = Isa::kScalar;
   for (Isa isa : info.supported)
     if (isa <= cap) info.isa = isa;

@@ -19,10 +19,11 @@ struct CpuInfo {
   std::vector<Isa> supported;  // by the processor, the operating system and this build
   Isa isa;                     // the highest of them within FASTDL_ISA
   std::string cap;             // FASTDL_ISA, or ""
+  bool float32_fma;            // FASTDL_FLOAT32=ieee: float32 products by FMA only
   i64 l1d, l2, l3;
 };
 
-const CpuInfo& cpu_info();  // detected once; throws Error when FASTDL_ISA names no level
+const CpuInfo& cpu_info();  // detected once; throws Error for values that FASTDL_ISA or FASTDL_FLOAT32 cannot have
 const char* isa_name(Isa isa);
 bool parse_isa(const std::string& name, Isa* isa);
 bool isa_compiled(Isa isa);

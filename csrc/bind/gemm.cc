@@ -15,9 +15,10 @@ namespace py = pybind11;
 namespace fastdl {
 namespace {
 
-void run(const GemmProblem& p, const std::string& kernel, int threads, const char* op) {
+void run(GemmProblem& p, const std::string& kernel, int threads, const char* op) {
   require_threads(threads, op);
   const GemmKernel* forced = forced_kernel(kernel, op);
+  p.desc.precision = asked_precision(p.desc.dtype);
   py::gil_scoped_release release;
   gemm(p.desc, p.args, forced, threads);
 }

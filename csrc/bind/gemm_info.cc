@@ -101,6 +101,7 @@ Machine this_machine(int threads) {
 
 py::dict plan_problem(GemmProblem p, const std::string& kernel, int threads, const char* op) {
   require_threads(threads, op);
+  p.desc.precision = asked_precision(p.desc.dtype);
   gemm_canonicalise(&p.desc, &p.args);
   const Machine machine = this_machine(threads);
   return plan_dict(p.desc, machine, gemm_plan(p.desc, machine, forced_kernel(kernel, op)));
@@ -125,8 +126,15 @@ bool parse_dtype(const std::string& name, DType* dtype) {
   return false;
 }
 
+bool parse_precision(const std::string& name, Precision* precision) {
+  for (Precision p : {Precision::fma, Precision::ieee, Precision::tf32, Precision::bf16})
+    if (name == precision_name(p)) return *precision = p, true;
+  return false;
+}
+
 py::dict plan_shape(i64 M, i64 N, i64 K, i64 batch, Strides a, Strides b, bool packed, const std::string& isa,
-                    int threads, i64 l1d, i64 l2, i64 l3, const std::string& kernel, const std::string& dtype) {
+                    int threads, i64 l1d, i64 l2, i64 l3, const std::string& kernel, const std::string& dtype,
+                    const std::string& precision) {
   const char* op = "fastdl.gemm_plan";
   require_threads(threads, op);
   if (M < 0 || N < 0 || K < 0 || batch < 0)
@@ -135,6 +143,7 @@ py::dict plan_shape(i64 M, i64 N, i64 K, i64 batch, Strides a, Strides b, bool p
   d.M = M, d.N = N, d.K = K, d.batch = batch, d.pairs = 1;
   d.dtype = DType::f32;
   if (!dtype.empty() && !parse_dtype(dtype, &d.dtype)) fail(op, ": argument 'dtype': no dtype '", dtype, "'");
+  if (!parse_precision(precision, &d.precision)) fail(op, ": argument 'precision': no precision '", precision, "'");
   std::tie(d.a_row, d.a_col) = a.value_or(std::pair<i64, i64>(K, 1));
   std::tie(d.b_row, d.b_col) = b.value_or(std::pair<i64, i64>(N, 1));
   d.packed = packed;
@@ -183,9 +192,10 @@ void bind_gemm_info(py::module_& m) {
     return out;
   });
   m.def("reset_counters", gemm_reset_calls);
+  m.def("recomputed", gemm_repaired);
   m.def("gemm_plan", plan_shape, "M"_a, "N"_a, "K"_a, py::kw_only(), "batch"_a = 1, "a_strides"_a = py::none(),
         "b_strides"_a = py::none(), "packed"_a = false, "isa"_a = "", "threads"_a = 0, "l1d"_a = 0, "l2"_a = 0,
-        "l3"_a = 0, "kernel"_a = "", "dtype"_a = "float32");
+        "l3"_a = 0, "kernel"_a = "", "dtype"_a = "float32", "precision"_a = "ieee");
   m.def("linear_plan", plan_linear, "out"_a, "input"_a, "weight"_a, "packed"_a = false, "kernel"_a = "",
         "threads"_a = 0);
   m.def("matmul_plan", plan_matmul, "out"_a, "a"_a, "b"_a, "kernel"_a = "", "threads"_a = 0);
@@ -196,7 +206,7 @@ void bind_gemm_info(py::module_& m) {
       [](const std::string& name) {
         DType dtype;
         if (!parse_dtype(name, &dtype)) fail("fastdl.pack_kernel: argument 'dtype': no dtype '", name, "'");
-        return gemm_pack_kernel(cpu_info().isa, dtype).name;
+        return gemm_pack_kernel(cpu_info().isa, dtype, asked_precision(dtype)).name;
       },
       "dtype"_a = "float32");
   m.def(

@@ -119,6 +119,21 @@ GemmProblem weight_problem(py::handle out_, py::handle input_, py::handle weight
   return p;
 }
 
+// torch.backends.mkldnn.matmul.fp32_precision, inheritance and set_float32_matmul_precision resolved. About 0.1 us, so
+// it is read only where there are kernels to choose from.
+Precision asked_precision(DType dtype) {
+  if (dtype != DType::f32 || cpu_info().isa < Isa::kAmx) return Precision::ieee;
+  if (cpu_info().float32_fma) return Precision::fma;
+  static PyObject* const getter =
+      py::object(py::module_::import("torch._C").attr("_get_fp32_precision_getter")).release().ptr();  // kept for good
+  static PyObject* const arguments = py::make_tuple("mkldnn", "matmul").release().ptr();
+  const auto value = py::reinterpret_steal<py::object>(PyObject_Call(getter, arguments, nullptr));
+  if (!value) throw py::error_already_set();
+  if (PyUnicode_CompareWithASCIIString(value.ptr(), "tf32") == 0) return Precision::tf32;
+  if (PyUnicode_CompareWithASCIIString(value.ptr(), "bf16") == 0) return Precision::bf16;
+  return Precision::ieee;  // "ieee", "none"
+}
+
 const GemmKernel* forced_kernel(const std::string& name, const char* op) {
   if (name.empty()) return nullptr;
   const GemmKernel& k = gemm_kernel(name, op);
@@ -129,7 +144,7 @@ const GemmKernel* forced_kernel(const std::string& name, const char* op) {
 }
 
 const GemmKernel& pack_kernel(const std::string& name, DType dtype, const char* op) {
-  return name.empty() ? gemm_pack_kernel(cpu_info().isa, dtype) : *forced_kernel(name, op);
+  return name.empty() ? gemm_pack_kernel(cpu_info().isa, dtype, asked_precision(dtype)) : *forced_kernel(name, op);
 }
 
 void require_threads(int threads, const char* op) {

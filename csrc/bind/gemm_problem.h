@@ -31,6 +31,8 @@ Rows leading_rows(const TensorView& x, const TensorView* y, const char* op);
 
 void require_rank(const TensorView& t, int least, const char* op, const char* argument);
 void require_threads(int threads, const char* op);
+// How exact products of this dtype must be now: FASTDL_FLOAT32, or torch's own switch. Needs the GIL.
+Precision asked_precision(DType dtype);
 const GemmKernel* forced_kernel(const std::string& name, const char* op);             // null for ""
 const GemmKernel& pack_kernel(const std::string& name, DType dtype, const char* op);  // "": the level's own
 

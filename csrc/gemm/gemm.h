@@ -33,13 +33,12 @@ struct GemmPlan {
   int threads;
   i64 a_bytes, b_bytes;  // packed blocks, a thread
   i64 sum_bytes;         // float32 sums of a part, a thread; 0 where C itself holds them
-  int sums;              // of them, for adding K pairwise: 1 up to kPairwiseDepth
-  const GemmKernel* repair;  // computes again what the kernel suspects to be wrong; null where nothing can be
-  i64 peak_bytes, repair_bytes;
+  const GemmKernel* repair;  // computes again, by FMA, what the kernel may have got wrong; null where it never does
+  i64 repair_bytes;          // its operands, and the largest magnitudes of the part's, a thread
   const char* why;
 
   i64 workspace_bytes() const { return threads * per_thread_bytes(); }
-  i64 per_thread_bytes() const { return a_bytes + b_bytes + sums * sum_bytes + peak_bytes + repair_bytes; }
+  i64 per_thread_bytes() const { return a_bytes + b_bytes + sum_bytes + repair_bytes; }
 };
 
 constexpr int kMaxBatchDims = 8;
@@ -85,10 +84,8 @@ std::string describe(const GemmDesc& desc, const GemmPlan& plan);
 
 void gemm_run(const GemmDesc& desc, const GemmPlan& plan, const GemmArgs& args);
 
-constexpr i64 kPairwiseDepth = 8192;  // K beyond which the sums of so many are added pairwise, where parts are split
-
 // Frozen packs: out[gemm_pack_size] = B[K,N] in panels [ceil(N/nr)][K][nr], the last one padded with zeros; behind them,
-// where the kernel has suspects, the largest |B| of each column.
+// for float32 split into parts, the largest |B| of each column. Columns of tiny values are scaled (kTinyScale).
 i64 gemm_pack_size(i64 K, i64 N, const GemmKernel& kernel);
 void gemm_pack_b(const void* b, i64 b_row, i64 b_col, i64 K, i64 N, const GemmKernel& kernel, float* out);
 
@@ -107,7 +104,7 @@ void gemm_sum_rows(const void* x, const RowsDesc& desc, void* out, Isa isa, int 
 
 // Floats of a packed panel, a row or column of it, that hold this many elements along K.
 i64 gemm_packed_steps(i64 depth, const GemmKernel& kernel);
-i64 gemm_repair_bytes(const GemmKernel& kernel, const GemmKernel& repair);  // scratch, a thread
+i64 gemm_repair_bytes(const GemmPlan& plan, i64 rows, i64 cols);  // for a part of so many
 // Elements of C that were computed a second time since the process began: see GemmPlan::repair.
 i64 gemm_repaired();
 

@@ -16,7 +16,11 @@ class KernelRow(TypedDict):
     name: str  # e.g. "gemm_f32_14x32_avx512"; the same name in the log, the tests and the bench rows
     isa: str  # "scalar" | "avx2" | "avx512" | "avx512bf16" | "amx"
     dtype: str  # of the operands in memory: "float32", "bfloat16" or "float16"
+    precision: str  # of products: "fma", "ieee", "tf32" or "bf16"; the last three are float32 split into bfloat16
     kind: str  # "tile": C tile += packed or strided A x panel of B; "dot": both operands contiguous along K
+    k_unit: int  # elements along K in a float of a packed panel
+    k_step: int  # packed panels are padded to a multiple of this many elements along K
+    planes: int  # parts that each operand is split into
     mr: int  # rows of the register tile
     nr: int  # columns of the register tile
     available: bool  # can run on this machine, under FASTDL_ISA
@@ -45,7 +49,7 @@ class Plan(TypedDict):
 
 # --- the machine and the build --------------------------------------------------------------------------------
 def build_info() -> dict[str, Any]:
-    """compiler, openmp (bool), isa_compiled (list), isa_missing ({isa: reason}), cuda ({"built", "reason"})."""
+    """compiler, openmp, amx_emulated (bool), isa_compiled (list), isa_missing ({isa: reason}), cuda ({built, reason})."""
 
 def cpu_info() -> dict[str, Any]:
     """vendor, brand, isa_supported (list), isa (in use), isa_cap (FASTDL_ISA or ""), l1d, l2, l3 (bytes), cpus."""
@@ -66,6 +70,8 @@ def counters() -> dict[str, int]:
     """Calls of `run` per kernel name since the last reset."""
 
 def reset_counters() -> None: ...
+def recomputed() -> int:
+    """Elements that split kernels computed a second time, by FMA, so far: Inf, NaN, and those of tiny rows or columns."""
 
 # --- GEMM -----------------------------------------------------------------------------------------------------
 def kernels(op: str) -> list[KernelRow]:
@@ -87,6 +93,7 @@ def gemm_plan(
     l3: int = 0,  # cache sizes to plan for; 0: this machine's
     kernel: str = "",
     dtype: str = "float32",
+    precision: str = "ieee",  # asked of float32: "fma", "ieee", "tf32", "bf16"
 ) -> Plan:
     """Pure: the decision for a problem on a machine. Runs nothing."""
 
@@ -152,7 +159,7 @@ def sum_rows(out: Tensor, x: Tensor, threads: int = 0) -> None:
 
 # --- frozen packs: the weight in panel order, [ceil(N/nr)][K][nr], zero padded, as a 1-D float32 tensor ---------
 def pack_kernel(dtype: str = "float32") -> str:
-    """The table row that frozen packs are laid out for on this machine."""
+    """The table row that frozen packs are laid out for on this machine, at the precision asked of float32 now."""
 
 def pack_numel(K: int, N: int, kernel: str) -> int: ...
 def pack(out: Tensor, b: Tensor, kernel: str) -> None:

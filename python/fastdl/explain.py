@@ -143,4 +143,6 @@ def _layer_rows(fqn: str, module: nn.Module, watched: _Watched | None) -> list[R
 def _call_row(fqn: str, name: str, made: calls.Call, count: int, status: str = "fastdl", note: str = "") -> Row:
     shapes = " ".join("x".join(map(str, shape)) or "scalar" for shape in made.shapes)
     dtype = str(made.dtype).removeprefix("torch.")
+    if made.recomputed:
+        note = "; ".join(filter(None, (note, f"{made.recomputed} elements recomputed by FMA: Inf, NaN or tiny values")))
     return Row(fqn, name, "torch" if made.reason else status, made.kernel, shapes, dtype, made.reason or note, count)

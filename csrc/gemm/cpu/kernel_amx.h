@@ -234,13 +234,13 @@ FASTDL_INLINE void pack_tile(const T* src, i64 k_step, i64 j_step, int n, int li
   }
 }
 
-// See PackFunction. Tiles of lines past n rounded up to 16 are not written: nobody reads them.
+// See PackFunction. Tiles of A past its last row are not written: nobody reads them.
 template <class T, class S, bool kIsA>
 void pack_tiles(const void* source, i64 k_step, i64 j_step, i64 k_count, int n, int panel, float* dst, float* peak) {
   const T* const src = static_cast<const T*>(source);
   const i64 part = panel / 16 * kTileFloats;
-  for (int j = 0; j < n; j += 16) {
-    const int lines = n - j < 16 ? n - j : 16;
+  for (int j = 0; j < (kIsA ? n : panel); j += 16) {
+    const int lines = n - j < 0 ? 0 : n - j < 16 ? n - j : 16;
     L::V peaks[16];
     for (auto& v : peaks) v = L::zero();
     for (i64 k = 0; k < k_count; k += kTileDepth) {
@@ -248,7 +248,7 @@ void pack_tiles(const void* source, i64 k_step, i64 j_step, i64 k_count, int n, 
       float* const out = dst + k / kTileDepth * S::parts * part + j / 16 * kTileFloats;
       pack_tile<T, S, kIsA>(src + k * k_step + j * j_step, k_step, j_step, depth, lines, out, part, peaks);
     }
-    if (!S::limited || !peak) continue;
+    if (!S::limited || !peak || lines == 0) continue;
     if (k_step == 1) {  // peaks[j]: of line j, lane by lane; else peaks[0] holds a line a lane
       float largest[16];
       for (int i = 0; i < 16; ++i) largest[i] = float_of(_mm512_reduce_max_epu32(bits(peaks[i])));
@@ -260,13 +260,82 @@ void pack_tiles(const void* source, i64 k_step, i64 j_step, i64 k_count, int n, 
   }
 }
 
+// --- what tiles get wrong ------------------------------------------------------------------------------------------
+// See SuspectArgs. Magnitudes are compared as integers where NaN must count as large.
+bool suspects(const SuspectArgs& s, unsigned rows[kBlock]) {
+  const __m512i infinity = _mm512_set1_epi32(0x7f800000);
+  const L::M lanes[2] = {L::first(s.n < 16 ? s.n : 16), L::first(s.n > 16 ? s.n - 16 : 0)};
+  L::V b[2] = {L::zero(), L::zero()};
+  L::M some[2] = {0, 0};  // columns that are not all zeros
+  float b_least = 0;
+  if (s.b_peak) {
+    unsigned least = ~0u;
+    for (int v = 0; v < 2; ++v) {
+      b[v] = L::load(s.b_peak + 16 * v, lanes[v]);
+      some[v] = _mm512_cmp_ps_mask(b[v], L::zero(), _CMP_GT_OQ);
+      const unsigned x = _mm512_mask_reduce_min_epu32(some[v], bits(b[v]));
+      least = x < least ? x : least;
+    }
+    b_least = float_of(least);  // NaN when all are zeros: compares as false
+  }
+  unsigned any = 0;
+  for (int i = 0; i < s.m; ++i) {
+    const float a = s.a_peak ? s.a_peak[i] : 0;
+    const bool tiny = a > 0 && (a < kTinyPeak || b_least < kTinyPeak || a * b_least < kTinyProduct);
+    rows[i] = 0;
+    for (int v = 0; v < 2; ++v) {
+      const auto x = L::load(s.sum + i * s.sum_row + 16 * v, lanes[v]);
+      unsigned bad = _mm512_cmpge_epu32_mask(magnitude(x), infinity);
+      if (tiny) {
+        const unsigned small = _mm512_cmp_ps_mask(b[v], L::set1(kTinyPeak), _CMP_LT_OQ) |
+                               _mm512_cmp_ps_mask(L::mul(L::set1(a), b[v]), L::set1(kTinyProduct), _CMP_LT_OQ);
+        bad |= some[v] & (a < kTinyPeak ? 0xffffu : small);
+      }
+      rows[i] |= bad << (16 * v);
+    }
+    any |= rows[i];
+  }
+  return any != 0;
+}
+
+// See GemmHelpers::unpack_b: the sum of the parts is the element, and columns that were scaled are scaled back.
+template <class S>
+void unpack_tiles(const float* packed, i64 k_count, int n, int panel, const float* peak, float* dst) {
+  const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+  const i64 part = panel / 16 * kTileFloats;
+  for (int j = 0; j < panel; j += 16) {
+    auto scale = L::set1(1);
+    if (peak && j < n) {
+      const auto p = L::load(peak + j, L::first(n - j < 16 ? n - j : 16));
+      const auto tiny = _mm512_cmp_ps_mask(p, L::set1(kTinyPeak), _CMP_LT_OQ);
+      scale = _mm512_mask_mov_ps(scale, tiny, L::set1(1 / kTinyScale));
+    }
+    for (i64 k = 0; k < k_count; ++k) {
+      const float* p = packed + k / kTileDepth * S::parts * part + j / 16 * kTileFloats + k % kTileDepth / 2 * 16;
+      auto x = L::zero();
+      for (int i = S::parts - 1; i >= 0; --i) {
+        const __m512i pair = bits(L::load(p + i * part));
+        x = L::add(x, _mm512_castsi512_ps(k % 2 ? _mm512_and_si512(pair, high) : _mm512_slli_epi32(pair, 16)));
+      }
+      L::store(dst + k * panel + j, L::mul(x, scale));
+    }
+  }
+}
+
 void begin_tiles() { tile_configure(); }
 void end_tiles() { tile_release(); }
 
 template <class T, class S>
 constexpr GemmHelpers tile_helpers() {
-  return {pack_tiles<T, S, true>, pack_tiles<T, S, false>, finish<L, T>, activation_grad<L, T>, sum_rows<L, T>,
-          begin_tiles,            end_tiles,               {},           {}};
+  return {pack_tiles<T, S, true>,
+          pack_tiles<T, S, false>,
+          finish<L, T>,
+          activation_grad<L, T>,
+          sum_rows<L, T>,
+          begin_tiles,
+          end_tiles,
+          S::limited ? suspects : nullptr,
+          S::limited ? unpack_tiles<S> : nullptr};
 }
 
 }  // namespace

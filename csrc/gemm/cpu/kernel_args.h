@@ -47,11 +47,15 @@ struct FinishArgs {
 using PackFunction = void(const void* src, i64 k_step, i64 j_step, i64 k_count, int n, int panel, float* dst,
                           float* peak);
 
-// Sums of a tile that a kernel with limits may have got wrong.
+// Tile products flush parts, products and sums below 2^-126 to zero. Rows and columns whose largest magnitude is below
+// kTinyPeak lose parts that matter, those whose product is below kTinyProduct lose sums that do: neither is relied on.
+constexpr float kTinyPeak = 0x1p-100f, kTinyProduct = 0x1p-90f, kTinyScale = 0x1p100f;
+
+// Sums of a tile that a kernel with limits may have got wrong: such, and what is Inf or NaN.
 struct SuspectArgs {
   const float* sum;
   i64 sum_row;
-  const float* a_peak;  // the largest |a| of each row and |b| of each column
+  const float* a_peak;  // the largest |a| of each row and |b| of each column; null for float16, which is never tiny
   const float* b_peak;
   int m, n;  // <= 32
 };

@@ -115,7 +115,8 @@ const GemmKernel* choose(const GemmDesc& d, const Machine& machine, const char**
     *why = "few rows or columns, both operands contiguous along K: nothing to pack";
     return dot;
   }
-  *why = d.packed ? "frozen pack" : "highest level with a tile kernel";
+  const GemmKernel* most = find(machine.isa, d.dtype, d.precision, GemmKind::kTile);
+  *why = d.packed ? "frozen pack" : tile == most ? "highest level with a tile kernel" : "too few rows to pay for splitting";
   return tile;
 }
 
@@ -159,11 +160,8 @@ GemmPlan gemm_plan(const GemmDesc& d, const Machine& machine, const GemmKernel* 
   const auto part_cols = [&] {
     return std::max<i64>(1, std::min(d.N, ceil_div(ceil_div(d.N, kernel.nr), p.grid_n) * kernel.nr));
   };
-  p.sums = 1;
-  if (kernel.precision == Precision::ieee)  // one more for each binary digit of the number of runs
-    for (i64 runs = ceil_div(d.K, kPairwiseDepth) * d.pairs; runs > 1; runs = ceil_div(runs, 2)) ++p.sums;
   if (d.dtype != DType::f32 || kernel.precision != Precision::fma) {  // sums wait in scratch: cut until a part's fit
-    while (part_rows() * part_cols() > kSumElements / p.sums) (part_rows() > part_cols() ? p.grid_m : p.grid_n) *= 2;
+    while (part_rows() * part_cols() > kSumElements) (part_rows() > part_cols() ? p.grid_m : p.grid_n) *= 2;
     p.sum_bytes = round_up(part_rows() * part_cols() * 4, 4096);
   }
   const i64 rows = part_rows(), cols = part_cols();
@@ -196,8 +194,7 @@ GemmPlan gemm_plan(const GemmDesc& d, const Machine& machine, const GemmKernel* 
   p.b_bytes = p.pack_b ? round_up(p.nc * depth_bytes + kSlack, 4096) : 0;
   if (kernel.helpers->suspects) {
     p.repair = find(Isa::kAvx512, d.dtype, Precision::fma, GemmKind::kTile);
-    p.peak_bytes = round_up((round_up(rows, kernel.mr) + round_up(cols, kernel.nr)) * 4, 4096);
-    p.repair_bytes = round_up(gemm_repair_bytes(kernel, *p.repair), 4096);
+    p.repair_bytes = round_up(gemm_repair_bytes(p, rows, cols), 4096);
   }
   return p;
 }
@@ -215,7 +212,8 @@ std::vector<std::string> gemm_candidates(const GemmDesc& d, const Machine& machi
       reason = "less exact than asked";
     } else if (k.kind == GemmKind::kDot && chosen.kernel->kind == GemmKind::kTile) {
       reason = "enough rows and columns for packing B to pay";
-    } else if (k.kind == chosen.kernel->kind && (is_tiled(k) || is_tiled(*chosen.kernel)) && !d.packed) {
+    } else if (!d.packed && k.kind == chosen.kernel->kind &&
+               (is_tiled(k) || (is_tiled(*chosen.kernel) && &k == find(machine.isa, d.dtype, Precision::fma, k.kind)))) {
       reason = concat("estimated at ", std::round(tile_cost(d, k) / tile_cost(d, *chosen.kernel) * 100) / 100,
                       " times the time");
     } else {

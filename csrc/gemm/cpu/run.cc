@@ -2,6 +2,8 @@
 // (Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication", 2008). A thread packs what its own
 // parts need, so nothing is shared and no thread waits for another.
 #include <algorithm>
+#include <atomic>
+#include <vector>
 
 #include "base/arena.h"
 #include "base/parallel.h"
@@ -9,6 +11,8 @@
 
 namespace fastdl {
 namespace {
+
+std::atomic<i64> g_repaired{0};
 
 struct Part {
   const void* a;
@@ -47,6 +51,11 @@ Part part_at(const GemmDesc& d, const GemmPlan& p, const GemmArgs& args, i64 ind
   return part;
 }
 
+// Floats of all panels of B[K,N].
+i64 packed_panels(i64 K, i64 N, const GemmKernel& kernel) {
+  return (N + kernel.nr - 1) / kernel.nr * kernel.nr * gemm_packed_steps(K, kernel);
+}
+
 // out = the panels of B[k0 .. k0+depth, n0 .. n0+n], `kc` rows of storage each. Rows that are contiguous along N are
 // read a few at a time over all panels, so that the memory stream runs along them.
 void pack_b(const GemmDesc& d, const GemmKernel& kernel, const void* b, i64 depth, i64 n, i64 kc, float* out,
@@ -71,6 +80,83 @@ void pack_a(const GemmDesc& d, const GemmPlan& p, const void* a, i64 depth, i64 
   }
 }
 
+// Part whose operands are those of pair r.
+Part pair_of(const GemmDesc& d, const GemmArgs& args, Part part, i64 r) {
+  for (i64 i = args.pairs.dims - 1; i >= 0; r /= args.pairs.size[i--]) {
+    part.a = at(part.a, r % args.pairs.size[i] * args.pairs.a[i], d.dtype);
+    part.b = at(part.b, r % args.pairs.size[i] * args.pairs.b[i], d.dtype);
+  }
+  return part;
+}
+
+// Scratch of a thread, cut as the plan says. The peaks are those of the rows and columns of a part.
+struct Scratch {
+  float* a;
+  float* b;
+  float* sum;
+  float* a_peak;
+  float* b_peak;
+  float* repair;
+};
+
+bool has_peaks(const GemmPlan& p) { return p.repair && p.kernel->dtype == DType::f32; }
+
+// What is left to do for a tile of sums once they are complete: see GemmPlan::repair.
+struct Repair {
+  const GemmDesc& d;
+  const GemmPlan& p;
+  const GemmArgs& args;
+  const Part& whole;  // of the first pair
+  const Scratch& scratch;
+  const float* b_peak;  // of the column n_begin; null: none
+
+  void operator()(float* sum, i64 sum_row, i64 i0, i64 j0, int m, int n) const {
+    unsigned rows[32];
+    const float* a_peaks = b_peak ? scratch.a_peak + i0 - whole.m_begin : nullptr;
+    const float* b_peaks = b_peak ? b_peak + j0 - whole.n_begin : nullptr;
+    if (!p.kernel->helpers->suspects({sum, sum_row, a_peaks, b_peaks, m, n}, rows)) return;
+    int begin = 0, end = m;
+    while (rows[begin] == 0) ++begin;
+    while (rows[end - 1] == 0) --end;
+    const GemmKernel& exact = *p.repair;
+    const int nr = p.kernel->nr;
+    float* const c = scratch.repair;
+    float* const a = c + i64{p.kernel->mr} * nr;
+    float* const b = a + repair_floats(exact, exact.mr);
+    for (i64 r = 0; r < d.pairs; ++r) {
+      const Part part = pair_of(d, args, whole, r);
+      for (i64 k0 = 0; k0 < d.K; k0 += exact.kc) {
+        const i64 depth = std::min(exact.kc, d.K - k0);
+        if (d.packed) {
+          const i64 panel = j0 / nr * gemm_packed_steps(d.K, *p.kernel) * nr;
+          p.kernel->helpers->unpack_b(
+              static_cast<const float*>(part.b) + panel + gemm_packed_steps(k0, *p.kernel) * nr, depth, n, nr, b_peaks,
+              b);
+        } else {
+          exact.helpers->pack_b(at(part.b, k0 * d.b_row + j0 * d.b_col, d.dtype), d.b_row, d.b_col, depth, n, nr, b,
+                                nullptr);
+        }
+        for (int i = begin; i < end; i += exact.mr) {
+          TileArgs t = {};
+          t.m = std::min(exact.mr, end - i), t.n = n, t.k = depth;
+          exact.helpers->pack_a(at(part.a, (i0 + i) * d.a_row + k0 * d.a_col, d.dtype), d.a_col, d.a_row, depth, t.m,
+                                t.m, a, nullptr);
+          t.a = a, t.a_row = 1, t.a_col = t.m, t.b = b, t.b_row = nr, t.b_col = 1;
+          t.c = c + i64{i} * nr, t.c_row = nr, t.accumulate = r > 0 || k0 > 0;
+          exact.tile(t);
+        }
+      }
+    }
+    i64 count = 0;
+    for (int i = begin; i < end; ++i)
+      for (int j = 0; j < n; ++j)
+        if (rows[i] >> j & 1) sum[i * sum_row + j] = c[i64{i} * nr + j], ++count;
+    g_repaired.fetch_add(count, std::memory_order_relaxed);
+  }
+
+  static i64 repair_floats(const GemmKernel& exact, int lines) { return exact.kc * lines + 16; }  // a vector of slack
+};
+
 // One block of operands as the tiles of a kernel see it: A[m x depth] and B[depth x n].
 struct Blocks {
   const void* a;
@@ -81,7 +167,9 @@ struct Blocks {
 };
 
 // All register tiles of a block; `finish` is applied to each while it is hot, or is null.
-void run_tiles(const GemmPlan& p, const Blocks& x, TileArgs t, const FinishArgs* finish, DType c_dtype, i64 m, i64 n) {
+void run_tiles(const GemmPlan& p, const Blocks& x, TileArgs t, const FinishArgs* finish, const Repair& repair, i64 m0,
+               i64 n0, i64 m, i64 n) {
+  const DType c_dtype = p.kernel->dtype;
   const TileArgs origin = t;
   t.a_row = x.a_row, t.a_col = x.a_col, t.b_row = x.b_row, t.b_col = x.b_col;
   for (i64 j = 0; j < n; j += p.kernel->nr) {
@@ -94,6 +182,7 @@ void run_tiles(const GemmPlan& p, const Blocks& x, TileArgs t, const FinishArgs*
       t.m = static_cast<int>(std::min<i64>(p.tile_m, m - i));
       p.kernel->tile(t);
       if (!finish) continue;
+      if (p.repair) repair(t.c, t.c_row, m0 + i, n0 + j, t.m, t.n);
       FinishArgs f = *finish;
       f.sum = t.c, f.sum_row = t.c_row, f.m = t.m, f.n = t.n;
       f.c = at(f.c, i * f.c_row + j, c_dtype);
@@ -105,16 +194,11 @@ void run_tiles(const GemmPlan& p, const Blocks& x, TileArgs t, const FinishArgs*
   }
 }
 
-// Scratch of a thread, cut as the plan says.
-struct Scratch {
-  float* a;
-  float* b;
-  float* sum;
-};
-
 // C of the part (+)= A_r * B_r. first: C is written, not added to; last: the bias is added and the sums are narrowed.
-void run_pair(const GemmDesc& d, const GemmPlan& p, const GemmArgs& args, const Part& part, const Scratch& scratch,
+void run_pair(const GemmDesc& d, const GemmPlan& p, const GemmArgs& args, const Part& part, const Repair& repair,
               bool first, bool last) {
+  const Scratch& scratch = repair.scratch;
+  const bool peaks = has_peaks(p);
   const i64 nr = p.kernel->nr;
   const bool narrow = p.sum_bytes > 0;  // sums wait in scratch
   const bool epilogue = narrow || args.activation != Activation::none || args.residual || args.pre;
@@ -129,7 +213,7 @@ void run_pair(const GemmDesc& d, const GemmPlan& p, const GemmArgs& args, const 
       Blocks x;
       const void* b = at(part.b, k0 * d.b_row + n0 * d.b_col, d.dtype);
       if (p.pack_b) {
-        pack_b(d, *p.kernel, b, depth, n, depth, scratch.b, nullptr);
+        pack_b(d, *p.kernel, b, depth, n, depth, scratch.b, peaks ? scratch.b_peak + n0 - part.n_begin : nullptr);
         x.b = scratch.b, x.b_panel = steps * nr, x.b_row = nr, x.b_col = 1;
       } else if (d.packed) {
         x.b_panel = gemm_packed_steps(d.K, *p.kernel) * nr, x.b_row = nr, x.b_col = 1;
@@ -142,7 +226,7 @@ void run_pair(const GemmDesc& d, const GemmPlan& p, const GemmArgs& args, const 
         const i64 m = std::min(p.mc, part.m_end - m0);
         const void* a = at(part.a, m0 * d.a_row + k0 * d.a_col, d.dtype);
         if (p.pack_a) {
-          if (packed_m != m0) pack_a(d, p, a, depth, m, scratch.a, nullptr);
+          if (packed_m != m0) pack_a(d, p, a, depth, m, scratch.a, peaks ? scratch.a_peak + m0 - part.m_begin : nullptr);
           packed_m = m0;
           x.a = scratch.a, x.a_tile = p.tile_m * steps, x.a_row = 1, x.a_col = p.tile_m;
         } else {
@@ -171,7 +255,7 @@ void run_pair(const GemmDesc& d, const GemmPlan& p, const GemmArgs& args, const 
         if (args.residual) f.residual = at(args.residual, offset, d.dtype);
         if (args.pre) f.pre = at(args.pre, offset, d.dtype);
         f.activation = args.activation;
-        run_tiles(p, x, t, epilogue && finish ? &f : nullptr, d.dtype, m, n);
+        run_tiles(p, x, t, epilogue && finish ? &f : nullptr, repair, m0, n0, m, n);
       }
     }
     k0 += p.kc;
@@ -179,16 +263,25 @@ void run_pair(const GemmDesc& d, const GemmPlan& p, const GemmArgs& args, const 
 }
 
 void run_part(const GemmDesc& d, const GemmPlan& p, const GemmArgs& args, const Part& whole, char* memory) {
-  const Scratch scratch = {reinterpret_cast<float*>(memory), reinterpret_cast<float*>(memory + p.a_bytes),
-                           reinterpret_cast<float*>(memory + p.a_bytes + p.b_bytes)};
-  for (i64 r = 0; r < d.pairs; ++r) {
-    Part part = whole;
-    for (i64 i = args.pairs.dims - 1, rest = r; i >= 0; rest /= args.pairs.size[i--]) {
-      part.a = at(part.a, rest % args.pairs.size[i] * args.pairs.a[i], d.dtype);
-      part.b = at(part.b, rest % args.pairs.size[i] * args.pairs.b[i], d.dtype);
-    }
-    run_pair(d, p, args, part, scratch, r == 0, r + 1 == d.pairs);
+  Scratch scratch = {};
+  const auto take = [&](i64 bytes) {
+    float* const piece = reinterpret_cast<float*>(memory);
+    memory += bytes;
+    return piece;
+  };
+  scratch.a = take(p.a_bytes), scratch.b = take(p.b_bytes), scratch.sum = take(p.sum_bytes);
+  const i64 rows = whole.m_end - whole.m_begin, cols = whole.n_end - whole.n_begin;
+  const float* b_peak = nullptr;
+  if (has_peaks(p)) {
+    scratch.a_peak = take(rows * 4), scratch.b_peak = take(cols * 4);
+    std::fill(scratch.a_peak, scratch.b_peak + cols, 0.0f);
+    b_peak = d.packed ? static_cast<const float*>(whole.b) + packed_panels(d.K, d.N, *p.kernel) + whole.n_begin
+                      : scratch.b_peak;
   }
+  scratch.repair = take(0);
+  const Repair repair = {d, p, args, whole, scratch, b_peak};
+  for (i64 r = 0; r < d.pairs; ++r)
+    run_pair(d, p, args, pair_of(d, args, whole, r), repair, r == 0, r + 1 == d.pairs);
 }
 
 }  // namespace
@@ -209,11 +302,15 @@ i64 gemm_packed_steps(i64 depth, const GemmKernel& kernel) {
   return (depth + kernel.k_step - 1) / kernel.k_step * kernel.k_step / kernel.k_unit * kernel.planes;
 }
 
-i64 gemm_repair_bytes(const GemmKernel&, const GemmKernel&) { return 0; }
-i64 gemm_repaired() { return 0; }
+i64 gemm_repair_bytes(const GemmPlan& p, i64 rows, i64 cols) {
+  const i64 operands = Repair::repair_floats(*p.repair, p.repair->mr) + Repair::repair_floats(*p.repair, p.kernel->nr);
+  return 4 * (i64{p.kernel->mr} * p.kernel->nr + operands + (has_peaks(p) ? rows + cols : 0));
+}
+i64 gemm_repaired() { return g_repaired.load(std::memory_order_relaxed); }
 
 i64 gemm_pack_size(i64 K, i64 N, const GemmKernel& kernel) {
-  return (N + kernel.nr - 1) / kernel.nr * kernel.nr * gemm_packed_steps(K, kernel);
+  const bool peaks = kernel.helpers->suspects && kernel.dtype == DType::f32;
+  return packed_panels(K, N, kernel) + (peaks ? (N + kernel.nr - 1) / kernel.nr * kernel.nr : 0);
 }
 
 void gemm_pack_b(const void* b, i64 b_row, i64 b_col, i64 K, i64 N, const GemmKernel& kernel, float* out) {
@@ -221,7 +318,22 @@ void gemm_pack_b(const void* b, i64 b_row, i64 b_col, i64 K, i64 N, const GemmKe
   d.b_row = b_row;
   d.b_col = b_col;
   d.dtype = kernel.dtype;
-  pack_b(d, kernel, b, K, N, K, out, nullptr);
+  const i64 nr = kernel.nr, size = packed_panels(K, N, kernel), all = gemm_pack_size(K, N, kernel);
+  float* const peak = all > size ? out + size : nullptr;
+  std::fill(out + size, out + all, 0.0f);
+  pack_b(d, kernel, b, K, N, K, out, peak);
+  for (i64 j0 = 0; peak && j0 < N; j0 += nr) {
+    const i64 n = std::min(nr, N - j0);
+    const auto tiny = [](float x) { return x < kTinyPeak && x > 0; };
+    if (std::none_of(peak + j0, peak + j0 + n, tiny)) continue;
+    std::vector<float> scaled(static_cast<std::size_t>(K * n));
+    for (i64 k = 0; k < K; ++k)
+      for (i64 j = 0; j < n; ++j)
+        scaled[static_cast<std::size_t>(k * n + j)] =
+            static_cast<const float*>(b)[k * b_row + (j0 + j) * b_col] * (tiny(peak[j0 + j]) ? kTinyScale : 1);
+    d.b_row = n, d.b_col = 1;
+    pack_b(d, kernel, scaled.data(), K, n, K, out + j0 * gemm_packed_steps(K, kernel), nullptr);
+  }
 }
 
 void gemm_activation_grad(const void* dy, const void* z, i64 count, Activation activation, void* dz, DType dtype,

@@ -23,6 +23,7 @@ class Call:
     shapes: tuple[tuple[int, ...], ...]  # of the tensor arguments, in order, absent ones left out
     dtype: torch.dtype  # of the result
     reason: str  # why torch ran it, or ""
+    recomputed: int = 0  # elements that a split float32 kernel computed again, by FMA
 
 
 observer: Callable[[Call], None] | None = None  # set by `explain` while it runs a model

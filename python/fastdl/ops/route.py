@@ -14,6 +14,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import Function, forward_ad
 from torch.compiler import is_compiling, is_exporting
 
+from fastdl import _C
 from fastdl.ops import calls
 from fastdl.ops.plain import DTYPES, HAS_VECTOR_LEVEL, PLAIN_TYPES
 
@@ -51,6 +52,7 @@ def call(op: Operation, *args: Tensor | None, constants: tuple[Any, ...] = ()) -
             args = _cast(args, torch.get_autocast_dtype("cpu"))
             tensors = _given(op, args)
         reason = _reason_from_dtype(op.name, tensors) or op.unsupported(*args, *constants)
+    before = _recomputed()
     if reason is not None:
         calls.handback(op.name, reason)
         out = op.torch_function(*args, *constants)
@@ -63,8 +65,13 @@ def call(op: Operation, *args: Tensor | None, constants: tuple[Any, ...] = ()) -
         traced = any(isinstance(x, _TRACING_TYPES) for x in tensors.values())
         kernel = "torch" if reason else "no kernel: traced" if traced else op.plan(out, *args, *constants)
         shapes = tuple(tuple(x.shape) for x in tensors.values())
-        calls.observer(calls.Call(op.name, kernel, shapes, out.dtype, reason or ""))
+        calls.observer(calls.Call(op.name, kernel, shapes, out.dtype, reason or "", _recomputed() - before))
     return out
+
+
+@calls.run_while_tracing
+def _recomputed() -> int:
+    return _C.recomputed()
 
 
 def _given(op: Operation, args: tuple[Tensor | None, ...]) -> dict[str, Tensor]:
