@@ -11,8 +11,8 @@ in_16_bits = pytest.mark.rows(dtype=tuple(SMALL))
 
 
 def flushes(kernel):
-    """vdpbf16ps takes subnormal operands for zeros and makes zeros of subnormal results."""
-    return kernel["isa"] == "avx512bf16"
+    """vdpbf16ps and tdpbf16ps take subnormal operands for zeros and make zeros of subnormal results."""
+    return kernel["isa"] in ("avx512bf16", "amx") and kernel["dtype"] == "bfloat16"
 
 
 def every_value(dtype):

@@ -31,7 +31,7 @@ def problem(M, N, K, dtype, generator):
     return [t.to(dtype) for t in (x, weight, *rest)]
 
 
-def check_fused(x, weight, bias, activation, residual, with_pre, kernel="", threads=0):
+def check_fused(x, weight, bias, activation, residual, with_pre, kernel="", threads=0, precision="ieee"):
     """One call against float64: out within the bound, pre the z that the activation saw, guards intact."""
     (M, _), N, dtype = x.shape, weight.shape[0], x.dtype
     out, pre = GuardedOutput((M, N), dtype=dtype), GuardedOutput((M, N), dtype=dtype)
@@ -53,7 +53,7 @@ def check_fused(x, weight, bias, activation, residual, with_pre, kernel="", thre
     z = reference.expected
     add = torch.zeros_like(z) if residual is None else residual.double()
     expected = ACTIVATIONS[activation](z) + add
-    sums = testing.gemm_bound(reference.depth, reference.scale, z, torch.float32)
+    sums = testing.gemm_bound(reference.depth, reference.scale, z, torch.float32, precision=precision)
     bound = SLOPE_MAX * sums + ACTIVATION_ERROR * (z.abs() + add.abs())
     if dtype != torch.float32:
         info = torch.finfo(dtype)
@@ -61,7 +61,7 @@ def check_fused(x, weight, bias, activation, residual, with_pre, kernel="", thre
     error = (out.view.double() - expected).abs()
     assert bool((error <= bound).all()), f"{(error / bound).max().item():.3f} times the bound"
     if with_pre:
-        testing.assert_within_bound(pre.view, reference)
+        testing.assert_within_bound(pre.view, reference, precision=precision)
     else:
         assert bool(pre.view.isnan().all())
     for guarded in (out, pre, beside):
@@ -78,7 +78,8 @@ def test_every_row_of_the_table(kernel, activation, with_residual, with_pre, gen
     for M, N, K in ((1, 1, 1), (mr, nr, 33), (mr + 1, nr + 1, 70), (2 * mr + 1, 2 * nr - 1, 1100), (3, 5 * nr + 3, 17)):
         x, weight, bias, residual = problem(M, N, K, dtype, generator)
         for b in (None, bias):
-            check_fused(x, weight, b, activation, residual if with_residual else None, with_pre, kernel["name"])
+            added = residual if with_residual else None
+            check_fused(x, weight, b, activation, added, with_pre, kernel["name"], precision=kernel["precision"])
 
 
 @every_dtype

@@ -129,10 +129,16 @@ def test_linear(kernel, threads, integers, guarded):
 
 
 def unpacked(pack, K, kernel):
-    """The panels of a pack as rows: [N rounded up to panels, K (rounded up to pairs)]."""
-    pairs = kernel["isa"] == "avx512bf16"  # a float of a panel holds two elements that follow each other along K
+    """The panels of a pack as rows: [N rounded up to panels, K rounded up to whole steps]."""
+    nr, pairs = kernel["nr"], kernel["k_unit"] == 2  # a float of a panel holds two elements that follow each other
+    if kernel["k_step"] == 32:  # tiles: [panel][K / 32][part][columns / 16][pair][column of 16]
+        steps, parts = -(-K // 32), kernel["planes"]
+        panels = len(pack) // (steps * parts * nr * 16)
+        tiles = pack[: panels * steps * parts * nr * 16].view(panels, steps, parts, nr // 16, 16, 16)
+        pairs_of_rows = tiles.permute(2, 0, 3, 5, 1, 4).contiguous().view(torch.bfloat16)
+        return pairs_of_rows.view(parts, panels * nr, steps * 32).float().sum(0).to(DTYPES[kernel["dtype"]])
     steps = (K + 1) // 2 if pairs else K
-    floats = pack.view(-1, steps, kernel["nr"]).permute(0, 2, 1).flatten()
+    floats = pack.view(-1, steps, nr).permute(0, 2, 1).flatten()
     return floats.view(torch.bfloat16).view(-1, 2 * steps) if pairs else floats.view(-1, steps)
 
 

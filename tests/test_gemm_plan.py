@@ -22,8 +22,21 @@ SHAPES += [
 CACHES = {"l1d": 48 << 10, "l2": 2 << 20, "l3": 32 << 20}
 
 
+ROWS = {row["name"]: row for row in _C.kernels("gemm")}
+
+
 def up(n, tile):
     return -(-n // tile) * tile
+
+
+def keeps_sums(row):
+    """Whether sums wait in scratch: results in 16 bits, and operands in parts."""
+    return row["dtype"] != "float32" or row["precision"] != "fma"
+
+
+def repairs(row):
+    """Whether some elements are computed again: operands in parts."""
+    return row["isa"] == "amx" and row["dtype"] != "bfloat16"
 
 
 def plans(**options):
@@ -70,17 +83,23 @@ def test_forced_kernel_is_planned(kernel):
     "a_strides, b_strides", [(None, None), ((1, 5000), (1, 5000)), ((7, 3), (9, 2)), ((0, 1), (1, 0))]
 )
 def test_workspace_is_the_packed_blocks_and_the_sums(a_strides, b_strides):
-    """A thread: A block mc x kc, B block kc x nc (half for pairs of 16 bits), float32 sums of a part of C in 16 bits;
-    each with at most two pages of slack; 0 where there is none."""
+    """A thread: A block mc x kc, B block kc x nc (half for pairs of 16 bits, times the parts), float32 sums of a part of C
+    in 16 bits or in parts, operands of a 32x32 block of FMA; each with at most two pages of slack; 0 where there is none.
+    """
     for M, N, _, _, _, dtype, plan in plans(a_strides=a_strides, b_strides=b_strides):
-        kc = -(-plan["kc"] // 2) if plan["isa"] == "avx512bf16" else plan["kc"]
+        row = ROWS[plan["kernel"]]
+        kc = up(plan["kc"], row["k_step"]) // row["k_unit"] * row["planes"]
         blocks = plan["pack_a"] * plan["mc"] * kc + plan["pack_b"] * kc * plan["nc"]
         along_m, along_n = plan["grid"]
         columns = min(N, -(-up(N, plan["nr"]) // plan["nr"] // along_n) * plan["nr"])
-        sums = 0 if dtype == "float32" else -(-M // along_m) * columns
-        slack = 8192 * (plan["pack_a"] + plan["pack_b"] + (dtype != "float32"))
+        rows = -(-M // along_m)
+        sums = rows * columns if keeps_sums(row) else 0
+        again = 32 * 32 + 256 * (14 + 32) if repairs(row) else 0
+        again += rows + columns if row["precision"] != "fma" else 0
+        slack = 8192 * (plan["pack_a"] + plan["pack_b"] + keeps_sums(row) + repairs(row))
         assert plan["workspace_bytes"] % plan["threads"] == 0
-        assert 4 * (blocks + sums) <= plan["workspace_bytes"] // plan["threads"] <= 4 * (blocks + sums) + slack, plan
+        floats, given = blocks + sums + again, plan["workspace_bytes"] // plan["threads"]
+        assert 4 * floats <= given <= 4 * floats + slack, plan
 
 
 @pytest.mark.parametrize("a_strides, b_strides", [(None, None), ((1, 5000), (1, 5000))])
@@ -89,7 +108,7 @@ def test_blocks_are_whole_tiles_and_no_larger_than_the_problem(a_strides, b_stri
         assert plan["mc"] % plan["mr"] == 0 and plan["nc"] % plan["nr"] == 0, plan
         assert plan["mc"] < M + plan["mr"] or M == 0, plan
         assert plan["nc"] < N + plan["nr"] or N == 0, plan
-        assert plan["kc"] < K + 16 or K == 0, plan
+        assert plan["kc"] < K + max(16, ROWS[plan["kernel"]]["k_step"]) or K == 0, plan
 
 
 def test_workspace_stays_near_the_caches():
@@ -99,12 +118,12 @@ def test_workspace_stays_near_the_caches():
 
 
 def test_threads_are_one_or_all_and_the_grid_covers_the_output():
-    for M, N, _, _, threads, dtype, plan in plans():
+    for M, N, _, _, threads, _, plan in plans():
         assert plan["threads"] in (1, threads)
         along_m, along_n = plan["grid"]
         assert along_m * along_n >= plan["threads"] or plan["batch"] > 1 or min(M, N) == 0, plan
         assert along_m >= 1 and along_n >= 1, plan
-        if plan["threads"] == 1 and dtype == "float32":  # 16 bits: cut until the sums of a part fit
+        if plan["threads"] == 1 and not keeps_sums(ROWS[plan["kernel"]]):  # else cut until the sums of a part fit
             assert (along_m, along_n) == (1, 1), plan
 
 
@@ -123,7 +142,9 @@ def test_sizes_near_the_end_of_64_bits():
 def test_sums_of_a_part_are_at_most_4_mib(dtype):
     for M, N in ((1, 4096), (4096, 4096), (100000, 8), (3, 2**24), (2**24, 1)):
         plan = _C.gemm_plan(M, N, 0, dtype=dtype, threads=3, **CACHES)
-        assert plan["workspace_bytes"] <= 3 * ((4 << 20) + 3 * 8192 + 4 * (plan["mc"] + plan["nc"]) * 8), plan
+        row = ROWS[plan["kernel"]]
+        again, line = (64 << 10) * repairs(row), max(8, row["k_step"] // row["k_unit"] * row["planes"])
+        assert plan["workspace_bytes"] <= 3 * ((4 << 20) + 3 * 8192 + again + 4 * (plan["mc"] + plan["nc"]) * line), plan
         along_m, along_n = plan["grid"]
         assert -(-M // along_m) * min(N, -(-up(N, plan["nr"]) // plan["nr"] // along_n) * plan["nr"]) <= 2**20, plan
 

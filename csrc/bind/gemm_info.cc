@@ -210,6 +210,10 @@ void bind_gemm_info(py::module_& m) {
       },
       "dtype"_a = "float32");
   m.def(
+      "pack_pays",
+      [](const std::string& k, i64 rows) { return gemm_pack_pays(gemm_kernel(k, "fastdl.pack_pays"), rows); },
+      "kernel"_a, "rows"_a);
+  m.def(
       "pack_numel",
       [](i64 K, i64 N, const std::string& k) { return gemm_pack_size(K, N, gemm_kernel(k, "fastdl.pack_numel")); },
       "K"_a, "N"_a, "kernel"_a);

@@ -74,6 +74,9 @@ const char* dtype_name(DType dtype);
 const char* precision_name(Precision precision);
 const std::vector<GemmKernel>& gemm_kernels();
 const GemmKernel& gemm_kernel(const std::string& name, const char* op);  // throws Error naming the rows
+// Whether reading the weight from a frozen pack for this row beats reading it where it lies, rows of K elements, for M
+// rows of input: three parts are 6 bytes an element against 4.
+bool gemm_pack_pays(const GemmKernel& kernel, i64 M);
 // The row that frozen packs are laid out for.
 const GemmKernel& gemm_pack_kernel(Isa isa, DType dtype, Precision precision = Precision::ieee);
 

@@ -161,6 +161,9 @@ def sum_rows(out: Tensor, x: Tensor, threads: int = 0) -> None:
 def pack_kernel(dtype: str = "float32") -> str:
     """The table row that frozen packs are laid out for on this machine, at the precision asked of float32 now."""
 
+def pack_pays(kernel: str, rows: int) -> bool:
+    """Whether input of so many rows is better multiplied by a pack for this row than by the weight itself."""
+
 def pack_numel(K: int, N: int, kernel: str) -> int: ...
 def pack(out: Tensor, b: Tensor, kernel: str) -> None:
     """Write b[K, N] (any strides) in panel order into out[pack_numel(K, N, kernel)]."""

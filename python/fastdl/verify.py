@@ -62,11 +62,22 @@ def _data(tier: str, dtype: torch.dtype, K: int, seed: int) -> Callable[..., Ten
     return partial(_DATA[tier], torch.Generator().manual_seed(seed), dtype, K)
 
 
-def _compare(tier: str, actual: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, initial: Tensor | None) -> None:
+_PRECISION = {row["name"]: row["precision"] for row in _C.kernels("gemm")}
+
+
+def _compare(
+    tier: str,
+    actual: Tensor,
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    initial: Tensor | None,
+    precision: str = "ieee",
+) -> None:
     """Within the bound, or bit for bit what the exact sum rounds to."""
     reference = gemm_reference(a, b, bias, initial)
     if tier == "bound":
-        assert_within_bound(actual, reference)
+        assert_within_bound(actual, reference, precision=precision)
         return
     expected = reference.expected.to(actual.dtype)
     if not torch.equal(actual, expected):
@@ -96,7 +107,7 @@ def _check_gemm(
     if initial is not None:
         out.view.copy_(initial)
     _C.gemm(out.view, a, b, bias, accumulate=initial is not None, kernel=kernel)
-    _compare(tier, out.view, a, b, bias, initial)
+    _compare(tier, out.view, a, b, bias, initial, _PRECISION[kernel])
     out.assert_guards_intact()
 
 
@@ -133,7 +144,7 @@ def _check_packed(kernel: str, dtype: torch.dtype, tier: str, sizes: tuple[int, 
     packed, out = torch.empty(_C.pack_numel(K, N, kernel)), torch.empty(M, N, dtype=dtype)
     _C.pack(packed, weight.mT, kernel)
     _C.linear_packed(out, x, packed, bias, N, kernel)
-    _compare(tier, out, x, weight.mT, bias, None)
+    _compare(tier, out, x, weight.mT, bias, None, _PRECISION[kernel])
 
 
 # --- what is checked ----------------------------------------------------------------------------------------------

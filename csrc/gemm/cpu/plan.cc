@@ -140,6 +140,14 @@ void choose_grid(const GemmDesc& d, const GemmKernel& kernel, int parts, GemmPla
 
 }  // namespace
 
+bool gemm_pack_pays(const GemmKernel& kernel, i64 M) {
+  if (kernel.precision == Precision::fma) return true;
+  GemmDesc d = {};
+  d.M = M, d.packed = true, d.dtype = kernel.dtype;
+  const double in_place = std::max(static_cast<double>(M), 4 * kByteCost);  // by the dot kernel
+  return tile_cost(d, kernel) < in_place;
+}
+
 GemmPlan gemm_plan(const GemmDesc& d, const Machine& machine, const GemmKernel* forced) {
   GemmPlan p = {};
   p.kernel = forced ? forced : choose(d, machine, &p.why);
@@ -161,7 +169,7 @@ GemmPlan gemm_plan(const GemmDesc& d, const Machine& machine, const GemmKernel* 
     return std::max<i64>(1, std::min(d.N, ceil_div(ceil_div(d.N, kernel.nr), p.grid_n) * kernel.nr));
   };
   if (d.dtype != DType::f32 || kernel.precision != Precision::fma) {  // sums wait in scratch: cut until a part's fit
-    while (part_rows() * part_cols() > kSumElements) (part_rows() > part_cols() ? p.grid_m : p.grid_n) *= 2;
+    while (part_rows() > kSumElements / part_cols()) (part_rows() > part_cols() ? p.grid_m : p.grid_n) *= 2;
     p.sum_bytes = round_up(part_rows() * part_cols() * 4, 4096);
   }
   const i64 rows = part_rows(), cols = part_cols();

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +34,11 @@ def pack_kernel(dtype: torch.dtype) -> str:
 @run_while_tracing
 def _is_current(kernel: str, dtype: torch.dtype) -> bool:
     return kernel == pack_kernel(dtype)
+
+
+def _is_beaten(pack: PackedWeight, input: Tensor) -> bool:
+    """Whether the weight itself gives the faster product: few rows of float32, whose pack is larger than the weight."""
+    return pack.weight.dtype is torch.float32 and not _C.pack_pays(pack.kernel, math.prod(input.shape[:-1]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +93,8 @@ def linear_packed(input: Tensor, weight: Tensor, bias: Tensor | None, pack: Pack
         return linear(input, weight, bias)
     if pack.check:
         pack.require_fresh()
+    if _SPLITS and not is_compiling() and _is_beaten(pack, input):
+        return linear(input, weight, bias)
     if not is_compiling() and (shape := plain_linear_shape(input, weight, bias)):
         if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (input, weight, bias)):
             return _apply_plain(input, weight, bias, pack.packed, pack.kernel)
