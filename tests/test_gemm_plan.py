@@ -144,7 +144,9 @@ def test_sums_of_a_part_are_at_most_4_mib(dtype):
         plan = _C.gemm_plan(M, N, 0, dtype=dtype, threads=3, **CACHES)
         row = ROWS[plan["kernel"]]
         again, line = (64 << 10) * repairs(row), max(8, row["k_step"] // row["k_unit"] * row["planes"])
-        assert plan["workspace_bytes"] <= 3 * ((4 << 20) + 3 * 8192 + again + 4 * (plan["mc"] + plan["nc"]) * line), plan
+        assert plan["workspace_bytes"] <= 3 * ((4 << 20) + 3 * 8192 + again + 4 * (plan["mc"] + plan["nc"]) * line), (
+            plan
+        )
         along_m, along_n = plan["grid"]
         assert -(-M // along_m) * min(N, -(-up(N, plan["nr"]) // plan["nr"] // along_n) * plan["nr"]) <= 2**20, plan
 

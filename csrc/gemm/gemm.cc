@@ -19,19 +19,8 @@ namespace fastdl {
 
 const std::vector<GemmKernel>& gemm_kernels() {
 #define GEMM_KERNEL(name, level, isa, dtype, precision, function, helpers, kind, k_unit, k_step, planes, mr, nr, kc) \
-  {#name,                                                                                                            \
-   Isa::isa,                                                                                                         \
-   DType::dtype,                                                                                                     \
-   Precision::precision,                                                                                             \
-   GemmKind::kind,                                                                                                   \
-   k_unit,                                                                                                           \
-   k_step,                                                                                                           \
-   planes,                                                                                                           \
-   mr,                                                                                                               \
-   nr,                                                                                                               \
-   kc,                                                                                                               \
-   level::function,                                                                                                  \
-   &level::helpers_##helpers},
+  {#name, Isa::isa, DType::dtype, Precision::precision, GemmKind::kind,           k_unit, k_step, planes,            \
+   mr,    nr,       kc,           level::function,      &level::helpers_##helpers},
   static const std::vector<GemmKernel> table = {
 #include "gemm/cpu/kernels.inc"
   };

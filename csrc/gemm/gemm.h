@@ -31,8 +31,8 @@ struct GemmPlan {
   bool pack_a, pack_b;
   int grid_m, grid_n;  // C of each matrix is cut into grid_m x grid_n parts; threads take the parts of all in order
   int threads;
-  i64 a_bytes, b_bytes;  // packed blocks, a thread
-  i64 sum_bytes;         // float32 sums of a part, a thread; 0 where C itself holds them
+  i64 a_bytes, b_bytes;      // packed blocks, a thread
+  i64 sum_bytes;             // float32 sums of a part, a thread; 0 where C itself holds them
   const GemmKernel* repair;  // computes again, by FMA, what the kernel may have got wrong; null where it never does
   i64 repair_bytes;          // its operands, and the largest magnitudes of the part's, a thread
   const char* why;
@@ -87,8 +87,8 @@ std::string describe(const GemmDesc& desc, const GemmPlan& plan);
 
 void gemm_run(const GemmDesc& desc, const GemmPlan& plan, const GemmArgs& args);
 
-// Frozen packs: out[gemm_pack_size] = B[K,N] in panels [ceil(N/nr)][K][nr], the last one padded with zeros; behind them,
-// for float32 split into parts, the largest |B| of each column. Columns of tiny values are scaled (kTinyScale).
+// Frozen packs: out[gemm_pack_size] = B[K,N] in panels [ceil(N/nr)][K][nr], the last one padded with zeros; behind
+// them, for float32 split into parts, the largest |B| of each column. Columns of tiny values are scaled (kTinyScale).
 i64 gemm_pack_size(i64 K, i64 N, const GemmKernel& kernel);
 void gemm_pack_b(const void* b, i64 b_row, i64 b_col, i64 K, i64 N, const GemmKernel& kernel, float* out);
 

@@ -83,8 +83,7 @@ struct alignas(64) TileConfig {
   unsigned short row_bytes[16];
   unsigned char rows[16];
 };
-constexpr TileConfig kTileConfig = {
-    1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+constexpr TileConfig kTileConfig = {1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
 
 // One instruction each. Assembler text, because the compiler's intrinsics take a literal tile number only, and do not
 // say that they read memory.

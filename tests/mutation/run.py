@@ -32,9 +32,9 @@ class Mutation:
 
 
 RUN, KERNEL, GEMM = "csrc/gemm/cpu/run.cc", "csrc/gemm/cpu/kernel.h", "csrc/gemm/gemm.cc"
-PAIRS = "csrc/gemm/cpu/kernel_pairs.h"
+PAIRS, TILES = "csrc/gemm/cpu/kernel_pairs.h", "csrc/gemm/cpu/kernel_amx.h"
 EXACT, STRIDES, THREADS = "tests/test_gemm_exact.py", "tests/test_gemm_strides.py", "tests/test_threads.py"
-DTYPES, EPILOGUE = "tests/test_gemm_dtypes.py", "tests/test_gemm_epilogue.py"
+DTYPES, EPILOGUE, SPLIT = "tests/test_gemm_dtypes.py", "tests/test_gemm_epilogue.py", "tests/test_gemm_split.py"
 MUTATIONS = [
     Mutation(
         "dropped K tail of the dot kernel",
@@ -267,6 +267,83 @@ MUTATIONS = [
         "",
         f"{STRIDES} -k test_every_pair_of_layouts",
     ),
+    Mutation(
+        "a product of parts taken twice, another not at all",
+        TILES,
+        "a[] = {0, 0, 1, 1, 2, 0}, b[] = {2, 1, 1, 0, 0, 0};",
+        "a[] = {0, 0, 1, 1, 1, 0}, b[] = {2, 1, 1, 0, 0, 0};",
+        f"{SPLIT} -k test_parts_hold",
+    ),
+    Mutation(
+        "float16 without the product of the low parts",
+        TILES,
+        "count = 4, a[] = {1, 1, 0, 0}, b[] = {1, 0, 0, 1};",
+        "count = 3, a[] = {1, 0, 0}, b[] = {0, 0, 1};",
+        f"{SPLIT} -k test_float16_products",
+    ),
+    Mutation(
+        "large values rounded to Inf",
+        TILES,
+        "_mm512_set1_epi32(0x7f7f8000)",
+        "_mm512_set1_epi32(0x7f800000)",
+        f"{SPLIT} -k test_parts_hold",
+    ),
+    Mutation(
+        "Inf split into Inf and NaN",
+        TILES,
+        "        x = _mm512_maskz_sub_ps(finite, x, out[p]);",
+        "        x = _mm512_maskz_sub_ps(0xffff, x, out[p]);",
+        f"{SPLIT} -k test_special",
+    ),
+    Mutation(
+        "tiny rows trusted",
+        TILES,
+        "a > 0 && (a < kTinyPeak || b_least",
+        "a > 0 && (b_least",
+        f"{SPLIT} -k test_special",
+    ),
+    Mutation(
+        "tiny products trusted",
+        TILES,
+        " || a * b_least < kTinyProduct);",
+        ");",
+        "tests/test_gemm_hostile.py -k test_subnormals_are_kept",
+    ),
+    Mutation(
+        "scale of a tiny frozen column lost",
+        TILES,
+        "L::set1(1 / kTinyScale)",
+        "L::set1(1)",
+        f"{SPLIT} -k test_special",
+    ),
+    Mutation(
+        "last tile of K dropped",
+        TILES,
+        "for (i64 k = t.k / (16 * P::parts); k > 0; --k) {",
+        "for (i64 k = t.k / (16 * P::parts); k > 1; --k) {",
+        f"{EXACT} -k 'test_k_blocks and amx'",
+    ),
+    Mutation(
+        "first pair alone computed again",
+        RUN,
+        "t.accumulate = r > 0 || k0 > 0;",
+        "t.accumulate = k0 > 0;",
+        f"{SPLIT} -k test_pairs",
+    ),
+    Mutation(
+        "whole rows taken from what was computed again",
+        RUN,
+        "if (rows[i] >> j & 1) sum",
+        "if (rows[i]) sum",
+        f"{SPLIT} -k test_special",
+    ),
+    Mutation(
+        "torch's switch ignored",
+        "csrc/bind/gemm_problem.cc",
+        '"tf32") == 0) return Precision::tf32;',
+        '"tf32") == 0) return Precision::ieee;',
+        f"{SPLIT} -k test_torch_switch",
+    ),
 ]
 
 
@@ -279,7 +356,7 @@ class Workbench:
         shutil.copytree(ROOT, self.source, ignore=skip)
         cmakedir = self._output(sys.executable, "-m", "pybind11", "--cmakedir").strip()
         self._output(
-            *("cmake", "-S", self.source, "-B", self.build, "-DCMAKE_BUILD_TYPE=Release"),
+            *("cmake", "-S", self.source, "-B", self.build, "-DCMAKE_BUILD_TYPE=Release", "-DFASTDL_EMULATE_AMX=ON"),
             *(f"-Dpybind11_DIR={cmakedir}", f"-DPython_EXECUTABLE={sys.executable}"),
         )
 

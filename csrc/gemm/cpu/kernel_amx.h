@@ -13,7 +13,7 @@ namespace {
 
 using L = VecAvx512;
 
-constexpr int kTileDepth = 32;   // elements along K in a tile
+constexpr int kTileDepth = 32;  // elements along K in a tile
 constexpr int kTileFloats = 256;
 constexpr int kBlock = 32;  // rows and columns of a block: two tiles each
 

@@ -56,7 +56,15 @@ void pack_pairs(const void* source, i64 k_step, i64 j_step, i64 k_count, int n, 
 // Plain: the level in which fma is what it says, for all that is not a product of pairs.
 template <class L, class Plain>
 constexpr GemmHelpers pair_helpers() {
-  return {pack_pairs<L>, pack_pairs<L>, finish<Plain, bf16>, activation_grad<Plain, bf16>, sum_rows<Plain, bf16>, {}, {}, {}, {}};
+  return {pack_pairs<L>,
+          pack_pairs<L>,
+          finish<Plain, bf16>,
+          activation_grad<Plain, bf16>,
+          sum_rows<Plain, bf16>,
+          {},
+          {},
+          {},
+          {}};
 }
 
 }  // namespace

@@ -46,9 +46,7 @@ double rate(const GemmKernel& k) {
   if (!is_tiled(k)) return k.k_unit;
   return kTileRate / (k.planes == 1 ? 1 : k.planes == 3 ? 6 : k.dtype == DType::f16 ? 4 : 3);
 }
-double pack_cost(const GemmKernel& k) {
-  return k.dtype == DType::bf16 ? kPackCost / k.k_unit : kPackCost * k.planes;
-}
+double pack_cost(const GemmKernel& k) { return k.dtype == DType::bf16 ? kPackCost / k.k_unit : kPackCost * k.planes; }
 double products(const GemmDesc& d, const GemmKernel& k) {  // with an element of B
   return static_cast<double>(is_tiled(k) ? round_up(d.M, 16) : d.M) / rate(k);
 }
@@ -108,15 +106,16 @@ bool pack_b_pays(const GemmDesc& d, const GemmKernel& kernel, i64 tiles) {
 }
 
 const GemmKernel* choose(const GemmDesc& d, const Machine& machine, const char** why) {
-  const GemmKernel* tile =
-      d.packed ? &gemm_pack_kernel(machine.isa, d.dtype, d.precision) : find_tile(d, machine.isa);
+  const GemmKernel* tile = d.packed ? &gemm_pack_kernel(machine.isa, d.dtype, d.precision) : find_tile(d, machine.isa);
   const GemmKernel* dot = find(machine.isa, d.dtype, d.precision, GemmKind::kDot);
   if (dot && dot_applies(d) && dot_pays(d, *tile)) {
     *why = "few rows or columns, both operands contiguous along K: nothing to pack";
     return dot;
   }
   const GemmKernel* most = find(machine.isa, d.dtype, d.precision, GemmKind::kTile);
-  *why = d.packed ? "frozen pack" : tile == most ? "highest level with a tile kernel" : "too few rows to pay for splitting";
+  *why = d.packed       ? "frozen pack"
+         : tile == most ? "highest level with a tile kernel"
+                        : "too few rows to pay for splitting";
   return tile;
 }
 
@@ -221,7 +220,8 @@ std::vector<std::string> gemm_candidates(const GemmDesc& d, const Machine& machi
     } else if (k.kind == GemmKind::kDot && chosen.kernel->kind == GemmKind::kTile) {
       reason = "enough rows and columns for packing B to pay";
     } else if (!d.packed && k.kind == chosen.kernel->kind &&
-               (is_tiled(k) || (is_tiled(*chosen.kernel) && &k == find(machine.isa, d.dtype, Precision::fma, k.kind)))) {
+               (is_tiled(k) ||
+                (is_tiled(*chosen.kernel) && &k == find(machine.isa, d.dtype, Precision::fma, k.kind)))) {
       reason = concat("estimated at ", std::round(tile_cost(d, k) / tile_cost(d, *chosen.kernel) * 100) / 100,
                       " times the time");
     } else {
@@ -235,11 +235,11 @@ std::vector<std::string> gemm_candidates(const GemmDesc& d, const Machine& machi
 std::string describe(const GemmDesc& d, const GemmPlan& p) {
   return concat("gemm ", dtype_name(d.dtype),
                 d.dtype == DType::f32 && d.precision != Precision::ieee ? concat(" ", precision_name(d.precision)) : "",
-                " batch=", d.batch, " M=", d.M, " N=", d.N, " K=", d.K, " A(", d.a_row,
-                ",", d.a_col, ") B(", d.b_row, ",", d.b_col, ")", d.packed ? " packed" : "", " -> ", p.kernel->name,
-                " mc=", p.mc, " nc=", p.nc, " kc=", p.kc, " pack=", p.pack_a ? "A" : "", p.pack_b ? "B" : "",
-                p.pack_a || p.pack_b ? "" : "none", " grid=", p.grid_m, "x", p.grid_n, " threads=", p.threads,
-                " workspace=", p.workspace_bytes(), "B: ", p.why);
+                " batch=", d.batch, " M=", d.M, " N=", d.N, " K=", d.K, " A(", d.a_row, ",", d.a_col, ") B(", d.b_row,
+                ",", d.b_col, ")", d.packed ? " packed" : "", " -> ", p.kernel->name, " mc=", p.mc, " nc=", p.nc,
+                " kc=", p.kc, " pack=", p.pack_a ? "A" : "", p.pack_b ? "B" : "", p.pack_a || p.pack_b ? "" : "none",
+                " grid=", p.grid_m, "x", p.grid_n, " threads=", p.threads, " workspace=", p.workspace_bytes(),
+                "B: ", p.why);
 }
 
 }  // namespace fastdl

@@ -129,9 +129,8 @@ struct Repair {
         const i64 depth = std::min(exact.kc, d.K - k0);
         if (d.packed) {
           const i64 panel = j0 / nr * gemm_packed_steps(d.K, *p.kernel) * nr;
-          p.kernel->helpers->unpack_b(
-              static_cast<const float*>(part.b) + panel + gemm_packed_steps(k0, *p.kernel) * nr, depth, n, nr, b_peaks,
-              b);
+          p.kernel->helpers->unpack_b(static_cast<const float*>(part.b) + panel + gemm_packed_steps(k0, *p.kernel) * nr,
+                                      depth, n, nr, b_peaks, b);
         } else {
           exact.helpers->pack_b(at(part.b, k0 * d.b_row + j0 * d.b_col, d.dtype), d.b_row, d.b_col, depth, n, nr, b,
                                 nullptr);
@@ -226,7 +225,8 @@ void run_pair(const GemmDesc& d, const GemmPlan& p, const GemmArgs& args, const 
         const i64 m = std::min(p.mc, part.m_end - m0);
         const void* a = at(part.a, m0 * d.a_row + k0 * d.a_col, d.dtype);
         if (p.pack_a) {
-          if (packed_m != m0) pack_a(d, p, a, depth, m, scratch.a, peaks ? scratch.a_peak + m0 - part.m_begin : nullptr);
+          if (packed_m != m0)
+            pack_a(d, p, a, depth, m, scratch.a, peaks ? scratch.a_peak + m0 - part.m_begin : nullptr);
           packed_m = m0;
           x.a = scratch.a, x.a_tile = p.tile_m * steps, x.a_row = 1, x.a_col = p.tile_m;
         } else {
@@ -280,8 +280,7 @@ void run_part(const GemmDesc& d, const GemmPlan& p, const GemmArgs& args, const 
   }
   scratch.repair = take(0);
   const Repair repair = {d, p, args, whole, scratch, b_peak};
-  for (i64 r = 0; r < d.pairs; ++r)
-    run_pair(d, p, args, pair_of(d, args, whole, r), repair, r == 0, r + 1 == d.pairs);
+  for (i64 r = 0; r < d.pairs; ++r) run_pair(d, p, args, pair_of(d, args, whole, r), repair, r == 0, r + 1 == d.pairs);
 }
 
 }  // namespace

@@ -89,7 +89,11 @@ def linear_packed(input: Tensor, weight: Tensor, bias: Tensor | None, pack: Pack
     RuntimeError when FASTDL_CHECK_FROZEN=1 finds the pack stale; compiled code cannot compare and, under that
     setting, reads the weight instead.
     """
-    if pack.weight is not weight or (pack.check and is_compiling()) or (_SPLITS and not _is_current(pack.kernel, weight.dtype)):
+    if (
+        pack.weight is not weight
+        or (pack.check and is_compiling())
+        or (_SPLITS and not _is_current(pack.kernel, weight.dtype))
+    ):
         return linear(input, weight, bias)
     if pack.check:
         pack.require_fresh()
