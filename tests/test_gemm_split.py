@@ -48,7 +48,7 @@ def run(kernel, a, b, bias=None, threads=0):
 
 # --- the tile unit ----------------------------------------------------------------------------------------------------
 def tile_product(a, b):
-    """One tile product as the manual has it: even and odd products summed apart, then together. a [16, 32], b [32, 16]."""
+    """a [16, 32] times b [32, 16] as the manual has it: even and odd products summed apart, then together."""
     sums = torch.zeros(2, 16, 16)
     for k in range(32):  # products are exact in float64, and so is the sum before it is rounded
         product = a[:, k : k + 1].double() * b[k].double()
@@ -82,7 +82,7 @@ def test_precision_asked_is_precision_given():
             assert "times the time" in lost["gemm_f32_14x32_avx512"]
         assert planned(512, precision=precision, dtype="bfloat16")["kernel"] == "gemm_bf16_32x32_amx"
         assert "amx" not in _C.gemm_plan(512, 512, 512, isa="avx512", precision=precision)["kernel"]
-    with pytest.raises(RuntimeError, match="precision.*high"):
+    with pytest.raises(RuntimeError, match=r"precision.*high"):
         planned(512, precision="high")
 
 
@@ -187,7 +187,7 @@ def test_float16_products_are_complete(kernel, generator):
     testing.assert_within_bound(run(kernel, a, b), testing.gemm_reference(a, b))
 
 
-# --- what it cannot hold ------------------------------------------------------------------------------------------------
+# --- what it cannot hold ----------------------------------------------------------------------------------------------
 def hostile(generator, M=70, N=75, K=600):
     """Rows and columns that hold what parts cannot, beside ordinary ones."""
     a, b = torch.randn(M, K, generator=generator), torch.randn(K, N, generator=generator)

@@ -49,7 +49,8 @@ class Plan(TypedDict):
 
 # --- the machine and the build --------------------------------------------------------------------------------
 def build_info() -> dict[str, Any]:
-    """compiler, openmp, amx_emulated (bool), isa_compiled (list), isa_missing ({isa: reason}), cuda ({built, reason})."""
+    """compiler, openmp (bool), isa_compiled (list), isa_missing ({isa: reason}), cuda ({"built", "reason"}), amx_emulated
+    (bool: the level amx runs on a model of the tile unit)."""
 
 def cpu_info() -> dict[str, Any]:
     """vendor, brand, isa_supported (list), isa (in use), isa_cap (FASTDL_ISA or ""), l1d, l2, l3 (bytes), cpus."""
@@ -71,7 +72,8 @@ def counters() -> dict[str, int]:
 
 def reset_counters() -> None: ...
 def recomputed() -> int:
-    """Elements that split kernels computed a second time, by FMA, so far: Inf, NaN, and those of tiny rows or columns."""
+    """Elements that kernels for parts of float32 or float16 computed a second time, by FMA, so far: Inf, NaN, and those
+    of tiny rows or columns."""
 
 # --- GEMM -----------------------------------------------------------------------------------------------------
 def kernels(op: str) -> list[KernelRow]:

@@ -123,7 +123,7 @@ MUTATIONS = [
     Mutation(
         "frozen pack read from its first K block only",
         RUN,
-        "x.b = at(part.b, n0 / nr * x.b_panel + k0 / p.kernel->k_unit * nr, DType::f32);",
+        "x.b = at(part.b, n0 / nr * x.b_panel + gemm_packed_steps(k0, *p.kernel) * nr, DType::f32);",
         "x.b = at(part.b, n0 / nr * x.b_panel, DType::f32);",
         f"{EXACT} -k test_linear_packed",
     ),

@@ -40,7 +40,8 @@ def linear(
 
     input [..., K], weight [N, K], bias [N] or None -> [..., N]; any strides, nothing is copied. float32,
     bfloat16 and float16 on the CPU run fastdl's kernels, which sum in float32 and round once; at level amx
-    `torch.backends.mkldnn.matmul.fp32_precision` says how exact products of float32 must be. float64 runs the reference; every other call is handed to torch and recorded with the reason. torch.autocast casts as in torch.
+    `torch.backends.mkldnn.matmul.fp32_precision` says how exact products of float32 must be. float64 runs the
+    reference; every other call is handed to torch and recorded with the reason. torch.autocast casts as in torch.
 
     Args:
         activation: None, "relu", "gelu" (exact), "gelu_tanh" or "silu". Its gradient needs what it is applied to,

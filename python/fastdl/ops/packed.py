@@ -15,9 +15,9 @@ from torch.nn import functional as F
 
 from fastdl import _C
 from fastdl.ops import gemm_native
+from fastdl.ops.calls import run_while_tracing
 from fastdl.ops.gemm import LinearFunction, backend, linear, linear_gradients, linear_unsupported
 from fastdl.ops.plain import KERNEL_DTYPES, plain_linear_shape
-from fastdl.ops.calls import run_while_tracing
 from fastdl.ops.route import Operation, call
 
 # How exact float32 products must be is torch's to say, at any time: then a pack is read only as long as the row that it
