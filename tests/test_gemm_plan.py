@@ -83,9 +83,9 @@ def test_forced_kernel_is_planned(kernel):
     "a_strides, b_strides", [(None, None), ((1, 5000), (1, 5000)), ((7, 3), (9, 2)), ((0, 1), (1, 0))]
 )
 def test_workspace_is_the_packed_blocks_and_the_sums(a_strides, b_strides):
-    """A thread: A block mc x kc, B block kc x nc (half for pairs of 16 bits, times the parts), float32 sums of a part of
-    C in 16 bits or from parts, operands of a 32x32 block of FMA; each with at most two pages of slack; 0 where there is
-    none.
+    """A thread: A block mc x kc, B block kc x nc (half for pairs of 16 bits, times the parts), float32 sums of a part
+    of C in 16 bits or from parts, operands of a 32x32 block of FMA; each with at most two pages of slack; 0 where there
+    is none.
     """
     for M, N, _, _, _, _, plan in plans(a_strides=a_strides, b_strides=b_strides):
         row = ROWS[plan["kernel"]]

@@ -49,8 +49,8 @@ class Plan(TypedDict):
 
 # --- the machine and the build --------------------------------------------------------------------------------
 def build_info() -> dict[str, Any]:
-    """compiler, openmp (bool), isa_compiled (list), isa_missing ({isa: reason}), cuda ({"built", "reason"}), amx_emulated
-    (bool: the level amx runs on a model of the tile unit)."""
+    """compiler, openmp (bool), isa_compiled (list), isa_missing ({isa: reason}), cuda ({"built", "reason"}),
+    amx_emulated (bool: the level amx runs on a model of the tile unit)."""
 
 def cpu_info() -> dict[str, Any]:
     """vendor, brand, isa_supported (list), isa (in use), isa_cap (FASTDL_ISA or ""), l1d, l2, l3 (bytes), cpus."""

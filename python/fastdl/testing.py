@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 UNIT_ROUNDOFF = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
-# What a product of float32 operands may be off by, of its size, by the precision of the kernel: operands are cut to one,
-# two or three parts of 8 bits, rounded, and products of small parts are left out.
+# What a product of float32 operands may be off by, of its size, by the precision of the kernel: operands are cut to
+# one, two or three parts of 8 bits, rounded, and products of small parts are left out.
 PRODUCT_ERROR = {"fma": 0.0, "ieee": 2.0**-24, "tf32": 3 * 2.0**-16, "bf16": 2.0**-7 + 2.0**-16}
 QUALITY_FACTOR = 1.25  # rms(err/S) against torch's own
 ROW_QUALITY_FACTOR = 2.0  # low precision: rms(err/S) of every row against torch's own

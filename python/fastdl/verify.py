@@ -121,7 +121,7 @@ def _check_special(kernel: str, dtype: torch.dtype, sizes: tuple[int, int, int],
     a, b = LAYOUTS[layouts[0]](a), LAYOUTS[layouts[1]](b)
     out = torch.empty(M, N, dtype=dtype)
     _C.gemm(out, a, b, kernel=kernel)
-    _compare("bound", out, a, b, None, None)
+    _compare("bound", out, a, b, None, None, _PRECISION[kernel])
 
 
 def _check_threads(kernel: str, dtype: torch.dtype, sizes: tuple[int, int, int], layouts: tuple[str, str]) -> None:

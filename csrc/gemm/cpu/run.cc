@@ -225,8 +225,8 @@ void run_pair(const GemmDesc& d, const GemmPlan& p, const GemmArgs& args, const 
         const i64 m = std::min(p.mc, part.m_end - m0);
         const void* a = at(part.a, m0 * d.a_row + k0 * d.a_col, d.dtype);
         if (p.pack_a) {
-          if (packed_m != m0)
-            pack_a(d, p, a, depth, m, scratch.a, peaks ? scratch.a_peak + m0 - part.m_begin : nullptr);
+          float* const peak = peaks ? scratch.a_peak + m0 - part.m_begin : nullptr;
+          if (packed_m != m0) pack_a(d, p, a, depth, m, scratch.a, peak);
           packed_m = m0;
           x.a = scratch.a, x.a_tile = p.tile_m * steps, x.a_row = 1, x.a_col = p.tile_m;
         } else {
