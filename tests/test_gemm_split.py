@@ -167,24 +167,27 @@ def test_long_sums_are_no_worse_than_torch(kernel, K, positive, generator):
 
 
 @split_rows
-def test_parts_hold_a_float32(kernel, generator):
+def test_parts_hold_a_float32(kernel, recomputed, generator):
     """Times one: the parts and nothing else. Three parts give every normal float32 back bit for bit."""
     bits = torch.randint(0, 2**31, (64, 64), generator=generator, dtype=torch.int64).to(torch.int32)
     x = bits.view(torch.float32)
     x = torch.where((x.abs() > 2.0**-60) & x.isfinite(), x, torch.ones_like(x))
     x[0, :4] = torch.tensor([3.4028234e38, -3.4028234e38, 3.39e38, 1 + 2.0**-23])
-    for out in (run(kernel, x, torch.eye(64)), run(kernel, torch.eye(64), b_for(kernel, x))):
+    recomputed()
+    results = run(kernel, x, torch.eye(64)), run(kernel, torch.eye(64), b_for(kernel, x))
+    assert recomputed() == 0, "finite values must stay finite in parts"
+    for out in results:
         error = ((out.double() - x.double()) / x.double()).abs().max()
         assert error <= {"ieee": 0, "tf32": 2.0**-16, "bf16": 2.0**-8 + 2.0**-9}[kernel["precision"]], error
 
 
 @pytest.mark.rows(dtype="float16", isa="amx")
-def test_float16_products_are_complete(kernel, generator):
-    """Sums of terms that cancel: the products of the low parts must be there."""
-    a = (1 + 2.0**-10 * torch.randint(0, 64, (32, 64), generator=generator)).half()
-    b = (1 + 2.0**-10 * torch.randint(0, 64, (64, 32), generator=generator)).half()
-    a[:, 1::2] *= -1
-    testing.assert_within_bound(run(kernel, a, b), testing.gemm_reference(a, b))
+def test_float16_products_are_complete(kernel):
+    """(1 + 3e)(1 + 3e) - (1 + 6e): what is left is the product of the low parts."""
+    e = 2.0**-10
+    a = torch.tensor([1 + 3 * e, -(1 + 6 * e)]).half().expand(20, 2).contiguous()
+    b = torch.tensor([[1 + 3 * e], [1.0]]).half().expand(2, 20).contiguous()
+    assert bool((run(kernel, a, b) == 9 * e * e).all())
 
 
 # --- what it cannot hold ----------------------------------------------------------------------------------------------
@@ -242,6 +245,14 @@ def test_special_and_tiny_values(kernel, layout, threads, recomputed, generator)
     testing.assert_special_values(frozen, reference.expected)
     error = (frozen.double() - reference.expected).abs()
     assert bool((error <= special_bound(reference, a, b, kernel["precision"]))[finite].all())
+
+
+@split_rows
+def test_tiny_against_large(kernel, generator):
+    """Products of ordinary size whose one side is lost in parts."""
+    a, b = torch.randn(40, 50, generator=generator) * 2.0**-115, torch.randn(50, 45, generator=generator) * 2.0**100
+    for x, y in ((a, b), (b.t(), a.t())):
+        testing.assert_within_bound(run(kernel, x, y), testing.gemm_reference(x, y))
 
 
 @split_rows

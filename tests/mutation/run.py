@@ -300,7 +300,7 @@ MUTATIONS = [
         TILES,
         "a > 0 && (a < kTinyPeak || b_least",
         "a > 0 && (b_least",
-        f"{SPLIT} -k test_special",
+        f"{SPLIT} -k test_tiny_against",
     ),
     Mutation(
         "tiny products trusted",
