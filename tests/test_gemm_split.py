@@ -175,7 +175,10 @@ def test_parts_hold_a_float32(kernel, recomputed, generator):
     x[0, :4] = torch.tensor([3.4028234e38, -3.4028234e38, 3.39e38, 1 + 2.0**-23])
     recomputed()
     results = run(kernel, x, torch.eye(64)), run(kernel, torch.eye(64), b_for(kernel, x))
-    assert recomputed() == 0, "finite values must stay finite in parts"
+    if (
+        kernel["precision"] != "tf32"
+    ):  # of the largest, two parts sum to more than float32 holds: that is computed again
+        assert recomputed() == 0, "finite values must stay finite in parts"
     for out in results:
         error = ((out.double() - x.double()) / x.double()).abs().max()
         assert error <= {"ieee": 0, "tf32": 2.0**-16, "bf16": 2.0**-8 + 2.0**-9}[kernel["precision"]], error
