@@ -43,12 +43,14 @@ OPERATIONS = {
     "pack": (_C.pack, {"out": (_C.pack_numel(4, 5, PACK),), "b": (4, 5), "kernel": PACK}),
     "linear_packed": (
         _C.linear_packed,
-        {"out": (3, 5), "input": (3, 4), "packed": (_C.pack_numel(4, 5, PACK),), "bias": (5,), "N": 5, "kernel": PACK},
+        {"out": (3, 5), "input": (3, 4), "packed": (_C.pack_numel(4, 5, PACK),), "bias": (5,), "N": 5, "kernel": PACK}
+        | {"residual": (3, 5), "pre": (3, 5)},
     ),
 }
 
 
-OPTIONAL = {"linear_fused": ("bias", "residual", "pre")}  # arguments that may be None, elsewhere the bias
+_EPILOGUE = ("bias", "residual", "pre")
+OPTIONAL = {"linear_fused": _EPILOGUE, "linear_packed": _EPILOGUE}  # arguments that may be None, elsewhere the bias
 
 
 def call(operation, **changes):
@@ -156,6 +158,9 @@ def test_wrong_kind_of_argument(operation, argument, value, exception, saying):
             ("linear_packed", "packed", "pack of another size", {"packed": T(_C.pack_numel(4, 5, PACK) + 1)}),
             ("linear_packed", "packed", "strided pack", {"packed": T(2 * _C.pack_numel(4, 5, PACK))[::2]}),
             ("linear_packed", "out", "columns of out", {"out": T(3, 4)}),
+            ("linear_packed", "activation", "no such activation", {"activation": "tanh"}),
+            ("linear_packed", "residual", "rows of residual", {"residual": T(4, 5)}),
+            ("linear_packed", "pre", "pre strided", {"pre": T(3, 10)[:, ::2]}),
             ("linear_packed", "bias", "bias length", {"bias": T(6)}),
             ("linear_packed", "kernel", "no such kernel", {"kernel": "panel"}),
         ]

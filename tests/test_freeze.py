@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdl
 from fastdl import _C
@@ -58,6 +59,63 @@ def test_values_and_gradients_are_the_same(dtype, shape, N, bias, generator, mon
     torch.testing.assert_close(again, y, rtol=0, atol=0)
     torch.testing.assert_close(torch.autograd.grad(again, leaves, dy), expected, rtol=0, atol=0)
     assert not calls.handbacks
+
+
+@pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
+@pytest.mark.parametrize("activation", [None, "relu", "gelu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_epilogues_read_the_pack(dtype, activation, residual, generator, monkeypatch):
+    """Sums are exact, so that every kernel hands the epilogue the same z: values and gradients equal bit for bit."""
+    model = model_of(8, 33, dtype=dtype)
+    layer = model[0]
+    x = integer_matrix((2, 9, 8), 64, generator, dtype).requires_grad_()
+    rest = integer_matrix((2, 9, 33), 64, generator, dtype).requires_grad_() if residual else None
+    leaves = [x, *model.parameters(), *([rest] if residual else [])]
+
+    def run():
+        y = layer(x, activation=activation, residual=rest)
+        return y, torch.autograd.grad(y, leaves, torch.ones_like(y))
+
+    expected = run()
+    fastdl.freeze(model)
+    used = []
+    native = _C.linear_packed
+    monkeypatch.setattr(packed._C, "linear_packed", lambda *args: used.append(1) or native(*args))
+    torch.testing.assert_close(run(), expected, rtol=0, atol=0)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x, activation=activation, residual=rest), expected[0], rtol=0, atol=0)
+    assert len(used) == 2
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            return function(*args, **(kwargs or {}))
+
+    with Watch():  # the general path
+        torch.testing.assert_close(run(), expected, rtol=0, atol=0)
+    assert len(used) == 3
+    assert not calls.handbacks
+
+
+def test_an_epilogue_notices_a_stale_pack_and_another_weight(monkeypatch):
+    monkeypatch.setenv("FASTDL_CHECK_FROZEN", "1")
+    model = fastdl.freeze(model_of(8, 4))
+    x = torch.ones(3, 8)
+    other = {"weight": torch.full((4, 8), 2.0), "bias": torch.zeros(4)}
+    y = torch.func.functional_call(model[0], other, (x,), {"activation": "relu"})
+    assert torch.equal(y, torch.full((3, 4), 16.0))
+    with torch.no_grad():
+        model[0].weight.add_(1)
+    with pytest.raises(RuntimeError, match="layer '0' is frozen"):
+        model[0](x, activation="relu")
+
+
+def test_epilogue_under_autocast_reads_the_weight(generator):
+    model = fastdl.freeze(model_of(8, 4))
+    x = torch.randn(5, 8, generator=generator)
+    with torch.autocast("cpu"):
+        y = model[0](x, activation="gelu")
+        assert y.dtype == torch.bfloat16
+        torch.testing.assert_close(y, fastdl.unfreeze(copy.deepcopy(model))[0](x, activation="gelu"), rtol=0, atol=0)
 
 
 def test_double_backward(generator):

@@ -41,7 +41,7 @@ def plain(x, w, b, residual, activation):
 
 
 def general(x, w, b, residual, activation):
-    return route.call(fused._LINEAR_FUSED, x, w, b, residual, constants=(activation,))
+    return route.call(fused._LINEAR_FUSED, x, w, b, residual, constants=(activation, None))
 
 
 def assert_near(actual, expected64, dtype):

@@ -63,23 +63,27 @@ void* like_out(py::handle object, const TensorView& out, const char* op, const c
   return t.data;
 }
 
+// Bias, activation, residual and pre of a problem whose operands are set already; `b` and its name are for messages.
+void add_epilogue(GemmProblem* p, const TensorView& out, py::handle input, py::handle b, const char* b_name,
+                  py::handle bias, const std::string& activation, py::handle residual, py::handle pre, const char* op) {
+  add_bias(p, bias, out, op);
+  p->args.activation = activation_named(activation, op);
+  p->args.residual = like_out(residual, out, op, "residual");
+  p->args.pre = like_out(pre, out, op, "pre");
+  if (!p->args.pre) return;
+  // pre is written while the inputs are still being read.
+  const TensorView z = view(pre, op, "pre");
+  for (const auto& [object, name] :
+       {std::pair{input, "input"}, std::pair{b, b_name}, std::pair{bias, "bias"}, std::pair{residual, "residual"}})
+    if (!object.is_none()) require_apart(z, view(object, op, name), op, name, "pre");
+}
+
 void run_linear_fused(py::handle out_, py::handle input, py::handle weight, py::handle bias,
                       const std::string& activation, py::handle residual, py::handle pre, const std::string& kernel,
                       int threads) {
   const char* op = "fastdl.linear_fused";
   GemmProblem p = weight_problem(out_, input, weight, op);
-  const TensorView out = view(out_, op, "out");
-  add_bias(&p, bias, out, op);
-  p.args.activation = activation_named(activation, op);
-  p.args.residual = like_out(residual, out, op, "residual");
-  p.args.pre = like_out(pre, out, op, "pre");
-  if (p.args.pre) {  // written while the inputs are still being read
-    const TensorView z = view(pre, op, "pre");
-    require_apart(z, view(input, op, "input"), op, "input", "pre");
-    require_apart(z, view(weight, op, "weight"), op, "weight", "pre");
-    if (!bias.is_none()) require_apart(z, view(bias, op, "bias"), op, "bias", "pre");
-    if (!residual.is_none()) require_apart(z, view(residual, op, "residual"), op, "residual", "pre");
-  }
+  add_epilogue(&p, view(out_, op, "out"), input, weight, "weight", bias, activation, residual, pre, op);
   run(p, kernel, threads, op);
 }
 
@@ -102,7 +106,8 @@ void run_activation_grad(py::handle out_, py::handle grad_, py::handle pre_, con
 }
 
 void run_linear_packed(py::handle out_, py::handle input_, py::handle packed_, py::handle bias, i64 N,
-                       const std::string& kernel_name, int threads) {
+                       const std::string& kernel_name, const std::string& activation, py::handle residual,
+                       py::handle pre, int threads) {
   const char* op = "fastdl.linear_packed";
   const TensorView out = view(out_, op, "out"), input = view(input_, op, "input"), packed = view(packed_, op, "packed");
   const GemmKernel& kernel = pack_kernel(kernel_name, input.dtype, op);
@@ -113,7 +118,7 @@ void run_linear_packed(py::handle out_, py::handle input_, py::handle packed_, p
     fail(op, ": argument 'packed': expected ", size, " contiguous elements, the pack of a [", p.desc.K, ", ", N,
          "] operand for a tile kernel, got ", shape_string(packed), " for ", kernel.name);
   require_apart(out, packed, op, "packed");
-  add_bias(&p, bias, out, op);
+  add_epilogue(&p, out, input_, packed_, "packed", bias, activation, residual, pre, op);
   p.args.b = packed.data;
   p.desc.packed = true;
   p.desc.b_row = kernel.nr;
@@ -208,7 +213,7 @@ void bind_gemm(py::module_& m) {
   m.def("sum_rows", run_sum_rows, "out"_a, "x"_a, "threads"_a = 0);
   m.def("pack", run_pack, "out"_a, "b"_a, "kernel"_a);
   m.def("linear_packed", run_linear_packed, "out"_a, "input"_a, "packed"_a, "bias"_a, "N"_a, "kernel"_a,
-        "threads"_a = 0);
+        "activation"_a = "none", "residual"_a = py::none(), "pre"_a = py::none(), "threads"_a = 0);
 }
 
 }  // namespace fastdl

@@ -159,6 +159,15 @@ def pack(out: Tensor, b: Tensor, kernel: str) -> None:
     """Write b[K, N] (any strides) in panel order into out[pack_numel(K, N, kernel)]."""
 
 def linear_packed(
-    out: Tensor, input: Tensor, packed: Tensor, bias: Tensor | None, N: int, kernel: str, threads: int = 0
+    out: Tensor,
+    input: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    N: int,
+    kernel: str,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    pre: Tensor | None = None,
+    threads: int = 0,
 ) -> None:
-    """linear with a frozen weight: packed = pack of weight.T, shape given by input's K and N."""
+    """linear_fused with a frozen weight: packed = pack of weight.T, shape given by input's K and N."""

@@ -260,9 +260,9 @@ def _matmul_unsupported(input: Tensor, other: Tensor) -> str | None:
     return f"more than {MAX_BATCH_DIMS} batch dimensions" if max(input.ndim, other.ndim) - 2 > MAX_BATCH_DIMS else None
 
 
-def linear_plan(out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None) -> str:
+def linear_plan(out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, packed: bool = False) -> str:
     """The kernel that `linear` runs for these."""
-    return "reference" if out.dtype is torch.float64 else _C.linear_plan(out, input, weight)["kernel"]
+    return "reference" if out.dtype is torch.float64 else _C.linear_plan(out, input, weight, packed)["kernel"]
 
 
 def _matmul_plan(out: Tensor, input: Tensor, other: Tensor) -> str:

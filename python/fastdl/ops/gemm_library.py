@@ -35,6 +35,7 @@ def _fake_linear_fused(
     residual: Tensor | None,
     activation: str | None,
     save_pre: bool,
+    packed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     shape = shapes.linear_fused(input, weight, bias, residual)
     return input.new_empty(shape), input.new_empty(shape if save_pre else (0,))
@@ -118,6 +119,7 @@ def _vmap_linear_fused(
     residual: Tensor | None,
     activation: str | None,
     save_pre: bool,
+    packed: Tensor | None = None,
 ) -> tuple[tuple[Tensor, Tensor], tuple[int, int | None]]:
     if all(dim is None for dim in dims[:3]):
         z = _ops.linear(input, weight, bias)[None]
@@ -207,8 +209,8 @@ for _row in (
         _flops_linear_packed,
     ),
     (
-        "linear_fused(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, str? activation, bool save_pre)"
-        " -> (Tensor, Tensor)",
+        "linear_fused(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, str? activation, bool save_pre, "
+        "Tensor? packed=None) -> (Tensor, Tensor)",
         gemm_native.linear_fused,
         _fake_linear_fused,
         _vmap_linear_fused,

@@ -37,8 +37,12 @@ def linear_fused(
     residual: Tensor | None,
     activation: str | None,
     save_pre: bool,
+    packed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(activation(z) + residual, z) with z = linear(input, weight, bias); an empty tensor for z unless `save_pre`."""
+    """(activation(z) + residual, z) with z = linear(input, weight, bias); an empty tensor for z unless `save_pre`.
+
+    packed: the frozen pack of the weight, read in its place.
+    """
     shape = shapes.linear_fused(input, weight, bias, residual)
     pre = input.new_empty(shape if save_pre else (0,))
     if input.dtype is torch.float64:
@@ -46,7 +50,11 @@ def linear_fused(
         return reference.epilogue(z, residual, activation), pre.copy_(z) if save_pre else pre
     out = input.new_empty(shape)
     residual = residual if residual is None else residual.contiguous()
-    _C.linear_fused(out, input, weight, bias, activation or "none", residual, pre if save_pre else None)
+    epilogue = activation or "none", residual, pre if save_pre else None
+    if packed is None:
+        _C.linear_fused(out, input, weight, bias, *epilogue)
+    else:
+        _C.linear_packed(out, input, packed, bias, weight.shape[0], "", *epilogue)
     return out, pre
 
 

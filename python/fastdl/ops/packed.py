@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from fastdl import _C
 from fastdl.ops import gemm_native
-from fastdl.ops.gemm import LinearFunction, backend, linear, linear_gradients, linear_unsupported
+from fastdl.ops.fused import linear_fused
+from fastdl.ops.gemm import LinearFunction, backend, linear, linear_gradients, linear_plan, linear_unsupported
 from fastdl.ops.plain import KERNEL_DTYPES, plain_linear_shape
 from fastdl.ops.route import Operation, call
 
@@ -62,7 +63,15 @@ def _pack(weight: Tensor) -> Tensor:
     return packed
 
 
-def linear_packed(input: Tensor, weight: Tensor, bias: Tensor | None, pack: PackedWeight) -> Tensor:
+def linear_packed(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pack: PackedWeight,
+    *,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
     """`linear`, reading the pack in place of the weight wherever fastdl runs the call.
 
     input [..., K], weight [N, K], bias [N] or None -> [..., N]. Gradients are those of `linear`, from the weight
@@ -71,9 +80,11 @@ def linear_packed(input: Tensor, weight: Tensor, bias: Tensor | None, pack: Pack
     setting, reads the weight instead.
     """
     if pack.weight is not weight or (pack.check and is_compiling()):
-        return linear(input, weight, bias)
+        return linear(input, weight, bias, activation=activation, residual=residual)
     if pack.check:
         pack.require_fresh()
+    if activation is not None or residual is not None:
+        return linear_fused(input, weight, bias, residual, activation, pack.packed)
     if not is_compiling() and (shape := plain_linear_shape(input, weight, bias)):
         if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (input, weight, bias)):
             return _apply_plain(input, weight, bias, pack.packed)
@@ -117,5 +128,5 @@ _LINEAR_PACKED = Operation(
     ),
     function=PackedLinearFunction,
     unsupported=lambda input, weight, bias, packed: linear_unsupported(input, weight, bias),
-    plan=lambda out, input, weight, bias, packed: _C.linear_plan(out, input, weight, packed=True)["kernel"],
+    plan=lambda out, input, weight, bias, packed: linear_plan(out, input, weight, bias, packed=True),
 )
