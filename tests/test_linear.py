@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from fastdl import _C
 from fastdl.functional import linear
 from fastdl.ops import calls, gemm, plain, route
 from fastdl.testing import assert_gemm_close, integer_matrix
@@ -285,10 +286,14 @@ def test_nested_is_handed_back(generator):
 
 
 def test_without_a_vector_level_everything_is_handed_back(monkeypatch, generator):
-    monkeypatch.setattr(plain, "PLAIN_TYPES", frozenset())
     monkeypatch.setattr(route, "HAS_VECTOR_LEVEL", False)
     x, w, b = make((4, 8), 5, generator)
-    torch.testing.assert_close(linear(x, w, b), F.linear(x, w, b), rtol=0, atol=0)
+    _C.plain_rules(types=(), **plain.RULES)
+    try:
+        y = linear(x, w, b)
+    finally:
+        _C.plain_rules(types=tuple(plain.PLAIN_TYPES), **plain.RULES)
+    torch.testing.assert_close(y, F.linear(x, w, b), rtol=0, atol=0)
     assert dict(calls.handbacks) == {("linear", "this build has no vector level"): 1}
 
 

@@ -25,8 +25,9 @@ void run(const GemmProblem& p, const std::string& kernel, int threads, const cha
 void run_matmul(py::handle out, py::handle a, py::handle b, py::handle bias, bool accumulate, const std::string& kernel,
                 int threads) {
   const char* op = "fastdl.gemm";
-  GemmProblem p = matmul_problem(out, a, b, op);
-  add_bias(&p, bias, view(out, op, "out"), op);
+  const TensorView result = view(out, op, "out");
+  GemmProblem p = matmul_problem(result, view(a, op, "a"), view(b, op, "b"), op);
+  add_bias(&p, bias, result, op);
   p.args.accumulate = accumulate;
   run(p, kernel, threads, op);
 }
@@ -34,8 +35,9 @@ void run_matmul(py::handle out, py::handle a, py::handle b, py::handle bias, boo
 void run_linear(py::handle out, py::handle input, py::handle weight, py::handle bias, const std::string& kernel,
                 int threads) {
   const char* op = "fastdl.linear";
-  GemmProblem p = weight_problem(out, input, weight, op);
-  add_bias(&p, bias, view(out, op, "out"), op);
+  const TensorView result = view(out, op, "out");
+  GemmProblem p = weight_problem(result, view(input, op, "input"), view(weight, op, "weight"), op);
+  add_bias(&p, bias, result, op);
   run(p, kernel, threads, op);
 }
 
@@ -82,8 +84,9 @@ void run_linear_fused(py::handle out_, py::handle input, py::handle weight, py::
                       const std::string& activation, py::handle residual, py::handle pre, const std::string& kernel,
                       int threads) {
   const char* op = "fastdl.linear_fused";
-  GemmProblem p = weight_problem(out_, input, weight, op);
-  add_epilogue(&p, view(out_, op, "out"), input, weight, "weight", bias, activation, residual, pre, op);
+  const TensorView out = view(out_, op, "out");
+  GemmProblem p = weight_problem(out, view(input, op, "input"), view(weight, op, "weight"), op);
+  add_epilogue(&p, out, input, weight, "weight", bias, activation, residual, pre, op);
   run(p, kernel, threads, op);
 }
 
@@ -105,25 +108,14 @@ void run_activation_grad(py::handle out_, py::handle grad_, py::handle pre_, con
   gemm_activation_grad(grad, pre, out.numel(), a, out.data, out.dtype, cpu_info().isa, current_team(threads).threads);
 }
 
-void run_linear_packed(py::handle out_, py::handle input_, py::handle packed_, py::handle bias, i64 N,
-                       const std::string& kernel_name, const std::string& activation, py::handle residual,
-                       py::handle pre, int threads) {
+void run_linear_packed(py::handle out_, py::handle input, py::handle packed, py::handle bias, i64 N,
+                       const std::string& kernel, const std::string& activation, py::handle residual, py::handle pre,
+                       int threads) {
   const char* op = "fastdl.linear_packed";
-  const TensorView out = view(out_, op, "out"), input = view(input_, op, "input"), packed = view(packed_, op, "packed");
-  const GemmKernel& kernel = pack_kernel(kernel_name, input.dtype, op);
-  require_dtype(packed, DType::f32, "the dtype of packs", op, "packed");
-  GemmProblem p = linear_problem(out, input, N, op);
-  const i64 size = gemm_pack_size(p.desc.K, N, kernel);
-  if (kernel.kind != GemmKind::kTile || packed.ndim != 1 || packed.size(0) != size || packed.stride(0) != 1)
-    fail(op, ": argument 'packed': expected ", size, " contiguous elements, the pack of a [", p.desc.K, ", ", N,
-         "] operand for a tile kernel, got ", shape_string(packed), " for ", kernel.name);
-  require_apart(out, packed, op, "packed");
-  add_epilogue(&p, out, input_, packed_, "packed", bias, activation, residual, pre, op);
-  p.args.b = packed.data;
-  p.desc.packed = true;
-  p.desc.b_row = kernel.nr;
-  p.desc.b_col = 1;
-  run(p, kernel.name, threads, op);
+  const TensorView out = view(out_, op, "out");
+  GemmProblem p = packed_problem(out, view(input, op, "input"), packed, N, kernel, op);
+  add_epilogue(&p, out, input, packed, "packed", bias, activation, residual, pre, op);
+  run(p, kernel, threads, op);
 }
 
 void run_sum_rows(py::handle out_, py::handle x_, int threads) {

@@ -6,6 +6,7 @@ float32), device (cpu) and overlap itself, raises
 expected and got, and releases the GIL while it computes.
 """
 
+from collections.abc import Callable
 from typing import Any, TypedDict
 
 from torch import Tensor
@@ -140,6 +141,29 @@ def matmul_plan(out: Tensor, a: Tensor, b: Tensor, kernel: str = "", threads: in
 
 def linear_wgrad(out: Tensor, grad: Tensor, input: Tensor, threads: int = 0) -> None:
     """out[N, K] = grad[..., N]^T @ input[..., K], contracted over all leading dimensions; any strides."""
+
+def plain_rules(
+    types: tuple[type, ...],
+    probes: tuple[Callable[[], object], ...],
+    settings: tuple[tuple[dict[str, object], str, object], ...],
+    grad_enabled: Callable[[], bool],
+) -> None:
+    """What plain calls are: tensors exactly of these types; probes all false; names[name] == value in all settings."""
+
+def eager_is_plain() -> bool:
+    """Whether the probes and settings of `plain_rules` say so."""
+
+def plain_linear(input: Tensor, weight: Tensor, bias: Tensor | None, packed: Tensor | None, /) -> Tensor | bool | None:
+    """The result of a plain call; True where autograd must record it; None where it is not plain or does not fit."""
+
+def plain_matmul(input: Tensor, other: Tensor, /) -> Tensor | bool | None:
+    """As `plain_linear`."""
+
+def linear_result(input: Tensor, weight: Tensor, bias: Tensor | None, packed: Tensor | None, /) -> Tensor | None:
+    """`linear`, or `linear_packed` with the level's pack, into a new tensor; None where the arguments do not fit."""
+
+def matmul_result(a: Tensor, b: Tensor, /) -> Tensor | None:
+    """`gemm` of matrices, or of batches of them, into a new tensor; None where the arguments do not fit."""
 
 def linear_shape(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[int, ...] | None:
     """The output shape if `linear` can take these as they are; None for whatever it cannot (never raises)."""

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 from torch.nn import functional as F
 
 from fastdl import _C
 from fastdl.ops import gemm_library as _registered  # noqa: F401  (defines torch.ops.fastdl)
 from fastdl.ops import gemm_native, reference, shapes
-from fastdl.ops.plain import MAX_BATCH_DIMS, eager_is_plain, is_plain, plain_linear_shape, plain_matmul_shape
+from fastdl.ops.plain import MAX_BATCH_DIMS, eager_is_plain, is_plain
 from fastdl.ops.route import Operation, call
 
 
@@ -56,14 +56,12 @@ def linear(
         from fastdl.ops.fused import linear_fused  # here: it builds on this module
 
         return linear_fused(input, weight, bias, residual, activation)
-    if not is_compiling() and (shape := plain_linear_shape(input, weight, bias)):
-        if torch.is_grad_enabled() and (
-            input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-        ):
+    if not is_dynamo_compiling():
+        out = _C.plain_linear(input, weight, bias, None)
+        if out is True:
             return _apply_plain_linear(input, weight, bias)
-        out = input.new_empty(*shape)
-        _C.linear(out, input, weight, bias)
-        return out
+        if out is not None:
+            return out
     return call(_LINEAR, input, weight, bias)
 
 
@@ -73,12 +71,12 @@ def matmul(input: Tensor, other: Tensor) -> Tensor:
     input [..., M, K], other [..., K, N] -> [..., M, N]; a 1-D input is a row, a 1-D other a column, and that dimension
     is missing from the result. Dtypes, hand-backs and errors as in `linear`.
     """
-    if not is_compiling() and (shape := plain_matmul_shape(input, other)):
-        if torch.is_grad_enabled() and (input.requires_grad or other.requires_grad):
+    if not is_dynamo_compiling():
+        out = _C.plain_matmul(input, other)
+        if out is True:
             return _apply_plain_matmul(input, other)
-        out = input.new_empty(*shape)
-        _C.gemm(out, input, other)
-        return out
+        if out is not None:
+            return out
     return call(_MATMUL, input, other)
 
 

@@ -17,9 +17,10 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """input[..., K] @ weight[N, K]^T + bias[N] -> [..., N]."""
     if input.dtype is torch.float64:
         return reference.linear(input, weight, bias)
-    shape = _C.linear_shape(input, weight, bias) or shapes.linear(input, weight, bias)
-    out = input.new_empty(*shape)
-    _C.linear(out, input, weight, bias)
+    out = _C.linear_result(input, weight, bias, None)
+    if out is None:  # these raise, and say why
+        out = input.new_empty(shapes.linear(input, weight, bias))
+        _C.linear(out, input, weight, bias)
     return out
 
 
@@ -76,9 +77,10 @@ def matmul(input: Tensor, other: Tensor) -> Tensor:
         a = input.unsqueeze(0) if input.ndim == 1 else input
         b = other.unsqueeze(1) if other.ndim == 1 else other
         return matmul(a, b).view(shapes.matmul(input, other))
-    shape = _C.matmul_shape(input, other) or shapes.matmul(input, other)
-    out = input.new_empty(*shape)
-    _C.gemm(out, input, other)
+    out = _C.matmul_result(input, other)
+    if out is None:
+        out = input.new_empty(shapes.matmul(input, other))
+        _C.gemm(out, input, other)
     return out
 
 

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 from torch.nn import functional as F
 
 from fastdl import _C
 from fastdl.ops import gemm_native
 from fastdl.ops.fused import linear_fused
 from fastdl.ops.gemm import LinearFunction, backend, linear, linear_gradients, linear_plan, linear_unsupported
-from fastdl.ops.plain import KERNEL_DTYPES, plain_linear_shape
+from fastdl.ops.plain import KERNEL_DTYPES
 from fastdl.ops.route import Operation, call
 
 # The table rows that packs are laid out for, fixed for the life of the process.
@@ -85,12 +85,12 @@ def linear_packed(
         pack.require_fresh()
     if activation is not None or residual is not None:
         return linear_fused(input, weight, bias, residual, activation, pack.packed)
-    if not is_compiling() and (shape := plain_linear_shape(input, weight, bias)):
-        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (input, weight, bias)):
+    if not is_dynamo_compiling():
+        out = _C.plain_linear(input, weight, bias, pack.packed)
+        if out is True:
             return _apply_plain(input, weight, bias, pack.packed)
-        out = input.new_empty(*shape)
-        _C.linear_packed(out, input, pack.packed, bias, shape[-1], pack.kernel)
-        return out
+        if out is not None:
+            return out
     if torch.is_autocast_enabled("cpu"):  # the weight may be cast, and the pack is not of that
         return linear(input, weight, bias)
     return call(_LINEAR_PACKED, input, weight, bias, constants=(pack.packed,))
