@@ -35,7 +35,8 @@ OPERATIONS = {
     "linear": (_C.linear, {"out": (3, 5), "input": (3, 4), "weight": (5, 4), "bias": (5,)}),
     "linear_fused": (
         _C.linear_fused,
-        {"out": (3, 5), "input": (3, 4), "weight": (5, 4), "bias": (5,), "residual": (3, 5), "pre": (3, 5)},
+        {"out": (3, 5), "input": (3, 4), "weight": (5, 4), "bias": (5,), "residual": (3, 5), "pre": (3, 5)}
+        | {"packed": (_C.pack_numel(4, 5, PACK),)},
     ),
     "activation_grad": (_C.activation_grad, {"out": (3, 5), "grad": (3, 5), "pre": (3, 5), "activation": "relu"}),
     "linear_wgrad": (_C.linear_wgrad, {"out": (5, 4), "grad": (3, 5), "input": (3, 4)}),
@@ -43,14 +44,12 @@ OPERATIONS = {
     "pack": (_C.pack, {"out": (_C.pack_numel(4, 5, PACK),), "b": (4, 5), "kernel": PACK}),
     "linear_packed": (
         _C.linear_packed,
-        {"out": (3, 5), "input": (3, 4), "packed": (_C.pack_numel(4, 5, PACK),), "bias": (5,), "N": 5, "kernel": PACK}
-        | {"residual": (3, 5), "pre": (3, 5)},
+        {"out": (3, 5), "input": (3, 4), "packed": (_C.pack_numel(4, 5, PACK),), "bias": (5,), "N": 5, "kernel": PACK},
     ),
 }
 
 
-_EPILOGUE = ("bias", "residual", "pre")
-OPTIONAL = {"linear_fused": _EPILOGUE, "linear_packed": _EPILOGUE}  # arguments that may be None, elsewhere the bias
+OPTIONAL = {"linear_fused": ("bias", "residual", "pre", "packed")}  # arguments that may be None, elsewhere the bias
 
 
 def call(operation, **changes):
@@ -128,6 +127,8 @@ def test_wrong_kind_of_argument(operation, argument, value, exception, saying):
             ("linear_fused", "residual", "rows of residual", {"residual": T(4, 5)}),
             ("linear_fused", "residual", "rank of residual", {"residual": T(5)}),
             ("linear_fused", "residual", "residual strided", {"residual": T(5, 3).t()}),
+            ("linear_fused", "packed", "pack of another size", {"packed": T(_C.pack_numel(4, 5, PACK) + 1)}),
+            ("linear_fused", "kernel", "kernel beside a pack", {"kernel": PACK}),
             ("linear_fused", "pre", "columns of pre", {"pre": T(3, 4)}),
             ("linear_fused", "pre", "rank of pre", {"pre": T(1, 3, 5)}),
             ("linear_fused", "pre", "pre strided", {"pre": T(3, 10)[:, ::2]}),
@@ -158,9 +159,6 @@ def test_wrong_kind_of_argument(operation, argument, value, exception, saying):
             ("linear_packed", "packed", "pack of another size", {"packed": T(_C.pack_numel(4, 5, PACK) + 1)}),
             ("linear_packed", "packed", "strided pack", {"packed": T(2 * _C.pack_numel(4, 5, PACK))[::2]}),
             ("linear_packed", "out", "columns of out", {"out": T(3, 4)}),
-            ("linear_packed", "activation", "no such activation", {"activation": "tanh"}),
-            ("linear_packed", "residual", "rows of residual", {"residual": T(4, 5)}),
-            ("linear_packed", "pre", "pre strided", {"pre": T(3, 10)[:, ::2]}),
             ("linear_packed", "bias", "bias length", {"bias": T(6)}),
             ("linear_packed", "kernel", "no such kernel", {"kernel": "panel"}),
         ]

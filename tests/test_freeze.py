@@ -48,7 +48,7 @@ def watch_packs(monkeypatch):
 
         monkeypatch.setattr(_C, name, watched)
 
-    for name, pack in (("plain_linear", 3), ("linear_packed", 2)):
+    for name, pack in (("plain_linear", 3), ("linear_result", 3), ("linear_fused", 7)):
         watch(name, pack, getattr(_C, name))
     return used
 
@@ -67,7 +67,7 @@ def test_values_and_gradients_are_the_same(dtype, shape, N, bias, generator, mon
     assert fastdl.freeze(model) is model
     used = watch_packs(monkeypatch)
     again = model(x)
-    assert used == ["plain_linear", "linear_packed"]  # the first says that autograd must record the call
+    assert used == ["plain_linear", "linear_result"]  # the first says that autograd must record the call
     with torch.no_grad():
         torch.testing.assert_close(model(x), y, rtol=0, atol=0)
     assert used[2:] == ["plain_linear"]
@@ -96,7 +96,7 @@ def test_epilogues_read_the_pack(dtype, activation, residual, generator, monkeyp
     torch.testing.assert_close(run(), expected, rtol=0, atol=0)
     with torch.no_grad():
         torch.testing.assert_close(layer(x, activation=activation, residual=rest), expected[0], rtol=0, atol=0)
-    assert used == ["linear_packed"] * 2
+    assert used == ["linear_fused"] * 2
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -104,7 +104,7 @@ def test_epilogues_read_the_pack(dtype, activation, residual, generator, monkeyp
 
     with Watch():  # the general path
         torch.testing.assert_close(run(), expected, rtol=0, atol=0)
-    assert used == ["linear_packed"] * 3
+    assert used == ["linear_fused"] * 3
     assert not calls.handbacks
 
 

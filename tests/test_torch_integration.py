@@ -77,8 +77,8 @@ def operation_samples():
     yield "linear", (randn(2, 3, 8), randn(5, 8), None)
     yield "linear", (randn(8), randn(5, 8).double().float(), randn(5))
     yield "linear", (randn(4, 8).double(), randn(5, 8).double(), randn(5).double())
-    yield "linear_packed", (randn(4, 8), pack, randn(5), 5, _C.pack_kernel())
-    yield "linear_packed", (randn(2, 3, 8), pack, None, 5, _C.pack_kernel())
+    yield "linear", (randn(4, 8), randn(5, 8), randn(5), pack)
+    yield "linear", (randn(2, 3, 8), randn(5, 8), None, pack)
     yield "matmul", (randn(4, 8), randn(8, 3))
     yield "matmul", (randn(2, 1, 4, 8), randn(3, 8, 3))
     yield "matmul", (randn(8), randn(8))
@@ -319,19 +319,13 @@ def test_torch_func(transform, args):
     torch.testing.assert_close(build(linear), build(F.linear))
 
 
-def test_packs_cannot_be_mapped():
-    pack = torch.zeros(2, _C.pack_numel(8, 5, _C.pack_kernel()))
-    with pytest.raises(RuntimeError, match="expected one that is not mapped"):
-        torch.func.vmap(lambda p: torch.ops.fastdl.linear_packed(torch.ones(4, 8), p, None, 5, _C.pack_kernel()))(pack)
-
-
 def test_packed_maps_input_and_bias(generator):
     x, w, b = (torch.randn(shape, generator=generator) for shape in ((3, 4, 8), (5, 8), (3, 5)))
     pack = torch.empty(_C.pack_numel(8, 5, _C.pack_kernel()))
     _C.pack(pack, w.t(), _C.pack_kernel())
 
     def packed(x, b):
-        return torch.ops.fastdl.linear_packed(x, pack, b, 5, _C.pack_kernel())
+        return torch.ops.fastdl.linear(x, w, b, pack)
 
     for dims in ((0, None), (None, 0), (0, 0)):
         inputs = (x if dims[0] == 0 else x[0], b if dims[1] == 0 else b[0])

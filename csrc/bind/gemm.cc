@@ -65,28 +65,26 @@ void* like_out(py::handle object, const TensorView& out, const char* op, const c
   return t.data;
 }
 
-// Bias, activation, residual and pre of a problem whose operands are set already; `b` and its name are for messages.
-void add_epilogue(GemmProblem* p, const TensorView& out, py::handle input, py::handle b, const char* b_name,
-                  py::handle bias, const std::string& activation, py::handle residual, py::handle pre, const char* op) {
-  add_bias(p, bias, out, op);
-  p->args.activation = activation_named(activation, op);
-  p->args.residual = like_out(residual, out, op, "residual");
-  p->args.pre = like_out(pre, out, op, "pre");
-  if (!p->args.pre) return;
-  // pre is written while the inputs are still being read.
-  const TensorView z = view(pre, op, "pre");
-  for (const auto& [object, name] :
-       {std::pair{input, "input"}, std::pair{b, b_name}, std::pair{bias, "bias"}, std::pair{residual, "residual"}})
-    if (!object.is_none()) require_apart(z, view(object, op, name), op, name, "pre");
-}
-
 void run_linear_fused(py::handle out_, py::handle input, py::handle weight, py::handle bias,
-                      const std::string& activation, py::handle residual, py::handle pre, const std::string& kernel,
-                      int threads) {
+                      const std::string& activation, py::handle residual, py::handle pre, py::handle packed,
+                      const std::string& kernel, int threads) {
   const char* op = "fastdl.linear_fused";
   const TensorView out = view(out_, op, "out");
   GemmProblem p = weight_problem(out, view(input, op, "input"), view(weight, op, "weight"), op);
-  add_epilogue(&p, out, input, weight, "weight", bias, activation, residual, pre, op);
+  add_bias(&p, bias, out, op);
+  p.args.activation = activation_named(activation, op);
+  p.args.residual = like_out(residual, out, op, "residual");
+  p.args.pre = like_out(pre, out, op, "pre");
+  if (!packed.is_none()) {
+    if (!kernel.empty()) fail(op, ": argument 'kernel': expected none beside a pack, got '", kernel, "'");
+    p.args.pack = pack_data(packed, p.desc.K, p.desc.N, pack_kernel("", p.desc.dtype, op), out, op);
+  }
+  if (p.args.pre) {  // written while the inputs are still being read
+    const TensorView z = view(pre, op, "pre");
+    for (const auto& [object, name] : {std::pair{input, "input"}, std::pair{weight, "weight"}, std::pair{bias, "bias"},
+                                       std::pair{residual, "residual"}, std::pair{packed, "packed"}})
+      if (!object.is_none()) require_apart(z, view(object, op, name), op, name, "pre");
+  }
   run(p, kernel, threads, op);
 }
 
@@ -108,14 +106,17 @@ void run_activation_grad(py::handle out_, py::handle grad_, py::handle pre_, con
   gemm_activation_grad(grad, pre, out.numel(), a, out.data, out.dtype, cpu_info().isa, current_team(threads).threads);
 }
 
-void run_linear_packed(py::handle out_, py::handle input, py::handle packed, py::handle bias, i64 N,
-                       const std::string& kernel, const std::string& activation, py::handle residual, py::handle pre,
-                       int threads) {
+void run_linear_packed(py::handle out_, py::handle input_, py::handle packed, py::handle bias, i64 N,
+                       const std::string& kernel_name, int threads) {
   const char* op = "fastdl.linear_packed";
-  const TensorView out = view(out_, op, "out");
-  GemmProblem p = packed_problem(out, view(input, op, "input"), packed, N, kernel, op);
-  add_epilogue(&p, out, input, packed, "packed", bias, activation, residual, pre, op);
-  run(p, kernel, threads, op);
+  const TensorView out = view(out_, op, "out"), input = view(input_, op, "input");
+  const GemmKernel& kernel = pack_kernel(kernel_name, input.dtype, op);
+  GemmProblem p = linear_problem(out, input, N, op);
+  p.args.pack = pack_data(packed, p.desc.K, N, kernel, out, op);
+  gemm_use_pack(&p.desc, &p.args, kernel);
+  add_bias(&p, bias, out, op);
+  p.args.pack = nullptr;
+  run(p, kernel.name, threads, op);
 }
 
 void run_sum_rows(py::handle out_, py::handle x_, int threads) {
@@ -199,13 +200,14 @@ void bind_gemm(py::module_& m) {
         "threads"_a = 0);
   m.def("linear", run_linear, "out"_a, "input"_a, "weight"_a, "bias"_a = py::none(), "kernel"_a = "", "threads"_a = 0);
   m.def("linear_fused", run_linear_fused, "out"_a, "input"_a, "weight"_a, "bias"_a = py::none(),
-        "activation"_a = "none", "residual"_a = py::none(), "pre"_a = py::none(), "kernel"_a = "", "threads"_a = 0);
+        "activation"_a = "none", "residual"_a = py::none(), "pre"_a = py::none(), "packed"_a = py::none(),
+        "kernel"_a = "", "threads"_a = 0);
   m.def("activation_grad", run_activation_grad, "out"_a, "grad"_a, "pre"_a, "activation"_a, "threads"_a = 0);
   m.def("linear_wgrad", run_linear_wgrad, "out"_a, "grad"_a, "input"_a, "threads"_a = 0);
   m.def("sum_rows", run_sum_rows, "out"_a, "x"_a, "threads"_a = 0);
   m.def("pack", run_pack, "out"_a, "b"_a, "kernel"_a);
   m.def("linear_packed", run_linear_packed, "out"_a, "input"_a, "packed"_a, "bias"_a, "N"_a, "kernel"_a,
-        "activation"_a = "none", "residual"_a = py::none(), "pre"_a = py::none(), "threads"_a = 0);
+        "threads"_a = 0);
 }
 
 }  // namespace fastdl

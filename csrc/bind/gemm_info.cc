@@ -88,10 +88,13 @@ Machine this_machine(int threads) {
   return {cpu.isa, current_team(threads).threads, cpu.l1d, cpu.l2, cpu.l3};
 }
 
-py::dict plan_problem(GemmProblem p, const std::string& kernel, int threads, const char* op) {
+py::dict plan_problem(GemmProblem p, const std::string& kernel, int threads, const char* op, bool frozen = false) {
   require_threads(threads, op);
-  gemm_canonicalise(&p.desc, &p.args);
   const Machine machine = this_machine(threads);
+  p.args.pack = frozen ? p.args.b : nullptr;
+  gemm_canonicalise(&p.desc, &p.args);
+  if (p.args.pack && gemm_pack_pays(p.desc, machine))
+    gemm_use_pack(&p.desc, &p.args, gemm_pack_kernel(machine.isa, p.desc.dtype));
   return plan_dict(p.desc, machine, gemm_plan(p.desc, machine, forced_kernel(kernel, op)));
 }
 
@@ -99,8 +102,7 @@ py::dict plan_linear(py::handle out, py::handle input, py::handle weight, bool p
                      int threads) {
   const char* op = "fastdl.linear_plan";
   GemmProblem p = weight_problem(view(out, op, "out"), view(input, op, "input"), view(weight, op, "weight"), op);
-  if (packed) p.desc.packed = true, p.desc.b_row = pack_kernel(kernel, p.desc.dtype, op).nr, p.desc.b_col = 1;
-  return plan_problem(p, kernel, threads, op);
+  return plan_problem(p, kernel, threads, op, packed);
 }
 
 py::dict plan_matmul(py::handle out, py::handle a, py::handle b, const std::string& kernel, int threads) {

@@ -118,22 +118,15 @@ GemmProblem weight_problem(const TensorView& out, const TensorView& input, const
   return p;
 }
 
-GemmProblem packed_problem(const TensorView& out, const TensorView& input, py::handle packed_, i64 N,
-                           const std::string& kernel_name, const char* op) {
+void* pack_data(py::handle packed_, i64 K, i64 N, const GemmKernel& kernel, const TensorView& out, const char* op) {
   const TensorView packed = view(packed_, op, "packed");
-  const GemmKernel& kernel = pack_kernel(kernel_name, input.dtype, op);
   require_dtype(packed, DType::f32, "the dtype of packs", op, "packed");
-  GemmProblem p = linear_problem(out, input, N, op);
-  const i64 size = gemm_pack_size(p.desc.K, N, kernel);
+  const i64 size = gemm_pack_size(K, N, kernel);
   if (kernel.kind != GemmKind::kTile || packed.ndim != 1 || packed.size(0) != size || packed.stride(0) != 1)
-    fail(op, ": argument 'packed': expected ", size, " contiguous elements, the pack of a [", p.desc.K, ", ", N,
+    fail(op, ": argument 'packed': expected ", size, " contiguous elements, the pack of a [", K, ", ", N,
          "] operand for a tile kernel, got ", shape_string(packed), " for ", kernel.name);
   require_apart(out, packed, op, "packed");
-  p.args.b = packed.data;
-  p.desc.packed = true;
-  p.desc.b_row = kernel.nr;
-  p.desc.b_col = 1;
-  return p;
+  return packed.data;
 }
 
 bool linear_shape(const TensorView& input, const TensorView& w, py::handle bias_, i64* shape) {

@@ -16,9 +16,8 @@ struct GemmProblem {
 GemmProblem matmul_problem(const TensorView& out, const TensorView& a, const TensorView& b, const char* op);
 // out[..., N] = input[..., K] @ weight[N, K]^T
 GemmProblem weight_problem(const TensorView& out, const TensorView& input, const TensorView& weight, const char* op);
-// The same, with the frozen pack of a weight for a row of the table ("": the level's own).
-GemmProblem packed_problem(const TensorView& out, const TensorView& input, pybind11::handle packed, i64 N,
-                           const std::string& kernel, const char* op);
+// The memory of the frozen pack of a weight [N, K] for a row of the table.
+void* pack_data(pybind11::handle packed, i64 K, i64 N, const GemmKernel& kernel, const TensorView& out, const char* op);
 // out[..., N] = input[..., K] @ B[K, N]; the caller sets B.
 GemmProblem linear_problem(const TensorView& out, const TensorView& input, i64 N, const char* op);
 void add_bias(GemmProblem* p, pybind11::handle bias, const TensorView& out, const char* op);

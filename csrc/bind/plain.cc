@@ -125,9 +125,10 @@ py::object linear_output(PyObject* const* t, PyObject* packed) {
   if (!linear_shape(input, weight, t[2], shape)) return {};
   py::object out = new_empty(t[0], shape, input.ndim);
   const TensorView result = view(out, op, "out");
-  GemmProblem p = packed == Py_None ? weight_problem(result, input, weight, op)
-                                    : packed_problem(result, input, packed, shape[input.ndim - 1], "", op);
+  GemmProblem p = weight_problem(result, input, weight, op);
   add_bias(&p, t[2], result, op);
+  if (packed != Py_None)
+    p.args.pack = pack_data(packed, p.desc.K, p.desc.N, pack_kernel("", p.desc.dtype, op), result, op);
   run(p);
   return out;
 }

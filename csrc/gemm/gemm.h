@@ -63,6 +63,7 @@ struct GemmArgs {
   void* pre = nullptr;             // gets what the activation is applied to; lies as c does
   Activation activation = Activation::none;
   bool accumulate = false;
+  const void* pack = nullptr;  // the frozen pack of b for the level's own row, to read in place of b where that pays
   GemmBatch batch;
   GemmPairs pairs;
 };
@@ -75,6 +76,8 @@ const GemmKernel& gemm_pack_kernel(Isa isa, DType dtype);                // the 
 // forced: a row to use, or null. The machine's isa must be compiled in, not necessarily runnable here.
 GemmPlan gemm_plan(const GemmDesc& desc, const Machine& machine, const GemmKernel* forced = nullptr);
 std::vector<std::string> gemm_candidates(const GemmDesc& desc, const Machine& machine, const GemmPlan& chosen);
+bool gemm_pack_pays(const GemmDesc& desc, const Machine& machine);  // desc: as it is without the pack
+void gemm_use_pack(GemmDesc* desc, GemmArgs* args, const GemmKernel& kernel);
 std::string describe(const GemmDesc& desc, const GemmPlan& plan);
 
 void gemm_run(const GemmDesc& desc, const GemmPlan& plan, const GemmArgs& args);

@@ -120,12 +120,14 @@ def linear_fused(
     activation: str = "none",
     residual: Tensor | None = None,
     pre: Tensor | None = None,
+    packed: Tensor | None = None,
     kernel: str = "",
     threads: int = 0,
 ) -> None:
     """z = input @ weight^T + bias; pre = z; out = activation(z) + residual, in one pass, rounded once each.
 
     activation: none, relu, gelu (exact), gelu_tanh or silu. residual and pre have the shape and strides of out.
+    packed: the frozen pack of the weight for the level's own kernel, read in its place where that is faster.
     """
 
 def activation_grad(out: Tensor, grad: Tensor, pre: Tensor, activation: str, threads: int = 0) -> None:
@@ -160,7 +162,7 @@ def plain_matmul(input: Tensor, other: Tensor, /) -> Tensor | bool | None:
     """As `plain_linear`."""
 
 def linear_result(input: Tensor, weight: Tensor, bias: Tensor | None, packed: Tensor | None, /) -> Tensor | None:
-    """`linear`, or `linear_packed` with the level's pack, into a new tensor; None where the arguments do not fit."""
+    """`linear`, with the weight's pack as in linear_fused, into a new tensor; None where the arguments do not fit."""
 
 def matmul_result(a: Tensor, b: Tensor, /) -> Tensor | None:
     """`gemm` of matrices, or of batches of them, into a new tensor; None where the arguments do not fit."""
@@ -189,9 +191,6 @@ def linear_packed(
     bias: Tensor | None,
     N: int,
     kernel: str,
-    activation: str = "none",
-    residual: Tensor | None = None,
-    pre: Tensor | None = None,
     threads: int = 0,
 ) -> None:
-    """linear_fused with a frozen weight: packed = pack of weight.T, shape given by input's K and N."""
+    """linear with a frozen weight: packed = pack of weight.T, shape given by input's K and N."""

@@ -53,6 +53,14 @@ void pack_pairs(const void* source, i64 k_step, i64 j_step, i64 k_count, int n, 
   }
 }
 
+// Single (kernel.h) for levels that multiply pairs: two elements to a lane.
+template <class L>
+struct Pairs {
+  static constexpr int elements = 2 * L::width;
+  static FASTDL_INLINE typename L::V load(const bf16* p) { return L::load(reinterpret_cast<const float*>(p)); }
+  static FASTDL_INLINE typename L::V load(const bf16* p, int n) { return L::pairs(p, n); }
+};
+
 // Plain: the level in which fma is what it says, for all that is not a product of pairs.
 template <class L, class Plain>
 constexpr GemmHelpers pair_helpers() {

@@ -137,8 +137,6 @@ _LINEAR_FUSED = Operation(
     overload=lambda *args: torch.ops.fastdl.linear_fused(*args[:-1], False, args[-1]),
     function=LinearFusedFunction,
     unsupported=_unsupported,
-    plan=lambda out, input, weight, bias, residual, activation, packed: linear_plan(
-        out, input, weight, bias, packed is not None
-    ),
+    plan=lambda out, input, weight, bias, residual, activation, packed: linear_plan(out, input, weight, bias, packed),
     autocast=True,
 )

@@ -59,10 +59,10 @@ def linear(
     if not is_dynamo_compiling():
         out = _C.plain_linear(input, weight, bias, None)
         if out is True:
-            return _apply_plain_linear(input, weight, bias)
+            return apply_plain_linear(input, weight, bias, None)
         if out is not None:
             return out
-    return call(_LINEAR, input, weight, bias)
+    return call(LINEAR, input, weight, bias, constants=(None,))
 
 
 def matmul(input: Tensor, other: Tensor) -> Tensor:
@@ -100,25 +100,26 @@ def backend(*tensors: Tensor | None) -> Any:
     return _DIFFERENTIABLE  # create_graph=True, transforms, modes
 
 
-def linear_gradients(ctx: Any, grad: Tensor, run: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of input, weight and bias, each where needed; ctx from LinearFunction, run from `backend`."""
+def _linear_gradients(ctx: Any, grad: Tensor, run: Any) -> tuple[Tensor | None, ...]:
+    """The gradients of input, weight and bias, each where needed, and None for the pack."""
     input, weight = ctx.saved_tensors
     needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
     return (
         run.matmul(grad, weight) if needs_input else None,
         run.linear_wgrad(grad, input) if needs_weight else None,
         run.sum_rows(grad) if needs_bias else None,
+        None,
     )
 
 
 class LinearFunction(Function):
-    """linear as a node of the graph, its forward through the dispatcher."""
+    """linear as a node of the graph, its forward through the dispatcher; packed: the weight's frozen pack, or None."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return torch.ops.fastdl.linear(input, weight, bias)
+    def forward(input: Tensor, weight: Tensor, bias: Tensor | None, packed: Tensor | None) -> Tensor:
+        return torch.ops.fastdl.linear(input, weight, bias, packed)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -127,8 +128,8 @@ class LinearFunction(Function):
         ctx.save_for_backward(input if needs_weight else None, weight if needs_input else None)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        return linear_gradients(ctx, grad, backend(grad, *ctx.saved_tensors))
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _linear_gradients(ctx, grad, backend(grad, *ctx.saved_tensors))
 
 
 class MatmulFunction(Function):
@@ -221,8 +222,8 @@ class _PlainLinear(LinearFunction):
     forward = staticmethod(gemm_native.linear)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        return linear_gradients(ctx, grad, backend(grad))
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _linear_gradients(ctx, grad, backend(grad))
 
 
 class _PlainMatmul(MatmulFunction):
@@ -233,12 +234,12 @@ class _PlainMatmul(MatmulFunction):
 
 # Function.apply binds the signature by inspection on every call (22 us of an 8x8 call's 27) and dispatches functorch
 # transforms; where none is active, the method under it does the same in 5.
-_apply_plain_linear = super(Function, _PlainLinear).apply
+apply_plain_linear = super(Function, _PlainLinear).apply
 _apply_plain_matmul = super(Function, _PlainMatmul).apply
 
 
 # --- the table ---------------------------------------------------------------------------------------------------
-def linear_unsupported(input: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
+def linear_unsupported(input: Tensor, weight: Tensor, bias: Tensor | None, *constants: Any) -> str | None:
     """Why shapes that torch takes are left to it, or None; RuntimeError for those that torch refuses as well."""
     if weight.ndim == 1:
         return "weight is 1-D"
@@ -258,9 +259,11 @@ def _matmul_unsupported(input: Tensor, other: Tensor) -> str | None:
     return f"more than {MAX_BATCH_DIMS} batch dimensions" if max(input.ndim, other.ndim) - 2 > MAX_BATCH_DIMS else None
 
 
-def linear_plan(out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, packed: bool = False) -> str:
+def linear_plan(out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, packed: Tensor | None) -> str:
     """The kernel that `linear` runs for these."""
-    return "reference" if out.dtype is torch.float64 else _C.linear_plan(out, input, weight, packed)["kernel"]
+    if out.dtype is torch.float64:
+        return "reference"
+    return _C.linear_plan(out, input, weight, packed is not None)["kernel"]
 
 
 def _matmul_plan(out: Tensor, input: Tensor, other: Tensor) -> str:
@@ -271,11 +274,11 @@ def _matmul_plan(out: Tensor, input: Tensor, other: Tensor) -> str:
     return _C.matmul_plan(out.new_empty(shapes.matmul(a, b)), a, b)["kernel"]
 
 
-_LINEAR = Operation(
+LINEAR = Operation(
     name="linear",
     arguments=("input", "weight", "bias"),
     optional=("bias",),
-    torch_function=F.linear,
+    torch_function=lambda input, weight, bias, packed: F.linear(input, weight, bias),
     overload=torch.ops.fastdl.linear.default,
     function=LinearFunction,
     unsupported=linear_unsupported,

@@ -13,21 +13,14 @@ from fastdl import _C
 from fastdl.ops import reference, shapes
 
 
-def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """input[..., K] @ weight[N, K]^T + bias[N] -> [..., N]."""
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None, packed: Tensor | None = None) -> Tensor:
+    """input[..., K] @ weight[N, K]^T + bias[N] -> [..., N]; packed: the weight's frozen pack."""
     if input.dtype is torch.float64:
         return reference.linear(input, weight, bias)
-    out = _C.linear_result(input, weight, bias, None)
+    out = _C.linear_result(input, weight, bias, packed)
     if out is None:  # these raise, and say why
         out = input.new_empty(shapes.linear(input, weight, bias))
         _C.linear(out, input, weight, bias)
-    return out
-
-
-def linear_packed(input: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, kernel: str) -> Tensor:
-    """linear with a frozen weight: input [..., K], packed 1-D, bias [N] -> [..., N]."""
-    out = input.new_empty(*input.shape[:-1], out_features)
-    _C.linear_packed(out, input, packed, bias, out_features, kernel)
     return out
 
 
@@ -42,7 +35,7 @@ def linear_fused(
 ) -> tuple[Tensor, Tensor]:
     """(activation(z) + residual, z) with z = linear(input, weight, bias); an empty tensor for z unless `save_pre`.
 
-    packed: the frozen pack of the weight, read in its place.
+    packed: the weight's frozen pack.
     """
     shape = shapes.linear_fused(input, weight, bias, residual)
     pre = input.new_empty(shape if save_pre else (0,))
@@ -51,11 +44,7 @@ def linear_fused(
         return reference.epilogue(z, residual, activation), pre.copy_(z) if save_pre else pre
     out = input.new_empty(shape)
     residual = residual if residual is None else residual.contiguous()
-    epilogue = activation or "none", residual, pre if save_pre else None
-    if packed is None:
-        _C.linear_fused(out, input, weight, bias, *epilogue)
-    else:
-        _C.linear_packed(out, input, packed, bias, weight.shape[0], "", *epilogue)
+    _C.linear_fused(out, input, weight, bias, activation or "none", residual, pre if save_pre else None, packed)
     return out, pre
 
 

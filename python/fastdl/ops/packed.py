@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 from torch.compiler import is_compiling, is_dynamo_compiling
-from torch.nn import functional as F
 
 from fastdl import _C
-from fastdl.ops import gemm_native
+from fastdl.ops import gemm
 from fastdl.ops.fused import linear_fused
-from fastdl.ops.gemm import LinearFunction, backend, linear, linear_gradients, linear_plan, linear_unsupported
+from fastdl.ops.gemm import linear
 from fastdl.ops.plain import KERNEL_DTYPES
-from fastdl.ops.route import Operation, call
+from fastdl.ops.route import call
 
 # The table rows that packs are laid out for, fixed for the life of the process.
 PACK_KERNELS = {dtype: _C.pack_kernel(str(dtype).removeprefix("torch.")) for dtype in KERNEL_DTYPES}
@@ -88,45 +85,9 @@ def linear_packed(
     if not is_dynamo_compiling():
         out = _C.plain_linear(input, weight, bias, pack.packed)
         if out is True:
-            return _apply_plain(input, weight, bias, pack.packed)
+            return gemm.apply_plain_linear(input, weight, bias, pack.packed)
         if out is not None:
             return out
     if torch.is_autocast_enabled("cpu"):  # the weight may be cast, and the pack is not of that
         return linear(input, weight, bias)
-    return call(_LINEAR_PACKED, input, weight, bias, constants=(pack.packed,))
-
-
-class PackedLinearFunction(LinearFunction):
-    """LinearFunction whose forward reads the pack."""
-
-    @staticmethod
-    def forward(input: Tensor, weight: Tensor, bias: Tensor | None, packed: Tensor) -> Tensor:
-        return torch.ops.fastdl.linear_packed(input, packed, bias, weight.shape[0], PACK_KERNELS[weight.dtype])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return (*linear_gradients(ctx, grad, backend(grad, *ctx.saved_tensors)), None)
-
-
-class _PlainPackedLinear(PackedLinearFunction):
-    """PackedLinearFunction for arguments already known to be plain: its forward calls the kernel."""
-
-    @staticmethod
-    def forward(input: Tensor, weight: Tensor, bias: Tensor | None, packed: Tensor) -> Tensor:
-        return gemm_native.linear_packed(input, packed, bias, weight.shape[0], PACK_KERNELS[weight.dtype])
-
-
-_apply_plain = super(Function, _PlainPackedLinear).apply  # see ops/gemm.py
-
-_LINEAR_PACKED = Operation(
-    name="linear",
-    arguments=("input", "weight", "bias"),
-    optional=("bias",),
-    torch_function=lambda input, weight, bias, packed: F.linear(input, weight, bias),
-    overload=lambda input, weight, bias, packed: torch.ops.fastdl.linear_packed(
-        input, packed, bias, weight.shape[0], PACK_KERNELS[weight.dtype]
-    ),
-    function=PackedLinearFunction,
-    unsupported=lambda input, weight, bias, packed: linear_unsupported(input, weight, bias),
-    plan=lambda out, input, weight, bias, packed: linear_plan(out, input, weight, bias, packed=True),
-)
+    return call(gemm.LINEAR, input, weight, bias, constants=(pack.packed,))
