@@ -147,7 +147,13 @@ void dot(const TileArgs& t) {
     }
   };
   i64 k = 0;
-  for (; k + W <= t.k; k += W) step([&](const T* p) __attribute__((always_inline)) { return Load::load(p + k); });
+  // Few rows wait for memory: ask for the next columns. With more rows it costs what it gains. (Zen 4, M x 4096 x 4096,
+  // without / with, in ms: bfloat16 M = 4 1.03 / 0.82, float32 M = 4 2.4 / 2.1; six rows at a time, M = 16 4.0 / 4.9.)
+  constexpr bool kAhead = MR <= 4;
+  for (; k + W <= t.k; k += W) {
+    for (int j = 0; kAhead && j < NR; ++j) __builtin_prefetch(b[j] + NR * t.b_col + k);
+    step([&](const T* p) __attribute__((always_inline)) { return Load::load(p + k); });
+  }
   if (k < t.k) {
     const int left = static_cast<int>(t.k - k);
     step([&](const T* p) __attribute__((always_inline)) { return Load::load(p + k, left); });
