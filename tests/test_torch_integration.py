@@ -1,5 +1,6 @@
 """linear and matmul inside the rest of torch: the compiler, autograd, torch.func, autocast, modes and tracers."""
 
+import math
 import threading
 
 import pytest
@@ -14,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from conftest import assert_sums_of_products
 from fastdl import _C
 from fastdl.functional import linear, matmul
 from fastdl.ops import calls, route
@@ -270,14 +272,18 @@ MATMUL_MAPS = {
 )
 def test_vmap(ours, theirs, dims, shapes, generator):
     args = [torch.randn(shape, generator=generator) for shape in shapes]
-    torch.testing.assert_close(torch.func.vmap(ours, dims)(*args), torch.func.vmap(theirs, dims)(*args))
 
-    def gradients(function):
+    def values(function, args):
+        return [torch.func.vmap(function, dims)(*args)]
+
+    def gradients(function, args):
         """Per-sample gradients: vmap rules of the backward operations."""
         grad = torch.func.grad(lambda *args: function(*args).square().sum(), tuple(range(len(args))))
         return torch.func.vmap(grad, dims)(*args)
 
-    torch.testing.assert_close(gradients(ours), gradients(theirs), rtol=1e-4, atol=1e-4)
+    most = max(math.prod(shape) for shape in shapes)  # at least the terms of any sum
+    assert_sums_of_products(values, ours, theirs, args, roundings=most)
+    assert_sums_of_products(gradients, ours, theirs, args, roundings=2 * most + 1)
     assert not calls.handbacks
 
 
