@@ -245,7 +245,7 @@ def test_double_backward_agrees_with_torch():
 
     generator = torch.Generator().manual_seed(3)
     args = [torch.randn(s, generator=generator) for s in ((4, 5), (6, 5), (6,))]
-    # y: 6; its square, thrice: 14; a gradient, a sum of 4 to 6 of it with another operand: 20; its square's: 2 * 20 + 20.
+    # y: 6; its square, thrice: 14; a gradient, 4 to 6 of it times an operand: 20; that of its square: 2 * 20 + 20.
     assert_sums_of_products(second_derivatives, functional.linear, torch.nn.functional.linear, args, roundings=60)
 
 

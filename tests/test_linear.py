@@ -146,7 +146,7 @@ def test_double_backward(bias, generator):
         return torch.autograd.grad(sum((g**2).sum() for g in first), leaves)
 
     args = [t for t in make((3, 4), 2, generator, bias) if t is not None]
-    # y: 5; its square, thrice: 12; a gradient, a sum of 2 or 3 of it with another operand: 16; its square's: 2 * 16 + 16.
+    # y: 5; its square, thrice: 12; a gradient, 2 or 3 of it times an operand: 16; that of its square: 2 * 16 + 16.
     assert_sums_of_products(second_order, linear, F.linear, args, roundings=48)
 
 
