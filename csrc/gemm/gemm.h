@@ -86,7 +86,9 @@ void gemm_run(const GemmDesc& desc, const GemmPlan& plan, const GemmArgs& args);
 i64 gemm_pack_size(i64 K, i64 N, const GemmKernel& kernel);
 void gemm_pack_b(const void* b, i64 b_row, i64 b_col, i64 K, i64 N, const GemmKernel& kernel, float* out);
 
-// dz[i] = dy[i] * d activation(z[i]) / dz over contiguous elements.
+// dz[i] = dy[i] * d activation(z[i]) / dz over contiguous elements. A pass of its own, since both gradients read dz: in
+// the packing of dy the slope would be computed twice. (Zen 4, of the backward pass of M x 3072 x 768 for M = 128, 512,
+// 1576: the whole pass of GELU 4 to 6%, of ReLU, which is all traffic, 0.8 to 1.6%; summing rows for the bias 1 to 1.6%.)
 void gemm_activation_grad(const void* dy, const void* z, i64 count, Activation activation, void* dz, DType dtype,
                           Isa isa, int threads);
 

@@ -22,6 +22,8 @@ constexpr double kPackCost = 8;
 // reads the whole pack, 1.4 where each reads a half.)
 constexpr double kReadCost = 4;
 // Sums of a part that are kept in float32 beside C: 4 MiB, so that packing costs each of its operands below 1%.
+// Not for float32, whose sums are C itself: parts of 4, 16 or 32 MB make no difference. (Zen 4, 4096^3 87 / 89 / 89% of
+// the FMA peak, 2048^3 90 / 89 / 89, 512 x 14336 x 4096 87 / 87 / 87.)
 constexpr i64 kSumElements = i64{1} << 20;
 // A region costs its team a few microseconds of waking and waiting: below this much work, one thread is faster.
 constexpr double kSerialNanoseconds = 6000;
