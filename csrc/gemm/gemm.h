@@ -88,7 +88,8 @@ void gemm_pack_b(const void* b, i64 b_row, i64 b_col, i64 K, i64 N, const GemmKe
 
 // dz[i] = dy[i] * d activation(z[i]) / dz over contiguous elements. A pass of its own, since both gradients read dz: in
 // the packing of dy the slope would be computed twice. (Zen 4, of the backward pass of M x 3072 x 768 for M = 128, 512,
-// 1576: the whole pass of GELU 4 to 6%, of ReLU, which is all traffic, 0.8 to 1.6%; summing rows for the bias 1 to 1.6%.)
+// 1576: the whole pass of GELU 4 to 6%, of ReLU, which is all traffic, 0.8 to 1.6%; summing rows for the bias 1
+// to 1.6%.)
 void gemm_activation_grad(const void* dy, const void* z, i64 count, Activation activation, void* dz, DType dtype,
                           Isa isa, int threads);
 

@@ -142,13 +142,6 @@ MUTATIONS = [
         f"{EXACT} -k test_pack_in_every_layout",
     ),
     Mutation(
-        "pack of another operand kept when the problem is transposed",
-        GEMM,
-        "    args->pack = nullptr;\n",
-        "",
-        "tests/test_freeze.py -k values_and_gradients",
-    ),
-    Mutation(
         "plain call that autograd does not record",
         "csrc/bind/plain.cc",
         "if (!needs_grad(tensors, count)) return output();",
