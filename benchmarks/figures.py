@@ -7,10 +7,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from fastdl.bench import accuracy
 from fastdl.bench.report import read_json
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- figures: begin -->\n", "<!-- figures: end -->\n"
+ACCURACY = (
+    "Errors of `linear` against float64 (`fastdl bench accuracy`): err/S, S the same product on absolute values; "
+    "M = N = 128.\n"
+)
 COLUMNS = ("results", "level", "threads", "weights", "family", "rows", "counted", "warm", "cold", "worst row, warm")
 
 
@@ -35,12 +40,24 @@ def table_rows(name: str, document: dict[str, Any]) -> list[str]:
 def render(folder: Path) -> str:
     """The figures as Markdown: a table a machine, a line a family; rows that torch ran are in no mean."""
     machines: dict[str, list[str]] = {}
+    accuracies: dict[str, list[str]] = {}
     for path in sorted(folder.glob("*.json")):
         document = read_json(path)
+        if document.get("kind") == "accuracy":
+            lines = [f"| {' | '.join(line)} |" for line in accuracy.cells(document)]
+            accuracies.setdefault(machine_line(document), []).extend(lines)
+            continue
         machines.setdefault(machine_line(document), []).extend(table_rows(path.stem, document))
     if not machines:
         return "No results are recorded yet.\n"
-    head = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}\n"
+    if not accuracies:
+        return tables(COLUMNS, machines)
+    return "\n".join([tables(COLUMNS, machines), ACCURACY, tables(accuracy.COLUMNS, accuracies)])
+
+
+def tables(columns: tuple[str, ...], machines: dict[str, list[str]]) -> str:
+    """A table a machine."""
+    head = f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}\n"
     return "\n".join(f"{machine}:\n\n{head}{chr(10).join(lines)}\n" for machine, lines in machines.items())
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fastdl import _C
-from fastdl.testing import LAYOUTS, GuardedOutput, integer_matrix
+from fastdl.testing import LAYOUTS, UNIT_ROUNDOFF, GuardedOutput, integer_matrix
 
 SCRIPTS = Path(__file__).parent / "scripts"
 KERNELS = _C.kernels("gemm")
@@ -24,6 +24,21 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def exact_product(a, b, *terms):
     """a @ b + terms in float64, rounded once to the dtype of a."""
     return sum((term.double() for term in terms), a.double() @ b.double()).to(a.dtype)
+
+
+def assert_sums_of_products(run, ours, theirs, args, roundings):
+    """run(ours, args) against run(theirs, args) in float64, where each result is a polynomial with coefficients >= 0.
+
+    |err| <= g*S, g = h*u/(1 - h*u): h the roundings on the longest way from an operand to a result, S the results for
+    the operands' absolute values.
+    """
+    doubles = [t.detach().double() for t in args]
+    scales = run(theirs, [t.abs() for t in doubles])
+    g = roundings * UNIT_ROUNDOFF[torch.float32] / (1 - roundings * UNIT_ROUNDOFF[torch.float32])
+    for actual, expected, scale in zip(run(ours, args), run(theirs, doubles), scales, strict=True):
+        assert actual.dtype == torch.float32
+        error = (actual.double() - expected).abs()
+        assert bool((error <= g * scale).all()), f"{(error / (g * scale)).max().item():.2f} times the bound"
 
 
 def takes(kernel, a, b):

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 from fastdl import _C, machine
-from fastdl.bench import check, compare, gemm, harness, host, runner
+from fastdl.bench import accuracy, check, compare, gemm, harness, host, runner
 from fastdl.bench.report import print_document, read_json, write_json
 from fastdl.bench.settings import Settings
 from fastdl.bench.shapes import load
@@ -380,6 +380,23 @@ def test_a_time_ratio_is_met_from_below(document):
     assert check.judge(make_bar(metric="time_ratio", must=1.5), rows).value == pytest.approx(1.25)
     assert check.judge(make_bar(metric="time_ratio", must=1.5), rows).met
     assert not check.judge(make_bar(metric="time_ratio", must=1.2), rows).met
+
+
+def test_accuracy_of_a_row_and_its_table():
+    row = accuracy._row("float32", "positive", 256)
+    assert 0 < row["fastdl"]["rms"] <= row["fastdl"]["max"] < 2**-16 and 0 < row["torch"]["rms"] < 2**-20
+    document = {"settings": {"isa": "avx2"}, "rows": [row]}
+    (line,) = accuracy.cells(document)
+    assert len(line) == len(accuracy.COLUMNS) and line[:5] == ["avx2", "ieee", "float32", "positive", "256"]
+    assert line[5] == f"{row['fastdl']['rms']:.1e}" and line[8] == f"{row['torch']['max']:.1e}"
+
+
+@pytest.mark.parametrize(("over", "value"), [("mean", 2.0), ("worst", 1.0)])
+def test_a_bar_over_all_rows_or_the_worst(over, value, document):
+    row = document["rows"][0]
+    rows = [row | {"name": str(s), "warm": row["warm"] | {"speedup": s}} for s in (1.0, 4.0)]
+    verdict = check.judge(make_bar(over=over, families=[row["family"]]), document | {"rows": rows})
+    assert verdict.value == pytest.approx(value)
 
 
 def test_a_bar_counts_its_families_and_tag_only(document):

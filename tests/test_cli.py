@@ -158,8 +158,8 @@ def _refuse(*arguments, **options):
     raise RuntimeError("no")
 
 
-def _stale_pack(out, input, packed, bias, N, kernel, threads=0):
-    NATIVE["linear_packed"](out, input, torch.ones_like(packed), bias, N, kernel, threads)
+def _stale_pack(out, input, packed, bias, N, kernel, **options):
+    NATIVE["linear_packed"](out, input, torch.ones_like(packed), bias, N, kernel, **options)
 
 
 def _sum_one_row_less(out, x, threads=0):

@@ -35,7 +35,8 @@ OPERATIONS = {
     "linear": (_C.linear, {"out": (3, 5), "input": (3, 4), "weight": (5, 4), "bias": (5,)}),
     "linear_fused": (
         _C.linear_fused,
-        {"out": (3, 5), "input": (3, 4), "weight": (5, 4), "bias": (5,), "residual": (3, 5), "pre": (3, 5)},
+        {"out": (3, 5), "input": (3, 4), "weight": (5, 4), "bias": (5,), "residual": (3, 5), "pre": (3, 5)}
+        | {"packed": (_C.pack_numel(4, 5, PACK),)},
     ),
     "activation_grad": (_C.activation_grad, {"out": (3, 5), "grad": (3, 5), "pre": (3, 5), "activation": "relu"}),
     "linear_wgrad": (_C.linear_wgrad, {"out": (5, 4), "grad": (3, 5), "input": (3, 4)}),
@@ -48,7 +49,7 @@ OPERATIONS = {
 }
 
 
-OPTIONAL = {"linear_fused": ("bias", "residual", "pre")}  # arguments that may be None, elsewhere the bias
+OPTIONAL = {"linear_fused": ("bias", "residual", "pre", "packed")}  # arguments that may be None, elsewhere the bias
 
 
 def call(operation, **changes):
@@ -126,6 +127,8 @@ def test_wrong_kind_of_argument(operation, argument, value, exception, saying):
             ("linear_fused", "residual", "rows of residual", {"residual": T(4, 5)}),
             ("linear_fused", "residual", "rank of residual", {"residual": T(5)}),
             ("linear_fused", "residual", "residual strided", {"residual": T(5, 3).t()}),
+            ("linear_fused", "packed", "pack of another size", {"packed": T(_C.pack_numel(4, 5, PACK) + 1)}),
+            ("linear_fused", "kernel", "kernel beside a pack", {"kernel": PACK}),
             ("linear_fused", "pre", "columns of pre", {"pre": T(3, 4)}),
             ("linear_fused", "pre", "rank of pre", {"pre": T(1, 3, 5)}),
             ("linear_fused", "pre", "pre strided", {"pre": T(3, 10)[:, ::2]}),

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdl
 from fastdl import _C
@@ -20,12 +21,6 @@ def fresh_record(monkeypatch):
     calls.handbacks.clear()
     monkeypatch.delenv("FASTDL_CHECK_FROZEN", raising=False)
     torch.manual_seed(7)
-
-
-@pytest.fixture
-def always_packed(monkeypatch):
-    """Read the pack for few rows too, where float32 in parts is faster from the weight itself."""
-    monkeypatch.setattr(packed, "_is_beaten", lambda pack, input: False)
 
 
 def model_of(*sizes, bias=True, dtype=torch.float32):
@@ -42,11 +37,26 @@ def frozen(model):
     return [module._pack is not None for module in model.modules() if isinstance(module, nn.Linear)]
 
 
+def watch_packs(monkeypatch):
+    """Names of the native functions that get a pack from now on."""
+    used = []
+
+    def watch(name, pack, native):
+        def watched(*args):
+            used.extend([name] if args[pack] is not None else [])
+            return native(*args)
+
+        monkeypatch.setattr(_C, name, watched)
+
+    for name, pack in (("plain_linear", 3), ("linear_result", 3), ("linear_fused", 7)):
+        watch(name, pack, getattr(_C, name))
+    return used
+
+
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
 @pytest.mark.parametrize("shape", [(8,), (1, 8), (5, 8), (2, 3, 8), (0, 8)], ids=str)
 @pytest.mark.parametrize("N", [1, 31, 32, 33, 70])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.usefixtures("always_packed")
 def test_values_and_gradients_are_the_same(dtype, shape, N, bias, generator, monkeypatch):
     model = model_of(8, N, bias=bias, dtype=dtype)
     x = integer_matrix(shape, 64, generator, dtype).requires_grad_()
@@ -55,16 +65,69 @@ def test_values_and_gradients_are_the_same(dtype, shape, N, bias, generator, mon
     dy = integer_matrix(y.shape, 64, generator, dtype)
     expected = torch.autograd.grad(y, leaves, dy)
     assert fastdl.freeze(model) is model
-    used = []
-    native = _C.linear_packed
-    monkeypatch.setattr(packed._C, "linear_packed", lambda *args: used.append(1) or native(*args))
+    used = watch_packs(monkeypatch)
     again = model(x)
+    assert used == ["plain_linear", "linear_result"]  # the first says that autograd must record the call
     with torch.no_grad():
         torch.testing.assert_close(model(x), y, rtol=0, atol=0)
-    assert len(used) == 2
+    assert used[2:] == ["plain_linear"]
     torch.testing.assert_close(again, y, rtol=0, atol=0)
     torch.testing.assert_close(torch.autograd.grad(again, leaves, dy), expected, rtol=0, atol=0)
     assert not calls.handbacks
+
+
+@pytest.mark.parametrize(("activation", "residual"), [(None, True), ("relu", False), ("relu", True), ("gelu", False)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_epilogues_read_the_pack(dtype, activation, residual, generator, monkeypatch):
+    """Sums are exact, so that every kernel hands the epilogue the same z: values and gradients equal bit for bit."""
+    model = model_of(8, 33, dtype=dtype)
+    layer = model[0]
+    x = integer_matrix((2, 9, 8), 64, generator, dtype).requires_grad_()
+    rest = integer_matrix((2, 9, 33), 64, generator, dtype).requires_grad_() if residual else None
+    leaves = [x, *model.parameters(), *([rest] if residual else [])]
+
+    def run():
+        y = layer(x, activation=activation, residual=rest)
+        return y, torch.autograd.grad(y, leaves, torch.ones_like(y))
+
+    expected = run()
+    fastdl.freeze(model)
+    used = watch_packs(monkeypatch)
+    torch.testing.assert_close(run(), expected, rtol=0, atol=0)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x, activation=activation, residual=rest), expected[0], rtol=0, atol=0)
+    assert used == ["linear_fused"] * 2
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            return function(*args, **(kwargs or {}))
+
+    with Watch():  # the general path
+        torch.testing.assert_close(run(), expected, rtol=0, atol=0)
+    assert used == ["linear_fused"] * 3
+    assert not calls.handbacks
+
+
+def test_an_epilogue_notices_a_stale_pack_and_another_weight(monkeypatch):
+    monkeypatch.setenv("FASTDL_CHECK_FROZEN", "1")
+    model = fastdl.freeze(model_of(8, 4))
+    x = torch.ones(3, 8)
+    other = {"weight": torch.full((4, 8), 2.0), "bias": torch.zeros(4)}
+    y = torch.func.functional_call(model[0], other, (x,), {"activation": "relu"})
+    assert torch.equal(y, torch.full((3, 4), 16.0))
+    with torch.no_grad():
+        model[0].weight.add_(1)
+    with pytest.raises(RuntimeError, match="layer '0' is frozen"):
+        model[0](x, activation="relu")
+
+
+def test_epilogue_under_autocast_reads_the_weight(generator):
+    model = fastdl.freeze(model_of(8, 4))
+    x = torch.randn(5, 8, generator=generator)
+    with torch.autocast("cpu"):
+        y = model[0](x, activation="gelu")
+        assert y.dtype == torch.bfloat16
+        torch.testing.assert_close(y, fastdl.unfreeze(copy.deepcopy(model))[0](x, activation="gelu"), rtol=0, atol=0)
 
 
 def test_double_backward(generator):
@@ -218,7 +281,6 @@ def test_layers_that_cannot_be_frozen_are_named():
 
 
 # --- stale packs --------------------------------------------------------------------------------------------------
-@pytest.mark.usefixtures("always_packed")
 def test_freezing_again_packs_the_present_weight(generator):
     model = fastdl.freeze(model_of(8, 4))
     x = torch.randn(5, 8, generator=generator)

@@ -17,9 +17,7 @@ ACTIVATIONS = {
     "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
     "silu": F.silu,
 }
-ACTIVATION_ERROR = 3e-7  # of |z| + |residual|: exp, the division and the last additions in float32
 GRADIENT_ERROR = 2e-6
-SLOPE_MAX = 1.13  # of any activation: what an error of z becomes
 every_activation = pytest.mark.parametrize("activation", ACTIVATIONS)
 
 
@@ -53,11 +51,7 @@ def check_fused(x, weight, bias, activation, residual, with_pre, kernel="", thre
     z = reference.expected
     add = torch.zeros_like(z) if residual is None else residual.double()
     expected = ACTIVATIONS[activation](z) + add
-    sums = testing.gemm_bound(reference.depth, reference.scale, z, torch.float32, precision=precision)
-    bound = SLOPE_MAX * sums + ACTIVATION_ERROR * (z.abs() + add.abs())
-    if dtype != torch.float32:
-        info = torch.finfo(dtype)
-        bound += testing.UNIT_ROUNDOFF[dtype] * (expected.abs() + bound) + info.smallest_normal * info.eps / 2
+    bound = testing.epilogue_bound(reference, expected, add, dtype, precision=precision)
     error = (out.view.double() - expected).abs()
     assert bool((error <= bound).all()), f"{(error / bound).max().item():.3f} times the bound"
     if with_pre:

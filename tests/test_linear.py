@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from conftest import assert_sums_of_products
+from fastdl import _C
 from fastdl.functional import linear
 from fastdl.ops import calls, gemm, plain, route
 from fastdl.testing import assert_gemm_close, integer_matrix
@@ -55,7 +57,7 @@ def through_op(input, weight, bias=None):
 
 
 def through_general(input, weight, bias=None):
-    return route.call(gemm._LINEAR, input, weight, bias)
+    return route.call(gemm.LINEAR, input, weight, bias, constants=(None,))
 
 
 # --- values -------------------------------------------------------------------------------------------------------
@@ -138,18 +140,14 @@ def test_zero_times_nan_is_nan():
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
 def test_double_backward(bias, generator):
-    args = make((3, 4), 2, generator, bias)
-    doubles = [t if t is None else t.double().requires_grad_() for t in args]
-    floats = [t if t is None else t.requires_grad_() for t in args]
-
     def second_order(function, tensors):
-        tensors = [t for t in tensors if t is not None]
-        y = function(*tensors)
-        first = torch.autograd.grad((y**3).sum(), tensors, create_graph=True)
-        return torch.autograd.grad(sum((g**2).sum() for g in first), tensors)
+        leaves = [t.clone().requires_grad_() for t in tensors]
+        first = torch.autograd.grad((function(*leaves) ** 3).sum(), leaves, create_graph=True)
+        return torch.autograd.grad(sum((g**2).sum() for g in first), leaves)
 
-    for ours, expected in zip(second_order(linear, floats), second_order(F.linear, doubles), strict=True):
-        torch.testing.assert_close(ours.double(), expected, rtol=1e-4, atol=1e-4)
+    args = [t for t in make((3, 4), 2, generator, bias) if t is not None]
+    # y: 5; its square, thrice: 12; a gradient, 2 or 3 of it times an operand: 16; that of its square: 2 * 16 + 16.
+    assert_sums_of_products(second_order, linear, F.linear, args, roundings=48)
 
 
 def test_write_between_forward_and_backward_is_an_error(generator):
@@ -230,7 +228,7 @@ def test_zero_tensor(generator):
 
 # --- what goes where ----------------------------------------------------------------------------------------------
 def test_plain_calls_skip_the_general_path(monkeypatch, generator):
-    def refuse(*args):
+    def refuse(*args, **options):
         raise AssertionError("the general path was taken")
 
     monkeypatch.setattr(gemm, "call", refuse)
@@ -285,10 +283,14 @@ def test_nested_is_handed_back(generator):
 
 
 def test_without_a_vector_level_everything_is_handed_back(monkeypatch, generator):
-    monkeypatch.setattr(plain, "PLAIN_TYPES", frozenset())
     monkeypatch.setattr(route, "HAS_VECTOR_LEVEL", False)
     x, w, b = make((4, 8), 5, generator)
-    torch.testing.assert_close(linear(x, w, b), F.linear(x, w, b), rtol=0, atol=0)
+    _C.plain_rules(types=(), **plain.RULES)
+    try:
+        y = linear(x, w, b)
+    finally:
+        _C.plain_rules(types=tuple(plain.PLAIN_TYPES), **plain.RULES)
+    torch.testing.assert_close(y, F.linear(x, w, b), rtol=0, atol=0)
     assert dict(calls.handbacks) == {("linear", "this build has no vector level"): 1}
 
 

@@ -1,5 +1,6 @@
 """linear and matmul inside the rest of torch: the compiler, autograd, torch.func, autocast, modes and tracers."""
 
+import math
 import threading
 
 import pytest
@@ -14,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from conftest import assert_sums_of_products
 from fastdl import _C
 from fastdl.functional import linear, matmul
 from fastdl.ops import calls, route
@@ -77,8 +79,8 @@ def operation_samples():
     yield "linear", (randn(2, 3, 8), randn(5, 8), None)
     yield "linear", (randn(8), randn(5, 8).double().float(), randn(5))
     yield "linear", (randn(4, 8).double(), randn(5, 8).double(), randn(5).double())
-    yield "linear_packed", (randn(4, 8), pack, randn(5), 5, _C.pack_kernel())
-    yield "linear_packed", (randn(2, 3, 8), pack, None, 5, _C.pack_kernel())
+    yield "linear", (randn(4, 8), randn(5, 8), randn(5), pack)
+    yield "linear", (randn(2, 3, 8), randn(5, 8), None, pack)
     yield "matmul", (randn(4, 8), randn(8, 3))
     yield "matmul", (randn(2, 1, 4, 8), randn(3, 8, 3))
     yield "matmul", (randn(8), randn(8))
@@ -270,14 +272,18 @@ MATMUL_MAPS = {
 )
 def test_vmap(ours, theirs, dims, shapes, generator):
     args = [torch.randn(shape, generator=generator) for shape in shapes]
-    torch.testing.assert_close(torch.func.vmap(ours, dims)(*args), torch.func.vmap(theirs, dims)(*args))
 
-    def gradients(function):
+    def values(function, args):
+        return [torch.func.vmap(function, dims)(*args)]
+
+    def gradients(function, args):
         """Per-sample gradients: vmap rules of the backward operations."""
         grad = torch.func.grad(lambda *args: function(*args).square().sum(), tuple(range(len(args))))
         return torch.func.vmap(grad, dims)(*args)
 
-    torch.testing.assert_close(gradients(ours), gradients(theirs), rtol=1e-4, atol=1e-4)
+    most = max(math.prod(shape) for shape in shapes)  # at least the terms of any sum
+    assert_sums_of_products(values, ours, theirs, args, roundings=most)
+    assert_sums_of_products(gradients, ours, theirs, args, roundings=2 * most + 1)
     assert not calls.handbacks
 
 
@@ -319,19 +325,13 @@ def test_torch_func(transform, args):
     torch.testing.assert_close(build(linear), build(F.linear))
 
 
-def test_packs_cannot_be_mapped():
-    pack = torch.zeros(2, _C.pack_numel(8, 5, _C.pack_kernel()))
-    with pytest.raises(RuntimeError, match="expected one that is not mapped"):
-        torch.func.vmap(lambda p: torch.ops.fastdl.linear_packed(torch.ones(4, 8), p, None, 5, _C.pack_kernel()))(pack)
-
-
 def test_packed_maps_input_and_bias(generator):
     x, w, b = (torch.randn(shape, generator=generator) for shape in ((3, 4, 8), (5, 8), (3, 5)))
     pack = torch.empty(_C.pack_numel(8, 5, _C.pack_kernel()))
     _C.pack(pack, w.t(), _C.pack_kernel())
 
     def packed(x, b):
-        return torch.ops.fastdl.linear_packed(x, pack, b, 5, _C.pack_kernel())
+        return torch.ops.fastdl.linear(x, w, b, pack)
 
     for dims in ((0, None), (None, 0), (0, 0)):
         inputs = (x if dims[0] == 0 else x[0], b if dims[1] == 0 else b[0])

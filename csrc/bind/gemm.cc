@@ -26,8 +26,9 @@ void run(GemmProblem& p, const std::string& kernel, int threads, const char* op)
 void run_matmul(py::handle out, py::handle a, py::handle b, py::handle bias, bool accumulate, const std::string& kernel,
                 int threads) {
   const char* op = "fastdl.gemm";
-  GemmProblem p = matmul_problem(out, a, b, op);
-  add_bias(&p, bias, view(out, op, "out"), op);
+  const TensorView result = view(out, op, "out");
+  GemmProblem p = matmul_problem(result, view(a, op, "a"), view(b, op, "b"), op);
+  add_bias(&p, bias, result, op);
   p.args.accumulate = accumulate;
   run(p, kernel, threads, op);
 }
@@ -35,8 +36,9 @@ void run_matmul(py::handle out, py::handle a, py::handle b, py::handle bias, boo
 void run_linear(py::handle out, py::handle input, py::handle weight, py::handle bias, const std::string& kernel,
                 int threads) {
   const char* op = "fastdl.linear";
-  GemmProblem p = weight_problem(out, input, weight, op);
-  add_bias(&p, bias, view(out, op, "out"), op);
+  const TensorView result = view(out, op, "out");
+  GemmProblem p = weight_problem(result, view(input, op, "input"), view(weight, op, "weight"), op);
+  add_bias(&p, bias, result, op);
   run(p, kernel, threads, op);
 }
 
@@ -65,21 +67,24 @@ void* like_out(py::handle object, const TensorView& out, const char* op, const c
 }
 
 void run_linear_fused(py::handle out_, py::handle input, py::handle weight, py::handle bias,
-                      const std::string& activation, py::handle residual, py::handle pre, const std::string& kernel,
-                      int threads) {
+                      const std::string& activation, py::handle residual, py::handle pre, py::handle packed,
+                      const std::string& kernel, int threads) {
   const char* op = "fastdl.linear_fused";
-  GemmProblem p = weight_problem(out_, input, weight, op);
   const TensorView out = view(out_, op, "out");
+  GemmProblem p = weight_problem(out, view(input, op, "input"), view(weight, op, "weight"), op);
   add_bias(&p, bias, out, op);
   p.args.activation = activation_named(activation, op);
   p.args.residual = like_out(residual, out, op, "residual");
   p.args.pre = like_out(pre, out, op, "pre");
+  if (!packed.is_none()) {
+    if (!kernel.empty()) fail(op, ": argument 'kernel': expected none beside a pack, got '", kernel, "'");
+    p.args.pack = own_pack(packed, p.desc, out, op);
+  }
   if (p.args.pre) {  // written while the inputs are still being read
     const TensorView z = view(pre, op, "pre");
-    require_apart(z, view(input, op, "input"), op, "input", "pre");
-    require_apart(z, view(weight, op, "weight"), op, "weight", "pre");
-    if (!bias.is_none()) require_apart(z, view(bias, op, "bias"), op, "bias", "pre");
-    if (!residual.is_none()) require_apart(z, view(residual, op, "residual"), op, "residual", "pre");
+    for (const auto& [object, name] : {std::pair{input, "input"}, std::pair{weight, "weight"}, std::pair{bias, "bias"},
+                                       std::pair{residual, "residual"}, std::pair{packed, "packed"}})
+      if (!object.is_none()) require_apart(z, view(object, op, name), op, name, "pre");
   }
   run(p, kernel, threads, op);
 }
@@ -102,23 +107,16 @@ void run_activation_grad(py::handle out_, py::handle grad_, py::handle pre_, con
   gemm_activation_grad(grad, pre, out.numel(), a, out.data, out.dtype, cpu_info().isa, current_team(threads).threads);
 }
 
-void run_linear_packed(py::handle out_, py::handle input_, py::handle packed_, py::handle bias, i64 N,
+void run_linear_packed(py::handle out_, py::handle input_, py::handle packed, py::handle bias, i64 N,
                        const std::string& kernel_name, int threads) {
   const char* op = "fastdl.linear_packed";
-  const TensorView out = view(out_, op, "out"), input = view(input_, op, "input"), packed = view(packed_, op, "packed");
+  const TensorView out = view(out_, op, "out"), input = view(input_, op, "input");
   const GemmKernel& kernel = pack_kernel(kernel_name, input.dtype, op);
-  require_dtype(packed, DType::f32, "the dtype of packs", op, "packed");
   GemmProblem p = linear_problem(out, input, N, op);
-  const i64 size = gemm_pack_size(p.desc.K, N, kernel);
-  if (kernel.kind != GemmKind::kTile || packed.ndim != 1 || packed.size(0) != size || packed.stride(0) != 1)
-    fail(op, ": argument 'packed': expected ", size, " contiguous elements, the pack of a [", p.desc.K, ", ", N,
-         "] operand for a tile kernel, got ", shape_string(packed), " for ", kernel.name);
-  require_apart(out, packed, op, "packed");
+  p.args.pack = pack_data(packed, p.desc.K, N, kernel, out, op);
+  gemm_use_pack(&p.desc, &p.args, kernel);
   add_bias(&p, bias, out, op);
-  p.args.b = packed.data;
-  p.desc.packed = true;
-  p.desc.b_row = kernel.nr;
-  p.desc.b_col = 1;
+  p.args.pack = nullptr;
   run(p, kernel.name, threads, op);
 }
 
@@ -203,7 +201,8 @@ void bind_gemm(py::module_& m) {
         "threads"_a = 0);
   m.def("linear", run_linear, "out"_a, "input"_a, "weight"_a, "bias"_a = py::none(), "kernel"_a = "", "threads"_a = 0);
   m.def("linear_fused", run_linear_fused, "out"_a, "input"_a, "weight"_a, "bias"_a = py::none(),
-        "activation"_a = "none", "residual"_a = py::none(), "pre"_a = py::none(), "kernel"_a = "", "threads"_a = 0);
+        "activation"_a = "none", "residual"_a = py::none(), "pre"_a = py::none(), "packed"_a = py::none(),
+        "kernel"_a = "", "threads"_a = 0);
   m.def("activation_grad", run_activation_grad, "out"_a, "grad"_a, "pre"_a, "activation"_a, "threads"_a = 0);
   m.def("linear_wgrad", run_linear_wgrad, "out"_a, "grad"_a, "input"_a, "threads"_a = 0);
   m.def("sum_rows", run_sum_rows, "out"_a, "x"_a, "threads"_a = 0);

@@ -33,40 +33,29 @@ py::object shape_or_none(const Shape& shape) {
   }
 }
 
-py::object linear_shape(py::handle input_, py::handle weight_, py::handle bias_) {
+py::tuple tuple_of(const i64* sizes, int count) {
+  py::tuple out(count);
+  for (int i = 0; i < count; ++i) out[static_cast<std::size_t>(i)] = sizes[i];
+  return out;
+}
+
+py::object linear_shape_or_none(py::handle input_, py::handle weight, py::handle bias) {
   return shape_or_none([&]() -> py::object {
     const char* op = "fastdl.linear";
-    const TensorView input = view(input_, op, "input"), w = view(weight_, op, "weight");
-    bool fits = w.ndim == 2 && input.ndim >= 1 && input.ndim <= kMaxBatchDims + 1 && input.size(-1) == w.size(1) &&
-                input.dtype == w.dtype;
-    if (fits && !bias_.is_none()) {
-      const TensorView bias = view(bias_, op, "bias");
-      fits = bias.ndim == 1 && bias.size(0) == w.size(0) && bias.dtype == w.dtype;
-    }
-    if (!fits) return py::none();
-    py::tuple out(input.ndim);
-    for (int i = 0; i + 1 < input.ndim; ++i) out[static_cast<std::size_t>(i)] = input.shape[i];
-    out[static_cast<std::size_t>(input.ndim - 1)] = w.size(0);
-    return out;
+    const TensorView input = view(input_, op, "input");
+    i64 shape[kMaxBatchDims + 2];
+    if (!linear_shape(input, view(weight, op, "weight"), bias, shape)) return py::none();
+    return tuple_of(shape, input.ndim);
   });
 }
 
-py::object matmul_shape(py::handle a_, py::handle b_) {
+py::object matmul_shape_or_none(py::handle a_, py::handle b_) {
   return shape_or_none([&]() -> py::object {
     const char* op = "fastdl.matmul";
     const TensorView a = view(a_, op, "input"), b = view(b_, op, "other");
-    const int ndim = std::max(a.ndim, b.ndim);
-    if (a.ndim < 2 || b.ndim < 2 || ndim > kMaxBatchDims + 2 || a.size(-1) != b.size(-2) || a.dtype != b.dtype)
-      return py::none();
-    py::tuple out(ndim);
-    out[static_cast<std::size_t>(ndim - 2)] = a.size(-2);
-    out[static_cast<std::size_t>(ndim - 1)] = b.size(-1);
-    for (int i = 3; i <= ndim; ++i) {
-      const i64 na = i <= a.ndim ? a.size(-i) : 1, nb = i <= b.ndim ? b.size(-i) : 1;
-      if (na != nb && na != 1 && nb != 1) return py::none();
-      out[static_cast<std::size_t>(ndim - i)] = na == 1 ? nb : na;
-    }
-    return out;
+    i64 shape[kMaxBatchDims + 2];
+    if (!matmul_shape(a, b, shape)) return py::none();
+    return tuple_of(shape, std::max(a.ndim, b.ndim));
   });
 }
 
@@ -99,25 +88,28 @@ Machine this_machine(int threads) {
   return {cpu.isa, current_team(threads).threads, cpu.l1d, cpu.l2, cpu.l3};
 }
 
-py::dict plan_problem(GemmProblem p, const std::string& kernel, int threads, const char* op) {
+py::dict plan_problem(GemmProblem p, const std::string& kernel, int threads, const char* op, bool frozen = false) {
   require_threads(threads, op);
   p.desc.precision = asked_precision(p.desc.dtype);
-  gemm_canonicalise(&p.desc, &p.args);
   const Machine machine = this_machine(threads);
+  p.args.pack = frozen ? p.args.b : nullptr;
+  gemm_canonicalise(&p.desc, &p.args);
+  if (p.args.pack && gemm_pack_pays(p.desc, machine))
+    gemm_use_pack(&p.desc, &p.args, gemm_pack_kernel(machine.isa, p.desc.dtype, p.desc.precision));
   return plan_dict(p.desc, machine, gemm_plan(p.desc, machine, forced_kernel(kernel, op)));
 }
 
 py::dict plan_linear(py::handle out, py::handle input, py::handle weight, bool packed, const std::string& kernel,
                      int threads) {
   const char* op = "fastdl.linear_plan";
-  GemmProblem p = weight_problem(out, input, weight, op);
-  if (packed) p.desc.packed = true, p.desc.b_row = pack_kernel(kernel, p.desc.dtype, op).nr, p.desc.b_col = 1;
-  return plan_problem(p, kernel, threads, op);
+  GemmProblem p = weight_problem(view(out, op, "out"), view(input, op, "input"), view(weight, op, "weight"), op);
+  return plan_problem(p, kernel, threads, op, packed);
 }
 
 py::dict plan_matmul(py::handle out, py::handle a, py::handle b, const std::string& kernel, int threads) {
   const char* op = "fastdl.matmul_plan";
-  return plan_problem(matmul_problem(out, a, b, op), kernel, threads, op);
+  return plan_problem(matmul_problem(view(out, op, "out"), view(a, op, "a"), view(b, op, "b"), op), kernel, threads,
+                      op);
 }
 
 bool parse_dtype(const std::string& name, DType* dtype) {
@@ -199,8 +191,8 @@ void bind_gemm_info(py::module_& m) {
   m.def("linear_plan", plan_linear, "out"_a, "input"_a, "weight"_a, "packed"_a = false, "kernel"_a = "",
         "threads"_a = 0);
   m.def("matmul_plan", plan_matmul, "out"_a, "a"_a, "b"_a, "kernel"_a = "", "threads"_a = 0);
-  m.def("linear_shape", linear_shape, "input"_a, "weight"_a, "bias"_a = py::none());
-  m.def("matmul_shape", matmul_shape, "a"_a, "b"_a);
+  m.def("linear_shape", linear_shape_or_none, "input"_a, "weight"_a, "bias"_a = py::none());
+  m.def("matmul_shape", matmul_shape_or_none, "a"_a, "b"_a);
   m.def(
       "pack_kernel",
       [](const std::string& name) {
@@ -209,10 +201,6 @@ void bind_gemm_info(py::module_& m) {
         return gemm_pack_kernel(cpu_info().isa, dtype, asked_precision(dtype)).name;
       },
       "dtype"_a = "float32");
-  m.def(
-      "pack_pays",
-      [](const std::string& k, i64 rows) { return gemm_pack_pays(gemm_kernel(k, "fastdl.pack_pays"), rows); },
-      "kernel"_a, "rows"_a);
   m.def(
       "pack_numel",
       [](i64 K, i64 N, const std::string& k) { return gemm_pack_size(K, N, gemm_kernel(k, "fastdl.pack_numel")); },

@@ -1,5 +1,6 @@
 #include "bind/gemm_problem.h"
 
+#include <algorithm>
 #include <utility>
 
 #include "base/check.h"
@@ -47,8 +48,7 @@ void set_out(GemmProblem* p, const TensorView& out, const char* op) {
   p->args.c_row = out.ndim > 1 && p->desc.M > 1 ? out.stride(-2) : N;
 }
 
-GemmProblem matmul_problem(py::handle out_, py::handle a_, py::handle b_, const char* op) {
-  const TensorView out = view(out_, op, "out"), a = view(a_, op, "a"), b = view(b_, op, "b");
+GemmProblem matmul_problem(const TensorView& out, const TensorView& a, const TensorView& b, const char* op) {
   require_rank(out, 2, op, "out");
   require_rank(a, 2, op, "a");
   require_rank(b, 2, op, "b");
@@ -104,8 +104,7 @@ GemmProblem linear_problem(const TensorView& out, const TensorView& input, i64 N
   return p;
 }
 
-GemmProblem weight_problem(py::handle out_, py::handle input_, py::handle weight_, const char* op) {
-  const TensorView out = view(out_, op, "out"), input = view(input_, op, "input"), w = view(weight_, op, "weight");
+GemmProblem weight_problem(const TensorView& out, const TensorView& input, const TensorView& w, const char* op) {
   require_rank(input, 1, op, "input");
   if (w.ndim != 2 || w.size(1) != input.size(-1))
     fail(op, ": argument 'weight': expected shape [N, ", input.size(-1), "] to match input ", shape_string(input),
@@ -132,6 +131,56 @@ Precision asked_precision(DType dtype) {
   if (PyUnicode_CompareWithASCIIString(value.ptr(), "tf32") == 0) return Precision::tf32;
   if (PyUnicode_CompareWithASCIIString(value.ptr(), "bf16") == 0) return Precision::bf16;
   return Precision::ieee;  // "ieee", "none"
+}
+
+void* pack_data(py::handle packed_, i64 K, i64 N, const GemmKernel& kernel, const TensorView& out, const char* op) {
+  const TensorView packed = view(packed_, op, "packed");
+  require_dtype(packed, DType::f32, "the dtype of packs", op, "packed");
+  const i64 size = gemm_pack_size(K, N, kernel);
+  if (kernel.kind != GemmKind::kTile || packed.ndim != 1 || packed.size(0) != size || packed.stride(0) != 1)
+    fail(op, ": argument 'packed': expected ", size, " contiguous elements, the pack of a [", K, ", ", N,
+         "] operand for a tile kernel, got ", shape_string(packed), " for ", kernel.name);
+  require_apart(out, packed, op, "packed");
+  return packed.data;
+}
+
+void* own_pack(py::handle packed, const GemmDesc& d, const TensorView& out, const char* op) {
+  const GemmKernel& own = pack_kernel("", d.dtype, op);
+  if (own.precision != Precision::fma) {
+    const i64 size = view(packed, op, "packed").numel();
+    for (const GemmKernel& k : gemm_kernels())
+      if (k.isa == own.isa && k.dtype == d.dtype && k.precision != own.precision && k.kind == GemmKind::kTile &&
+          size == gemm_pack_size(d.K, d.N, k))
+        return nullptr;
+  }
+  return pack_data(packed, d.K, d.N, own, out, op);
+}
+
+bool linear_shape(const TensorView& input, const TensorView& w, py::handle bias_, i64* shape) {
+  if (w.ndim != 2 || input.ndim < 1 || input.ndim > kMaxBatchDims + 1 || input.size(-1) != w.size(1) ||
+      input.dtype != w.dtype)
+    return false;
+  if (!bias_.is_none()) {
+    const TensorView bias = view(bias_, "fastdl.linear", "bias");
+    if (bias.ndim != 1 || bias.size(0) != w.size(0) || bias.dtype != w.dtype) return false;
+  }
+  std::copy_n(input.shape, input.ndim - 1, shape);
+  shape[input.ndim - 1] = w.size(0);
+  return true;
+}
+
+bool matmul_shape(const TensorView& a, const TensorView& b, i64* shape) {
+  const int ndim = std::max(a.ndim, b.ndim);
+  if (a.ndim < 2 || b.ndim < 2 || ndim > kMaxBatchDims + 2 || a.size(-1) != b.size(-2) || a.dtype != b.dtype)
+    return false;
+  shape[ndim - 2] = a.size(-2);
+  shape[ndim - 1] = b.size(-1);
+  for (int i = 3; i <= ndim; ++i) {
+    const i64 na = i <= a.ndim ? a.size(-i) : 1, nb = i <= b.ndim ? b.size(-i) : 1;
+    if (na != nb && na != 1 && nb != 1) return false;
+    shape[ndim - i] = na == 1 ? nb : na;
+  }
+  return true;
 }
 
 const GemmKernel* forced_kernel(const std::string& name, const char* op) {

@@ -13,9 +13,13 @@ struct GemmProblem {
 };
 
 // out[..., M, N] = a[..., M, K] @ b[..., K, N]; a and b broadcast over out's leading dimensions.
-GemmProblem matmul_problem(pybind11::handle out, pybind11::handle a, pybind11::handle b, const char* op);
+GemmProblem matmul_problem(const TensorView& out, const TensorView& a, const TensorView& b, const char* op);
 // out[..., N] = input[..., K] @ weight[N, K]^T
-GemmProblem weight_problem(pybind11::handle out, pybind11::handle input, pybind11::handle weight, const char* op);
+GemmProblem weight_problem(const TensorView& out, const TensorView& input, const TensorView& weight, const char* op);
+// The memory of the frozen pack of a weight [N, K] for a row of the table.
+void* pack_data(pybind11::handle packed, i64 K, i64 N, const GemmKernel& kernel, const TensorView& out, const char* op);
+// Of the weight of desc, for the level's own row; null where it was made under another precision than now asked for.
+void* own_pack(pybind11::handle packed, const GemmDesc& desc, const TensorView& out, const char* op);
 // out[..., N] = input[..., K] @ B[K, N]; the caller sets B.
 GemmProblem linear_problem(const TensorView& out, const TensorView& input, i64 N, const char* op);
 void add_bias(GemmProblem* p, pybind11::handle bias, const TensorView& out, const char* op);
@@ -28,6 +32,10 @@ struct Rows {
   i64 size[kMaxBatchDims], a[kMaxBatchDims], b[kMaxBatchDims];
 };
 Rows leading_rows(const TensorView& x, const TensorView* y, const char* op);
+
+// Output shapes; false where the arguments do not fit. Room for kMaxBatchDims + 2 sizes.
+bool linear_shape(const TensorView& input, const TensorView& weight, pybind11::handle bias, i64* shape);
+bool matmul_shape(const TensorView& a, const TensorView& b, i64* shape);
 
 void require_rank(const TensorView& t, int least, const char* op, const char* argument);
 void require_threads(int threads, const char* op);

@@ -94,6 +94,7 @@ void gemm_canonicalise(GemmDesc* d, GemmArgs* args) {
     for (int i = 0; i < args->pairs.dims; ++i) std::swap(args->pairs.a[i], args->pairs.b[i]);
     args->bias_step = 0;
     args->c_row = d->N;
+    args->pack = nullptr;
   }
   // Strides of dimensions that nobody steps through say nothing: call them contiguous.
   if (d->M == 1) d->a_row = 1;
@@ -114,10 +115,18 @@ void gemm_reset_calls() {
   for (auto& n : g_calls) n.store(0, std::memory_order_relaxed);
 }
 
+void gemm_use_pack(GemmDesc* d, GemmArgs* args, const GemmKernel& kernel) {
+  d->packed = true;
+  d->b_row = kernel.nr, d->b_col = 1;
+  args->b = args->pack;
+}
+
 GemmPlan gemm(GemmDesc d, GemmArgs args, const GemmKernel* forced, int threads) {
   gemm_canonicalise(&d, &args);
   const CpuInfo& cpu = cpu_info();
   const Machine machine = {cpu.isa, current_team(threads).threads, cpu.l1d, cpu.l2, cpu.l3};
+  if (args.pack && gemm_pack_pays(d, machine))
+    gemm_use_pack(&d, &args, gemm_pack_kernel(cpu.isa, d.dtype, d.precision));
   const GemmPlan plan = gemm_plan(d, machine, forced);
   if (log_enabled()) {
     std::string line = describe(d, plan);

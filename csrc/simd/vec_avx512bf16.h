@@ -18,6 +18,16 @@ struct VecAvx512Bf16 : VecAvx512 {
     const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, y));
     return _mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
   }
+  // pair of 32 elements each, in order.
+  static FASTDL_INLINE void interleave(const bf16* x, const bf16* y, V* low, V* high) {
+    const __m512i a = _mm512_loadu_si512(x), b = _mm512_loadu_si512(y);
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    // Lane j of an index: element j of a below, of b (those from 32 on) above.
+    const __m512i first = _mm512_or_si512(lanes, _mm512_slli_epi32(_mm512_add_epi32(lanes, _mm512_set1_epi32(32)), 16));
+    const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(0x00100010));
+    *low = _mm512_castsi512_ps(_mm512_permutex2var_epi16(a, first, b));
+    *high = _mm512_castsi512_ps(_mm512_permutex2var_epi16(a, second, b));
+  }
   // The first n <= 32 of consecutive elements as pairs, zeros behind.
   static FASTDL_INLINE V pairs(const bf16* x, int n) {
     return _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(static_cast<__mmask32>((std::uint64_t{1} << n) - 1), x));

@@ -6,6 +6,7 @@ float32), device (cpu) and overlap itself, raises
 expected and got, and releases the GIL while it computes.
 """
 
+from collections.abc import Callable
 from typing import Any, TypedDict
 
 from torch import Tensor
@@ -128,12 +129,14 @@ def linear_fused(
     activation: str = "none",
     residual: Tensor | None = None,
     pre: Tensor | None = None,
+    packed: Tensor | None = None,
     kernel: str = "",
     threads: int = 0,
 ) -> None:
     """z = input @ weight^T + bias; pre = z; out = activation(z) + residual, in one pass, rounded once each.
 
     activation: none, relu, gelu (exact), gelu_tanh or silu. residual and pre have the shape and strides of out.
+    packed: the frozen pack of the weight for the level's own kernel, read in its place where that is faster.
     """
 
 def activation_grad(out: Tensor, grad: Tensor, pre: Tensor, activation: str, threads: int = 0) -> None:
@@ -150,6 +153,29 @@ def matmul_plan(out: Tensor, a: Tensor, b: Tensor, kernel: str = "", threads: in
 def linear_wgrad(out: Tensor, grad: Tensor, input: Tensor, threads: int = 0) -> None:
     """out[N, K] = grad[..., N]^T @ input[..., K], contracted over all leading dimensions; any strides."""
 
+def plain_rules(
+    types: tuple[type, ...],
+    probes: tuple[Callable[[], object], ...],
+    settings: tuple[tuple[dict[str, object], str, object], ...],
+    grad_enabled: Callable[[], bool],
+) -> None:
+    """What plain calls are: tensors exactly of these types; probes all false; names[name] == value in all settings."""
+
+def eager_is_plain() -> bool:
+    """Whether the probes and settings of `plain_rules` say so."""
+
+def plain_linear(input: Tensor, weight: Tensor, bias: Tensor | None, packed: Tensor | None, /) -> Tensor | bool | None:
+    """The result of a plain call; True where autograd must record it; None where it is not plain or does not fit."""
+
+def plain_matmul(input: Tensor, other: Tensor, /) -> Tensor | bool | None:
+    """As `plain_linear`."""
+
+def linear_result(input: Tensor, weight: Tensor, bias: Tensor | None, packed: Tensor | None, /) -> Tensor | None:
+    """`linear`, with the weight's pack as in linear_fused, into a new tensor; None where the arguments do not fit."""
+
+def matmul_result(a: Tensor, b: Tensor, /) -> Tensor | None:
+    """`gemm` of matrices, or of batches of them, into a new tensor; None where the arguments do not fit."""
+
 def linear_shape(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[int, ...] | None:
     """The output shape if `linear` can take these as they are; None for whatever it cannot (never raises)."""
 
@@ -163,14 +189,17 @@ def sum_rows(out: Tensor, x: Tensor, threads: int = 0) -> None:
 def pack_kernel(dtype: str = "float32") -> str:
     """The table row that frozen packs are laid out for on this machine, at the precision asked of float32 now."""
 
-def pack_pays(kernel: str, rows: int) -> bool:
-    """Whether input of so many rows is better multiplied by a pack for this row than by the weight itself."""
-
 def pack_numel(K: int, N: int, kernel: str) -> int: ...
 def pack(out: Tensor, b: Tensor, kernel: str) -> None:
     """Write b[K, N] (any strides) in panel order into out[pack_numel(K, N, kernel)]."""
 
 def linear_packed(
-    out: Tensor, input: Tensor, packed: Tensor, bias: Tensor | None, N: int, kernel: str, threads: int = 0
+    out: Tensor,
+    input: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    N: int,
+    kernel: str,
+    threads: int = 0,
 ) -> None:
     """linear with a frozen weight: packed = pack of weight.T, shape given by input's K and N."""

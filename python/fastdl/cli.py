@@ -19,9 +19,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fastdl import _C
 from fastdl import machine as this_machine
 from fastdl._version import __version__
+from fastdl.bench import accuracy, runner
 from fastdl.bench import check as bars
 from fastdl.bench import compare as comparison
-from fastdl.bench import runner
 from fastdl.bench.harness import REGIMES
 from fastdl.bench.host import measure_host
 from fastdl.bench.report import make_console, make_table, print_document, read_json, write_json
@@ -200,6 +200,22 @@ def bench_compare(a: Path, b: Path) -> None:
         comparison.print_comparison(read_json(a), read_json(b), make_console())
     except ValueError as error:
         raise click.ClickException(str(error)) from None
+
+
+@bench.command("accuracy")
+@click.option("--isa", type=click.Choice(this_machine.ISA_LEVELS), help="Hold fastdl and torch to a level.")
+@_json_option
+def bench_accuracy(isa: str | None, target: str) -> None:
+    """Measure errors against float64 beside torch's; fail where one leaves its bound."""
+    if isa and not this_machine.is_capped(isa):
+        _run_capped(isa)
+    try:
+        document = accuracy.run()
+    except AssertionError as error:
+        raise click.ClickException(str(error)) from None
+    accuracy.print_document(document, _results(target))
+    if target:
+        write_json(document, target)
 
 
 @bench.command("check")

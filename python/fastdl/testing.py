@@ -91,6 +91,28 @@ def gemm_bound(
     return g * S + u_out * (C.abs() + g * S) + underflow + info.smallest_normal * info.eps / 2
 
 
+SLOPE_MAX = 1.13  # of any activation: what an error of its argument becomes
+ACTIVATION_ERROR = 3e-7  # of |z| + |residual|: exp, the division and the last additions in float32
+
+
+def epilogue_bound(
+    reference: GemmReference,
+    expected: Tensor,
+    added: Tensor | float,
+    dtype: torch.dtype,
+    *,
+    precision: str = "fma",
+) -> Tensor:
+    """Elementwise bound for `expected` = activation(z) + added, z the product of `reference`, rounded once to dtype."""
+    z = reference.expected
+    bound = SLOPE_MAX * gemm_bound(reference.depth, reference.scale, z, torch.float32, precision=precision)
+    bound += ACTIVATION_ERROR * (z.abs() + (added.abs() if isinstance(added, Tensor) else abs(added)))
+    if dtype == torch.float32:
+        return bound
+    info = torch.finfo(dtype)
+    return bound + UNIT_ROUNDOFF[dtype] * (expected.abs() + bound) + info.smallest_normal * info.eps / 2
+
+
 def assert_special_values(actual: Tensor, expected64: Tensor) -> None:
     """NaN and signed Inf stand where the reference, rounded to actual's dtype, has them, and nowhere else."""
     rounded = expected64.to(actual.dtype)

@@ -128,6 +128,27 @@ MUTATIONS = [
         f"{EXACT} -k test_linear_packed",
     ),
     Mutation(
+        "dot kernel of pairs drops its tail",
+        PAIRS,
+        "int n) { return L::pairs(p, n); }",
+        "int n) { return L::pairs(p, n - n % 2); }",
+        f"{EXACT} -k test_every_tail",
+    ),
+    Mutation(
+        "swapped halves of interleaved pairs",
+        PAIRS,
+        "L::interleave(low + j, high + j, &x, &y);",
+        "L::interleave(high + j, low + j, &x, &y);",
+        f"{EXACT} -k test_pack_in_every_layout",
+    ),
+    Mutation(
+        "plain call that autograd does not record",
+        "csrc/bind/plain.cc",
+        "if (!needs_grad(tensors, count)) return output();",
+        "return output();",
+        "tests/test_linear.py -k backward",
+    ),
+    Mutation(
         "race: threads share one scratch",
         RUN,
         "scratch.data() + thread * p.per_thread_bytes()",

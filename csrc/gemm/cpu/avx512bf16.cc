@@ -9,5 +9,6 @@ extern const GemmHelpers helpers_bf16;
 const GemmHelpers helpers_bf16 = pair_helpers<L, VecAvx512>();
 
 void tile_14x32(const TileArgs& t) { run_tile<L, 14, 2>(t); }
+void dot_6x4_bf16(const TileArgs& t) { run_dot<L, bf16, 6, Pairs<L>>(t); }
 
 }  // namespace fastdl::avx512bf16

@@ -107,10 +107,24 @@ void run_tile(const TileArgs& t) {
   table.fn[t.m - 1][vectors - 1][t.a_row == 1][t.n % L::width != 0](t);
 }
 
+// A vector of consecutive elements along K for the dot kernels, one to a lane.
+template <class L>
+struct Single {
+  static constexpr int elements = L::width;
+  template <class T>
+  static FASTDL_INLINE typename L::V load(const T* p) {
+    return L::load(p);
+  }
+  template <class T>
+  static FASTDL_INLINE typename L::V load(const T* p, int n) {
+    return L::load(p, L::first(n));
+  }
+};
+
 // MR rows of A against four columns of B, all contiguous along K. Columns past n repeat the last one and are dropped.
-template <class L, class T, int MR>
+template <class L, class T, int MR, class Load>
 void dot(const TileArgs& t) {
-  constexpr int W = L::width, NR = 4;
+  constexpr int W = Load::elements, NR = 4;
   const T* const a = static_cast<const T*>(t.a);
   const T* b[NR];
   for (int j = 0; j < NR; ++j) b[j] = static_cast<const T*>(t.b) + (j < t.n ? j : t.n - 1) * t.b_col;
@@ -133,10 +147,16 @@ void dot(const TileArgs& t) {
     }
   };
   i64 k = 0;
-  for (; k + W <= t.k; k += W) step([&](const T* p) __attribute__((always_inline)) { return L::load(p + k); });
+  // Few rows wait for memory: ask for the next columns. With more rows it costs what it gains. (Zen 4, M x 4096 x 4096,
+  // without / with, in ms: bfloat16 M = 4 1.03 / 0.82, float32 M = 4 2.4 / 2.1; six rows at a time, M = 16 4.0 / 4.9.)
+  constexpr bool kAhead = MR <= 4;
+  for (; k + W <= t.k; k += W) {
+    for (int j = 0; kAhead && j < NR; ++j) __builtin_prefetch(b[j] + NR * t.b_col + k);
+    step([&](const T* p) __attribute__((always_inline)) { return Load::load(p + k); });
+  }
   if (k < t.k) {
-    const auto mask = L::first(static_cast<int>(t.k - k));
-    step([&](const T* p) __attribute__((always_inline)) { return L::load(p + k, mask); });
+    const int left = static_cast<int>(t.k - k);
+    step([&](const T* p) __attribute__((always_inline)) { return Load::load(p + k, left); });
   }
 
 #pragma GCC unroll 8
@@ -153,12 +173,12 @@ void dot(const TileArgs& t) {
   }
 }
 
-template <class L, class T, int MR>
+template <class L, class T, int MR, class Load = Single<L>>
 void run_dot(const TileArgs& t) {
   if constexpr (MR > 1) {
-    if (t.m < MR) return run_dot<L, T, MR - 1>(t);
+    if (t.m < MR) return run_dot<L, T, MR - 1, Load>(t);
   }
-  dot<L, T, MR>(t);
+  dot<L, T, MR, Load>(t);
 }
 
 // See PackFunction. Rows are stored as whole vectors in rising order: what a store writes past its row is

@@ -36,7 +36,14 @@ void pack_pairs(const void* source, i64 k_step, i64 j_step, i64 k_count, int n, 
     const bf16* low = src + 2 * p * k_step;
     const bf16* high = low + k_step;
     const bool odd = 2 * p + 1 == k_count;
-    for (int j = 0; j < panel; j += W) {
+    int j = 0;
+    for (; j_step == 1 && !odd && j + 2 * W <= n; j += 2 * W) {
+      typename L::V x, y;
+      L::interleave(low + j, high + j, &x, &y);
+      L::store(dst + p * panel + j, x);
+      L::store(dst + p * panel + j + W, y);
+    }
+    for (; j < panel; j += W) {
       const int lanes = n - j < W ? (n - j < 0 ? 0 : n - j) : W;
       bf16 x[W] = {}, y[W] = {};
       if (j_step != 1) {
@@ -52,6 +59,14 @@ void pack_pairs(const void* source, i64 k_step, i64 j_step, i64 k_count, int n, 
     }
   }
 }
+
+// Single (kernel.h) for levels that multiply pairs: two elements to a lane.
+template <class L>
+struct Pairs {
+  static constexpr int elements = 2 * L::width;
+  static FASTDL_INLINE typename L::V load(const bf16* p) { return L::load(reinterpret_cast<const float*>(p)); }
+  static FASTDL_INLINE typename L::V load(const bf16* p, int n) { return L::pairs(p, n); }
+};
 
 // Plain: the level in which fma is what it says, for all that is not a product of pairs.
 template <class L, class Plain>

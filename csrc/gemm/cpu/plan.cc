@@ -20,7 +20,12 @@ i64 even_block(i64 size, i64 limit, i64 unit) {
 // Packing an element costs about as much as this many multiply-adds: it is read, shuffled and written once; each part
 // that it is split into costs that again.
 constexpr double kPackCost = 8;
+// And reading one of a frozen pack as this many, from memory. (Zen 4, 2 x 4096 x 4096 on two threads: 5.3 ms where each
+// reads the whole pack, 1.4 where each reads a half.)
+constexpr double kReadCost = 4;
 // Sums of a part that are kept in float32 beside C: 4 MiB, so that packing costs each of its operands below 1%.
+// Not for float32, whose sums are C itself: parts of 4, 16 or 32 MB make no difference. (Zen 4, 4096^3 87 / 89 / 89% of
+// the FMA peak, 2048^3 90 / 89 / 89, 512 x 14336 x 4096 87 / 87 / 87.)
 constexpr i64 kSumElements = i64{1} << 20;
 // A region costs its team a few microseconds of waking and waiting: below this much work, one thread is faster.
 constexpr double kSerialNanoseconds = 6000;
@@ -69,15 +74,20 @@ const GemmKernel* find_tile(const GemmDesc& d, Isa isa) {
 bool dot_applies(const GemmDesc& d) { return !d.packed && d.a_col == 1 && d.b_row == 1; }
 
 // Multiply-adds an element of B: the dot kernel M, and 80 for the horizontal sums of each M x K of its own; the tile
-// kernel M and the transpose, both at k_unit times the rate. Past 64 rows the tile kernel's smaller traffic decides.
+// kernel M and the transpose, at k_unit times the rate. Past 64 rows the tile kernel's smaller traffic decides.
 // (Zen 4, M x 4096 x 4096: 48 rows 80.6 against 76.9 GFLOP/s, 2 rows 15.4 against 10.3; 64^3: 49 against 88.)
 // Few columns leave most lanes of a tile empty.
 constexpr i64 kDotRows = 64, kDotCols = 8, kDotDepth = 128, kDotSums = 80;
-bool dot_pays(const GemmDesc& d, const GemmKernel& tile) {
+bool dot_pays(const GemmDesc& d, const GemmKernel& tile, const GemmKernel& dot) {
   if (d.M == 1 || (d.N <= kDotCols && d.K >= kDotDepth)) return true;
-  const double dot_cost = static_cast<double>(d.M) * (d.K + kDotSums);
+  const double dot_cost = static_cast<double>(d.M) * (d.K + kDotSums) / dot.k_unit;
   return d.M <= kDotRows && dot_cost <= (products(d, tile) + pack_cost(tile)) * d.K;
 }
+
+// Rows up to which the dot kernel on a weight beats the tile kernel on its frozen pack, for each byte that the pack
+// takes where the weight takes one. (Zen 4, M x 4096 x 4096, weight / pack in ms: float32 M = 8 2.6 / 2.8, 32 7.6
+// / 6.3; bfloat16 4 0.87 / 1.04, 16 1.96 / 1.90; float16, packed as float32, 8 1.8 / 2.7, 32 6.3 / 6.3.)
+constexpr i64 kFrozenDotRows = 12;
 
 // With so few rows the work is reading B. In place and contiguous along N, it is read a few whole rows at a time, the
 // sums waiting in C: the reads run along memory instead of across it. (Zen 4, 4096 x 4096, K block 256 / 8: M = 1
@@ -108,7 +118,7 @@ bool pack_b_pays(const GemmDesc& d, const GemmKernel& kernel, i64 tiles) {
 const GemmKernel* choose(const GemmDesc& d, const Machine& machine, const char** why) {
   const GemmKernel* tile = d.packed ? &gemm_pack_kernel(machine.isa, d.dtype, d.precision) : find_tile(d, machine.isa);
   const GemmKernel* dot = find(machine.isa, d.dtype, d.precision, GemmKind::kDot);
-  if (dot && dot_applies(d) && dot_pays(d, *tile)) {
+  if (dot && dot_applies(d) && dot_pays(d, *tile, *dot)) {
     *why = "few rows or columns, both operands contiguous along K: nothing to pack";
     return dot;
   }
@@ -128,7 +138,7 @@ void choose_grid(const GemmDesc& d, const GemmKernel& kernel, int parts, GemmPla
     const int gn = parts / gm;
     const double rows = static_cast<double>(ceil_div(d.M, gm));
     const double cols = static_cast<double>(ceil_div(panels, gn)) * kernel.nr;
-    const double cost = rows * cols + kPackCost * (rows + (d.packed ? 0 : cols));
+    const double cost = rows * cols + kPackCost * rows + (d.packed ? kReadCost : kPackCost) * cols;
     if (best < 0 || cost < best) {
       best = cost;
       plan->grid_m = gm;
@@ -138,14 +148,6 @@ void choose_grid(const GemmDesc& d, const GemmKernel& kernel, int parts, GemmPla
 }
 
 }  // namespace
-
-bool gemm_pack_pays(const GemmKernel& kernel, i64 M) {
-  if (kernel.precision == Precision::fma) return true;
-  GemmDesc d = {};
-  d.M = M, d.packed = true, d.dtype = kernel.dtype;
-  const double in_place = std::max(static_cast<double>(M), 4 * kByteCost);  // by the dot kernel
-  return tile_cost(d, kernel) < in_place;
-}
 
 GemmPlan gemm_plan(const GemmDesc& d, const Machine& machine, const GemmKernel* forced) {
   GemmPlan p = {};
@@ -204,6 +206,19 @@ GemmPlan gemm_plan(const GemmDesc& d, const Machine& machine, const GemmKernel* 
     p.repair_bytes = round_up(gemm_repair_bytes(p, rows, cols), 4096);
   }
   return p;
+}
+
+bool gemm_pack_pays(const GemmDesc& d, const Machine& machine) {
+  const GemmKernel* dot = find(machine.isa, d.dtype, d.precision, GemmKind::kDot);
+  if (!dot || !dot_applies(d)) return true;
+  const GemmKernel& row = gemm_pack_kernel(machine.isa, d.dtype, d.precision);
+  const double item = kItemSize[static_cast<int>(d.dtype)], rows = static_cast<double>(d.M) / dot->k_unit;
+  if (is_tiled(row)) {  // three parts are 6 bytes an element against 4
+    GemmDesc packed = d;
+    packed.packed = true;
+    return tile_cost(packed, row) < std::max(rows, item * kByteCost);
+  }
+  return static_cast<double>(d.M) * (d.K + kDotSums) > kFrozenDotRows * 4.0 / row.k_unit / item * d.K;
 }
 
 std::vector<std::string> gemm_candidates(const GemmDesc& d, const Machine& machine, const GemmPlan& chosen) {

@@ -236,7 +236,7 @@ void run_pair(const GemmDesc& d, const GemmPlan& p, const GemmArgs& args, const 
         // With the last block: added first, a large bias would have every later block round at its magnitude.
         const void* bias = finish && args.bias ? at(args.bias, n0 * args.bias_step, d.dtype) : nullptr;
         TileArgs t = {};
-        t.k = steps;
+        t.k = p.kernel->kind == GemmKind::kTile ? steps : depth;
         if (narrow) {
           t.c_row = part.n_end - part.n_begin;
           t.c = scratch.sum + (m0 - part.m_begin) * t.c_row + (n0 - part.n_begin);

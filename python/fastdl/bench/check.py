@@ -27,13 +27,15 @@ from fastdl.machine import CAP_VARIABLES, capped_environment
 
 _MOST_HANDED_BACK = 0.1  # of a bar's rows
 _SECONDS = 0.25  # a row
+_LACKS = "the processor lacks"
 
 _METRICS: dict[str, Callable[[dict[str, Any]], float]] = {
     "speedup": lambda row: row["warm"]["speedup"],
     "time_ratio": lambda row: 1 / row["warm"]["speedup"],
     "fma_percent": lambda row: row["fma_percent"],
+    "float32_ratio": lambda row: 1 / row["parts"]["own float32"]["speedup"],
 }
-_AT_MOST = ("time_ratio",)  # metrics where less is better
+_AT_MOST = ("time_ratio", "float32_ratio")  # metrics where less is better
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,11 @@ class Bar:
     metric: str
     must: float
     aim: float
+    over: str = "mean"  # of the rows: their geometric mean, or the worst of them
 
     def __post_init__(self) -> None:
+        if self.over not in ("mean", "worst"):
+            raise ValueError(f"bar {self.name!r}: over: expected 'mean' or 'worst', got {self.over!r}")
         if self.metric not in _METRICS:
             raise ValueError(f"bar {self.name!r}: metric: expected one of {list(_METRICS)}, got {self.metric!r}")
 
@@ -117,7 +122,7 @@ def obstacle(bar: Bar) -> str:
     """Why this machine cannot measure a bar, or ""."""
     cpu = _C.cpu_info()
     if bar.isa and bar.isa not in cpu["isa_supported"]:
-        return f"not measurable here: the processor lacks {bar.isa}"
+        return f"not measurable here: {_LACKS} {bar.isa}"
     if bar.threads > cpu["cpus"]:
         return f"not measurable here: {bar.threads} threads on {cpu['cpus']} processors"
     return ""
@@ -184,7 +189,8 @@ def judge(bar: Bar, document: dict[str, Any]) -> Verdict:
         note += f", {len(handed)} handed back"
     for name, part in counted[0]["parts"].items() if len(rows) == 1 else ():
         note += f", {name} {1 / part['speedup']:.2f} of torch's time"
-    return Verdict(bar, geometric_mean([metric(row) for row in counted]), problem, note)
+    value = metric(worst) if bar.over == "worst" else geometric_mean([metric(row) for row in counted])
+    return Verdict(bar, value, problem, note)
 
 
 def check(
@@ -214,7 +220,7 @@ def print_verdicts(verdicts: list[Verdict], console: Console) -> None:
         if v.met:
             word = "aim met" if v.value is not None and v.bar.reached(v.value, v.bar.aim) else "met"
         else:
-            word = "MISSING" if v.value is None else "UNMET"
+            word = f"NEEDS {v.bar.isa}" if _LACKS in v.problem else "MISSING" if v.value is None else "UNMET"
         value = "-" if v.value is None else f"{v.value:.3f}"
         note = "; ".join(part for part in (v.problem, v.note) if part)
         table.add_row(v.bar.name, v.bar.metric, f"{v.bar.must:g}", f"{v.bar.aim:g}", value, word, escape(note))

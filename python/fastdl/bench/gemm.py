@@ -20,7 +20,7 @@ from fastdl import _C, functional
 from fastdl.bench.harness import Case, Check
 from fastdl.bench.settings import Settings
 from fastdl.bench.shapes import Shape
-from fastdl.testing import UNIT_ROUNDOFF, assert_within_bound, error_measures, gemm_reference
+from fastdl.testing import UNIT_ROUNDOFF, assert_within_bound, epilogue_bound, error_measures, gemm_reference
 
 _FRESH_PAGES = 32 << 20  # bytes of output from which every call gets, and pays for, a fresh mapping
 _CHECK_FLOPS = 2e9  # what the float64 reference of one row may cost
@@ -134,6 +134,9 @@ def forward(shape: Shape, settings: Settings) -> Case:
         lambda: check_products([Product("output", candidate(), baseline(), x, weight.mT, bias)]),
         **_work(shape, settings),
     )
+    if x.dtype != torch.float32:  # speedup of this part: the time of our own float32 / that of this dtype
+        full = [t.detach().float() for t in (x, weight, bias)]
+        case.parts["own float32"] = (candidate, partial(functional.linear, *full))
     out = x.new_empty(x.shape[0], weight.shape[0])
     if out.nbytes >= _FRESH_PAGES and not settings.frozen:
         w, b = weight.detach(), bias.detach()
@@ -232,15 +235,79 @@ def matmul(shape: Shape, settings: Settings) -> Case:
     return case
 
 
+def _check_gelu(x: Tensor, weight: Tensor, bias: Tensor, ours: Tensor, theirs: Tensor) -> Check:
+    """gelu(linear) on a sample of rows against float64; every element near torch's."""
+    rows = _sample(x.shape[0], flops_a_row=2 * weight.numel())
+    reference = gemm_reference(x[rows], weight.mT, bias)
+    expected = F.gelu(reference.expected)
+    error, torch_error = (error_measures(t[rows], expected, reference.scale).rms for t in (ours, theirs))
+    wrong = int(((ours[rows].double() - expected).abs() > epilogue_bound(reference, expected, 0.0, x.dtype)).sum())
+    # torch rounds to the dtype before GELU as well: its error stands for both.
+    unit = 4 * (UNIT_ROUNDOFF[x.dtype] + (x.shape[-1] + 1) * UNIT_ROUNDOFF[torch.float32])
+    scale = x.float().norm(dim=-1)[:, None] * weight.detach().float().norm(dim=-1) + bias.detach().float().abs()
+    far = int(((ours.float() - theirs.float()).abs() > unit * scale).sum())
+    return Check(
+        error, torch_error, f"gelu: {wrong} elements beyond the bound, {far} far from torch's" * (wrong + far > 0)
+    )
+
+
+def gelu(shape: Shape, settings: Settings) -> Case:
+    """linear and GELU without grad: fastdl's one pass against torch's two calls."""
+    x, weight, bias = _linear_operands(shape, settings)
+    if settings.frozen:
+        ours, layer = _frozen_pair(weight, bias)
+        candidate, baseline = partial(ours, x, activation="gelu"), lambda: F.gelu(layer(x))
+    else:
+        candidate = partial(functional.linear, x, weight, bias, activation="gelu")
+        baseline = lambda: F.gelu(F.linear(x, weight, bias))  # noqa: E731
+    return Case(
+        candidate,
+        baseline,
+        lambda: _check_gelu(x, weight, bias, candidate(), baseline()),
+        **_work(shape, settings),
+    )
+
+
+def gelu_train(shape: Shape, settings: Settings) -> Case:
+    """Forward and backward of linear and GELU, fused against torch's two calls; checked through the pre-activation."""
+    operands, dy = _training_operands(shape, settings)
+    x, weight, bias = operands
+
+    def ours() -> Any:
+        return torch.autograd.grad(functional.linear(x, weight, bias, activation="gelu"), operands, dy)
+
+    def theirs() -> Any:
+        return torch.autograd.grad(F.gelu(F.linear(x, weight, bias)), operands, dy)
+
+    def check() -> Check:
+        z = functional.linear(x, weight, bias).detach()
+        dz = torch.empty_like(dy)
+        _C.activation_grad(dz, dy, z, "gelu")
+        return _check_gradients(operands, dz, ours(), theirs())
+
+    return Case(ours, theirs, check, kernel_calls=3, grad=True, **_work(shape, settings, products=3))
+
+
 FAMILIES: dict[str, Callable[[Shape, Settings], Case]] = {
     "forward": forward,
     "backward": backward,
     "train": train,
     "matmul": matmul,
     "batched": matmul,
+    "one-row": forward,
+    "few-rows": forward,
+    "gelu": gelu,
+    "gelu-train": gelu_train,
     "small": forward,
     "overhead": forward,
     "overhead-train": overhead_train,
 }
-FROZEN = ("forward", "small", "overhead")  # families in which a frozen weight means something
-FORCED = ("forward", "matmul", "batched", "small")  # families in which a kernel can be forced
+FROZEN = (
+    "forward",
+    "one-row",
+    "few-rows",
+    "gelu",
+    "small",
+    "overhead",
+)  # families in which a frozen weight means something
+FORCED = ("forward", "matmul", "batched", "one-row", "few-rows", "small")  # families in which a kernel can be forced

@@ -42,8 +42,17 @@ def _gemm_dims(row: dict[str, Any], M: int) -> dict[str, int]:
 def _gemm(row: dict[str, Any]) -> list[Shape]:
     tags = tuple(row.get("tags", ())) + (("transpose_b",) if row.get("transpose_b") else ())
     values = row["M"] if isinstance(row["M"], list) else [row["M"]]
-    head = (row["model"], row["layer"], tuple(row["families"]), tags)
-    return [Shape(*head, _gemm_dims(row, M)) for M in values]
+    head = (row["model"], row["layer"], tuple(row["families"]))
+    dims = [_gemm_dims(row, M) for M in values]
+    return [Shape(*head, tags + _size_tags(d), d) for d in dims]
+
+
+def _size_tags(dims: dict[str, int]) -> tuple[str, ...]:
+    """What figures select rows by, follows from the sizes: see shapes.toml."""
+    M, wide = dims["M"], min(dims["N"], dims["K"]) >= 256
+    return tuple(
+        tag for tag, fits in (("wide", wide), ("M>=512", wide and M >= 512), ("M=128", wide and M == 128)) if fits
+    )
 
 
 _EXPAND = {"gemm": _gemm}

@@ -22,17 +22,24 @@ from fastdl.ops.route import Operation, call
 
 
 def linear_fused(
-    input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str | None
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str | None,
+    packed: Tensor | None = None,
 ) -> Tensor:
-    """activation(linear(input, weight, bias)) + residual; see `ops.gemm.linear`."""
+    """activation(linear(input, weight, bias)) + residual; see `ops.gemm.linear`. packed: the weight's frozen pack."""
     if activation is not None and activation not in reference.ACTIVATIONS:
         known = ", ".join(map(repr, reference.ACTIVATIONS))
         raise RuntimeError(f"fastdl.linear: argument 'activation': expected None, {known}, got {activation!r}")
     if not is_compiling() and _is_plain_call(input, weight, bias, residual):
         if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (input, weight, bias, residual)):
-            return _apply_plain(input, weight, bias, residual, activation)[0]
-        return gemm_native.linear_fused(input, weight, bias, residual, activation, False)[0]
-    return call(_LINEAR_FUSED, input, weight, bias, residual, constants=(activation,))
+            return _apply_plain(input, weight, bias, residual, activation, packed)[0]
+        return gemm_native.linear_fused(input, weight, bias, residual, activation, False, packed)[0]
+    if torch.is_autocast_enabled("cpu"):  # the weight may be cast, and the pack is not of that
+        packed = None
+    return call(_LINEAR_FUSED, input, weight, bias, residual, constants=(activation, packed))
 
 
 def _is_plain_call(input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> bool:
@@ -60,13 +67,19 @@ class LinearFusedFunction(Function):
 
     @staticmethod
     def forward(
-        input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str | None
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        activation: str | None,
+        packed: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        return torch.ops.fastdl.linear_fused(input, weight, bias, residual, activation, activation is not None)
+        save_pre = activation is not None
+        return torch.ops.fastdl.linear_fused(input, weight, bias, residual, activation, save_pre, packed)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        input, weight, bias, _, ctx.activation = inputs
+        input, weight, bias, _, ctx.activation, _ = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(input, weight, bias, None if ctx.activation is None else output[1])
@@ -74,7 +87,7 @@ class LinearFusedFunction(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return None, None, None, None, None
+            return (None,) * 6
         input, weight, _bias, pre = ctx.saved_tensors
         needs_input, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
         run = backend(grad, input, weight, pre)
@@ -85,6 +98,7 @@ class LinearFusedFunction(Function):
             run.sum_rows(dz) if needs_bias else None,
             grad if needs_residual else None,
             None,
+            None,
         )
 
 
@@ -93,16 +107,21 @@ class _PlainLinearFused(LinearFusedFunction):
 
     @staticmethod
     def forward(
-        input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str | None
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        activation: str | None,
+        packed: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        return gemm_native.linear_fused(input, weight, bias, residual, activation, activation is not None)
+        return gemm_native.linear_fused(input, weight, bias, residual, activation, activation is not None, packed)
 
 
 _apply_plain = super(Function, _PlainLinearFused).apply  # see ops/gemm.py
 
 
 def _unsupported(
-    input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str | None
+    input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, *constants: Any
 ) -> str | None:
     reason = linear_unsupported(input, weight, bias)
     if residual is not None and weight.ndim == 2:
@@ -114,10 +133,10 @@ _LINEAR_FUSED = Operation(
     name="linear",
     arguments=("input", "weight", "bias", "residual"),
     optional=("bias", "residual"),
-    torch_function=reference.linear_fused,
-    overload=lambda *args: torch.ops.fastdl.linear_fused(*args, False),
+    torch_function=lambda *args: reference.linear_fused(*args[:-1]),
+    overload=lambda *args: torch.ops.fastdl.linear_fused(*args[:-1], False, args[-1]),
     function=LinearFusedFunction,
     unsupported=_unsupported,
-    plan=lambda out, input, weight, bias, residual, activation: linear_plan(out, input, weight, bias),
+    plan=lambda out, input, weight, bias, residual, activation, packed: linear_plan(out, input, weight, bias, packed),
     autocast=True,
 )

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 from torch.nn import functional as F
 
 from fastdl import _C
 from fastdl.ops import gemm_library as _registered  # noqa: F401  (defines torch.ops.fastdl)
 from fastdl.ops import gemm_native, reference, shapes
-from fastdl.ops.plain import MAX_BATCH_DIMS, eager_is_plain, is_plain, plain_linear_shape, plain_matmul_shape
+from fastdl.ops.plain import MAX_BATCH_DIMS, eager_is_plain, is_plain
 from fastdl.ops.route import Operation, call
 
 
@@ -57,15 +57,13 @@ def linear(
         from fastdl.ops.fused import linear_fused  # here: it builds on this module
 
         return linear_fused(input, weight, bias, residual, activation)
-    if not is_compiling() and (shape := plain_linear_shape(input, weight, bias)):
-        if torch.is_grad_enabled() and (
-            input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-        ):
-            return _apply_plain_linear(input, weight, bias)
-        out = input.new_empty(*shape)
-        _C.linear(out, input, weight, bias)
-        return out
-    return call(_LINEAR, input, weight, bias)
+    if not is_dynamo_compiling():
+        out = _C.plain_linear(input, weight, bias, None)
+        if out is True:
+            return apply_plain_linear(input, weight, bias, None)
+        if out is not None:
+            return out
+    return call(LINEAR, input, weight, bias, constants=(None,))
 
 
 def matmul(input: Tensor, other: Tensor) -> Tensor:
@@ -74,12 +72,12 @@ def matmul(input: Tensor, other: Tensor) -> Tensor:
     input [..., M, K], other [..., K, N] -> [..., M, N]; a 1-D input is a row, a 1-D other a column, and that dimension
     is missing from the result. Dtypes, hand-backs and errors as in `linear`.
     """
-    if not is_compiling() and (shape := plain_matmul_shape(input, other)):
-        if torch.is_grad_enabled() and (input.requires_grad or other.requires_grad):
+    if not is_dynamo_compiling():
+        out = _C.plain_matmul(input, other)
+        if out is True:
             return _apply_plain_matmul(input, other)
-        out = input.new_empty(*shape)
-        _C.gemm(out, input, other)
-        return out
+        if out is not None:
+            return out
     return call(_MATMUL, input, other)
 
 
@@ -103,25 +101,26 @@ def backend(*tensors: Tensor | None) -> Any:
     return _DIFFERENTIABLE  # create_graph=True, transforms, modes
 
 
-def linear_gradients(ctx: Any, grad: Tensor, run: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of input, weight and bias, each where needed; ctx from LinearFunction, run from `backend`."""
+def _linear_gradients(ctx: Any, grad: Tensor, run: Any) -> tuple[Tensor | None, ...]:
+    """The gradients of input, weight and bias, each where needed, and None for the pack."""
     input, weight = ctx.saved_tensors
     needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
     return (
         run.matmul(grad, weight) if needs_input else None,
         run.linear_wgrad(grad, input) if needs_weight else None,
         run.sum_rows(grad) if needs_bias else None,
+        None,
     )
 
 
 class LinearFunction(Function):
-    """linear as a node of the graph, its forward through the dispatcher."""
+    """linear as a node of the graph, its forward through the dispatcher; packed: the weight's frozen pack, or None."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return torch.ops.fastdl.linear(input, weight, bias)
+    def forward(input: Tensor, weight: Tensor, bias: Tensor | None, packed: Tensor | None) -> Tensor:
+        return torch.ops.fastdl.linear(input, weight, bias, packed)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -130,8 +129,8 @@ class LinearFunction(Function):
         ctx.save_for_backward(input if needs_weight else None, weight if needs_input else None)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        return linear_gradients(ctx, grad, backend(grad, *ctx.saved_tensors))
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _linear_gradients(ctx, grad, backend(grad, *ctx.saved_tensors))
 
 
 class MatmulFunction(Function):
@@ -224,8 +223,8 @@ class _PlainLinear(LinearFunction):
     forward = staticmethod(gemm_native.linear)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        return linear_gradients(ctx, grad, backend(grad))
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _linear_gradients(ctx, grad, backend(grad))
 
 
 class _PlainMatmul(MatmulFunction):
@@ -236,12 +235,12 @@ class _PlainMatmul(MatmulFunction):
 
 # Function.apply binds the signature by inspection on every call (22 us of an 8x8 call's 27) and dispatches functorch
 # transforms; where none is active, the method under it does the same in 5.
-_apply_plain_linear = super(Function, _PlainLinear).apply
+apply_plain_linear = super(Function, _PlainLinear).apply
 _apply_plain_matmul = super(Function, _PlainMatmul).apply
 
 
 # --- the table ---------------------------------------------------------------------------------------------------
-def linear_unsupported(input: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
+def linear_unsupported(input: Tensor, weight: Tensor, bias: Tensor | None, *constants: Any) -> str | None:
     """Why shapes that torch takes are left to it, or None; RuntimeError for those that torch refuses as well."""
     if weight.ndim == 1:
         return "weight is 1-D"
@@ -261,9 +260,11 @@ def _matmul_unsupported(input: Tensor, other: Tensor) -> str | None:
     return f"more than {MAX_BATCH_DIMS} batch dimensions" if max(input.ndim, other.ndim) - 2 > MAX_BATCH_DIMS else None
 
 
-def linear_plan(out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None) -> str:
+def linear_plan(out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, packed: Tensor | None) -> str:
     """The kernel that `linear` runs for these."""
-    return "reference" if out.dtype is torch.float64 else _C.linear_plan(out, input, weight)["kernel"]
+    if out.dtype is torch.float64:
+        return "reference"
+    return _C.linear_plan(out, input, weight, packed is not None)["kernel"]
 
 
 def _matmul_plan(out: Tensor, input: Tensor, other: Tensor) -> str:
@@ -274,11 +275,11 @@ def _matmul_plan(out: Tensor, input: Tensor, other: Tensor) -> str:
     return _C.matmul_plan(out.new_empty(shapes.matmul(a, b)), a, b)["kernel"]
 
 
-_LINEAR = Operation(
+LINEAR = Operation(
     name="linear",
     arguments=("input", "weight", "bias"),
     optional=("bias",),
-    torch_function=F.linear,
+    torch_function=lambda input, weight, bias, packed: F.linear(input, weight, bias),
     overload=torch.ops.fastdl.linear.default,
     function=LinearFunction,
     unsupported=linear_unsupported,

@@ -20,12 +20,8 @@ _ops = torch.ops.fastdl
 
 
 # --- fakes: shapes without arithmetic -----------------------------------------------------------------------------
-def _fake_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _fake_linear(input: Tensor, weight: Tensor, bias: Tensor | None, packed: Tensor | None = None) -> Tensor:
     return input.new_empty(shapes.linear(input, weight, bias))
-
-
-def _fake_linear_packed(input: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, kernel: str) -> Tensor:
-    return input.new_empty(shapes.linear_packed(input, out_features, bias))
 
 
 def _fake_linear_fused(
@@ -35,6 +31,7 @@ def _fake_linear_fused(
     residual: Tensor | None,
     activation: str | None,
     save_pre: bool,
+    packed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     shape = shapes.linear_fused(input, weight, bias, residual)
     return input.new_empty(shape), input.new_empty(shape if save_pre else (0,))
@@ -75,38 +72,25 @@ def _add_mapped_bias(out: Tensor, bias: Tensor, dim: int, leading: int) -> Tenso
 
 
 def _vmap_linear(
-    info: Any, dims: Sequence[int | None], input: Tensor, weight: Tensor, bias: Tensor | None
+    info: Any,
+    dims: Sequence[int | None],
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    packed: Tensor | None = None,
 ) -> tuple[Tensor, int]:
-    input_dim, weight_dim, bias_dim = dims
+    input_dim, weight_dim, bias_dim = dims[:3]
+    packed = packed if all(dim is None for dim in dims[3:]) else None  # a mapped pack: the weight serves
     x = _front(input, input_dim)
     leading = x.shape[0 if input_dim is None else 1 : -1]
     common_bias = bias if bias_dim is None else None
     if weight_dim is None:
-        out = _ops.linear(x, weight, common_bias)
+        out = _ops.linear(x, weight, common_bias, packed)
     else:
         out = _ops.matmul(_rows(input, input_dim), _front(weight, weight_dim).mT)
         out = out.reshape(info.batch_size, *leading, out.shape[-1])
         out = out if common_bias is None else out + common_bias
     return out if bias_dim is None else _add_mapped_bias(out, bias, bias_dim, len(leading)), 0
-
-
-def _vmap_linear_packed(
-    info: Any,
-    dims: Sequence[int | None],
-    input: Tensor,
-    packed: Tensor,
-    bias: Tensor | None,
-    out_features: int,
-    kernel: str,
-) -> tuple[Tensor, int]:
-    input_dim, packed_dim, bias_dim = dims[:3]
-    if packed_dim is not None:
-        raise RuntimeError("fastdl.linear_packed: argument 'packed': expected one that is not mapped, got a mapped one")
-    x = _front(input, input_dim)
-    if bias_dim is None:
-        return _ops.linear_packed(x, packed, bias, out_features, kernel), 0
-    out = _ops.linear_packed(x, packed, None, out_features, kernel)
-    return _add_mapped_bias(out, bias, bias_dim, x.ndim - (1 if input_dim is None else 2)), 0
 
 
 def _vmap_linear_fused(
@@ -118,6 +102,7 @@ def _vmap_linear_fused(
     residual: Tensor | None,
     activation: str | None,
     save_pre: bool,
+    packed: Tensor | None = None,
 ) -> tuple[tuple[Tensor, Tensor], tuple[int, int | None]]:
     if all(dim is None for dim in dims[:3]):
         z = _ops.linear(input, weight, bias)[None]
@@ -163,10 +148,6 @@ def _flops_linear(input: Sequence[int], weight: Sequence[int], *args: Any, **kwa
     return 2 * math.prod(input) * weight[0]
 
 
-def _flops_linear_packed(input: Sequence[int], *args: Any, out_shape: Sequence[int], **kwargs: Any) -> int:
-    return 2 * math.prod(input) * out_shape[-1]
-
-
 def _flops_matmul(
     input: Sequence[int], other: Sequence[int], *args: Any, out_shape: Sequence[int], **kwargs: Any
 ) -> int:
@@ -193,22 +174,15 @@ def _register(
 
 for _row in (
     (
-        "linear(Tensor input, Tensor weight, Tensor? bias) -> Tensor",
+        "linear(Tensor input, Tensor weight, Tensor? bias, Tensor? packed=None) -> Tensor",
         gemm_native.linear,
         _fake_linear,
         _vmap_linear,
         _flops_linear,
     ),
     (
-        "linear_packed(Tensor input, Tensor packed, Tensor? bias, int out_features, str kernel) -> Tensor",
-        gemm_native.linear_packed,
-        _fake_linear_packed,
-        _vmap_linear_packed,
-        _flops_linear_packed,
-    ),
-    (
-        "linear_fused(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, str? activation, bool save_pre)"
-        " -> (Tensor, Tensor)",
+        "linear_fused(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, str? activation, bool save_pre, "
+        "Tensor? packed=None) -> (Tensor, Tensor)",
         gemm_native.linear_fused,
         _fake_linear_fused,
         _vmap_linear_fused,

@@ -13,20 +13,14 @@ from fastdl import _C
 from fastdl.ops import reference, shapes
 
 
-def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """input[..., K] @ weight[N, K]^T + bias[N] -> [..., N]."""
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None, packed: Tensor | None = None) -> Tensor:
+    """input[..., K] @ weight[N, K]^T + bias[N] -> [..., N]; packed: the weight's frozen pack."""
     if input.dtype is torch.float64:
         return reference.linear(input, weight, bias)
-    shape = _C.linear_shape(input, weight, bias) or shapes.linear(input, weight, bias)
-    out = input.new_empty(*shape)
-    _C.linear(out, input, weight, bias)
-    return out
-
-
-def linear_packed(input: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, kernel: str) -> Tensor:
-    """linear with a frozen weight: input [..., K], packed 1-D, bias [N] -> [..., N]."""
-    out = input.new_empty(*input.shape[:-1], out_features)
-    _C.linear_packed(out, input, packed, bias, out_features, kernel)
+    out = _C.linear_result(input, weight, bias, packed)
+    if out is None:  # these raise, and say why
+        out = input.new_empty(shapes.linear(input, weight, bias))
+        _C.linear(out, input, weight, bias)
     return out
 
 
@@ -37,8 +31,12 @@ def linear_fused(
     residual: Tensor | None,
     activation: str | None,
     save_pre: bool,
+    packed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(activation(z) + residual, z) with z = linear(input, weight, bias); an empty tensor for z unless `save_pre`."""
+    """(activation(z) + residual, z) with z = linear(input, weight, bias); an empty tensor for z unless `save_pre`.
+
+    packed: the weight's frozen pack.
+    """
     shape = shapes.linear_fused(input, weight, bias, residual)
     pre = input.new_empty(shape if save_pre else (0,))
     if input.dtype is torch.float64:
@@ -46,7 +44,7 @@ def linear_fused(
         return reference.epilogue(z, residual, activation), pre.copy_(z) if save_pre else pre
     out = input.new_empty(shape)
     residual = residual if residual is None else residual.contiguous()
-    _C.linear_fused(out, input, weight, bias, activation or "none", residual, pre if save_pre else None)
+    _C.linear_fused(out, input, weight, bias, activation or "none", residual, pre if save_pre else None, packed)
     return out, pre
 
 
@@ -68,9 +66,10 @@ def matmul(input: Tensor, other: Tensor) -> Tensor:
         a = input.unsqueeze(0) if input.ndim == 1 else input
         b = other.unsqueeze(1) if other.ndim == 1 else other
         return matmul(a, b).view(shapes.matmul(input, other))
-    shape = _C.matmul_shape(input, other) or shapes.matmul(input, other)
-    out = input.new_empty(*shape)
-    _C.gemm(out, input, other)
+    out = _C.matmul_result(input, other)
+    if out is None:
+        out = input.new_empty(shapes.matmul(input, other))
+        _C.gemm(out, input, other)
     return out
 
 

@@ -2,43 +2,23 @@
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
-from torch.compiler import is_compiling
-from torch.nn import functional as F
+from torch.compiler import is_compiling, is_dynamo_compiling
 
 from fastdl import _C
-from fastdl.ops import gemm_native
-from fastdl.ops.calls import run_while_tracing
-from fastdl.ops.gemm import LinearFunction, backend, linear, linear_gradients, linear_unsupported
-from fastdl.ops.plain import KERNEL_DTYPES, plain_linear_shape
-from fastdl.ops.route import Operation, call
-
-# How exact float32 products must be is torch's to say, at any time: then a pack is read only as long as the row that it
-# is laid out for is the one a new pack would get. Elsewhere the row is fixed for the life of the process.
-_ROWS = {dtype: _C.pack_kernel(str(dtype).removeprefix("torch.")) for dtype in KERNEL_DTYPES}
-_SPLITS = any(row["available"] and row["precision"] != "fma" for row in _C.kernels("gemm"))
+from fastdl.ops import gemm
+from fastdl.ops.fused import linear_fused
+from fastdl.ops.gemm import linear
+from fastdl.ops.route import call
 
 
 def pack_kernel(dtype: torch.dtype) -> str:
-    """The table row that packs of this dtype are laid out for now."""
-    return _C.pack_kernel("float32") if _SPLITS and dtype is torch.float32 else _ROWS[dtype]
-
-
-@run_while_tracing
-def _is_current(kernel: str, dtype: torch.dtype) -> bool:
-    return kernel == pack_kernel(dtype)
-
-
-def _is_beaten(pack: PackedWeight, input: Tensor) -> bool:
-    """Whether the weight itself gives the faster product: few rows of float32, whose pack is larger than the weight."""
-    return pack.weight.dtype is torch.float32 and not _C.pack_pays(pack.kernel, math.prod(input.shape[:-1]))
+    """The table row that packs of this dtype are laid out for now: how exact float32 products are is torch's to say."""
+    return _C.pack_kernel(str(dtype).removeprefix("torch."))
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +61,15 @@ def _pack(weight: Tensor, kernel: str) -> Tensor:
     return packed
 
 
-def linear_packed(input: Tensor, weight: Tensor, bias: Tensor | None, pack: PackedWeight) -> Tensor:
+def linear_packed(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pack: PackedWeight,
+    *,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
     """`linear`, reading the pack in place of the weight wherever fastdl runs the call.
 
     input [..., K], weight [N, K], bias [N] or None -> [..., N]. Gradients are those of `linear`, from the weight
@@ -89,60 +77,18 @@ def linear_packed(input: Tensor, weight: Tensor, bias: Tensor | None, pack: Pack
     RuntimeError when FASTDL_CHECK_FROZEN=1 finds the pack stale; compiled code cannot compare and, under that
     setting, reads the weight instead.
     """
-    if (
-        pack.weight is not weight
-        or (pack.check and is_compiling())
-        or (_SPLITS and not _is_current(pack.kernel, weight.dtype))
-    ):
-        return linear(input, weight, bias)
+    if pack.weight is not weight or (pack.check and is_compiling()):
+        return linear(input, weight, bias, activation=activation, residual=residual)
     if pack.check:
         pack.require_fresh()
-    if _SPLITS and not is_compiling() and _is_beaten(pack, input):
-        return linear(input, weight, bias)
-    if not is_compiling() and (shape := plain_linear_shape(input, weight, bias)):
-        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (input, weight, bias)):
-            return _apply_plain(input, weight, bias, pack.packed, pack.kernel)
-        out = input.new_empty(*shape)
-        _C.linear_packed(out, input, pack.packed, bias, shape[-1], pack.kernel)
-        return out
+    if activation is not None or residual is not None:
+        return linear_fused(input, weight, bias, residual, activation, pack.packed)
+    if not is_dynamo_compiling():
+        out = _C.plain_linear(input, weight, bias, pack.packed)
+        if out is True:
+            return gemm.apply_plain_linear(input, weight, bias, pack.packed)
+        if out is not None:
+            return out
     if torch.is_autocast_enabled("cpu"):  # the weight may be cast, and the pack is not of that
         return linear(input, weight, bias)
-    return call(_LINEAR_PACKED, input, weight, bias, constants=(pack.packed, pack.kernel))
-
-
-class PackedLinearFunction(LinearFunction):
-    """LinearFunction whose forward reads the pack."""
-
-    @staticmethod
-    def forward(input: Tensor, weight: Tensor, bias: Tensor | None, packed: Tensor, kernel: str) -> Tensor:
-        return torch.ops.fastdl.linear_packed(input, packed, bias, weight.shape[0], kernel)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return (*linear_gradients(ctx, grad, backend(grad, *ctx.saved_tensors)), None, None)
-
-
-class _PlainPackedLinear(PackedLinearFunction):
-    """PackedLinearFunction for arguments already known to be plain: its forward calls the kernel."""
-
-    @staticmethod
-    def forward(input: Tensor, weight: Tensor, bias: Tensor | None, packed: Tensor, kernel: str) -> Tensor:
-        return gemm_native.linear_packed(input, packed, bias, weight.shape[0], kernel)
-
-
-_apply_plain = super(Function, _PlainPackedLinear).apply  # see ops/gemm.py
-
-_LINEAR_PACKED = Operation(
-    name="linear",
-    arguments=("input", "weight", "bias"),
-    optional=("bias",),
-    torch_function=lambda input, weight, bias, packed, kernel: F.linear(input, weight, bias),
-    overload=lambda input, weight, bias, packed, kernel: torch.ops.fastdl.linear_packed(
-        input, packed, bias, weight.shape[0], kernel
-    ),
-    function=PackedLinearFunction,
-    unsupported=lambda input, weight, bias, packed, kernel: linear_unsupported(input, weight, bias),
-    plan=lambda out, input, weight, bias, packed, kernel: _C.linear_plan(
-        out, input, weight, packed=True, kernel=kernel
-    )["kernel"],
-)
+    return call(gemm.LINEAR, input, weight, bias, constants=(pack.packed,))

@@ -1,6 +1,6 @@
 """What "plain" means: calls and tensors that may go straight to a kernel, past torch.library and autograd.
 
-These run on every eager call, so they are spelled out with the cheapest reads torch has (0.03 to 0.1 us each).
+The rules are asked on every eager call: `_C` holds them and asks in 0.3 us what Python takes 1 us to.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ KERNEL_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 DTYPES = KERNEL_DTYPES | {torch.float64}
 
 _has_storage = torch._C._has_storage
-_function_modes = torch._C._len_torch_function_stack
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_transforms_active = torch._C._are_functorch_transforms_active
-_any_autocast = torch._C._is_any_autocast_enabled
-_jit_tracing = torch._C._is_tracing
-
-
-def eager_is_plain() -> bool:
-    """Whether nothing watches or rewrites calls: no mode, transform, autocast, trace, profiler or `explain`."""
-    return not (
-        _function_modes()
-        or _dispatch_modes()
-        or _transforms_active()
-        or _any_autocast()
-        or _jit_tracing()
-        or forward_ad._current_level >= 0
-        or profiler._is_profiler_enabled
-        or calls.observer is not None
-    )
+# Whether nothing watches or rewrites calls: no mode, transform, autocast, trace, compiler, profiler or `explain`.
+RULES = {
+    "probes": (
+        torch._C._len_torch_function_stack,
+        torch._C._len_torch_dispatch_stack,
+        torch._C._are_functorch_transforms_active,
+        torch._C._is_any_autocast_enabled,
+        torch._C._is_tracing,
+    ),
+    "settings": (
+        (vars(forward_ad), "_current_level", -1),
+        (vars(profiler), "_is_profiler_enabled", False),
+        (vars(torch.compiler), "_is_compiling_flag", False),
+        (vars(calls), "observer", None),
+    ),
+    "grad_enabled": torch.is_grad_enabled,
+}
+_C.plain_rules(types=tuple(PLAIN_TYPES), **RULES)
+eager_is_plain = _C.eager_is_plain
 
 
 def is_plain(x: Tensor | None) -> bool:
@@ -67,16 +67,4 @@ def plain_linear_shape(input: Tensor, weight: Tensor, bias: Tensor | None) -> tu
         and not (input.is_neg() or weight.is_neg() or (bias is not None and bias.is_neg()))
     ):
         return _C.linear_shape(input, weight, bias)
-    return None
-
-
-def plain_matmul_shape(input: Tensor, other: Tensor) -> tuple[int, ...] | None:
-    """The output shape of matmul if the call and both are plain, of one of KERNEL_DTYPES, 2-D or more, and fit."""
-    if (
-        type(input) in PLAIN_TYPES
-        and type(other) in PLAIN_TYPES
-        and eager_is_plain()
-        and not (input.is_neg() or other.is_neg())
-    ):
-        return _C.matmul_shape(input, other)
     return None

@@ -24,15 +24,6 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[int, ...
     return (*input.shape[:-1], N)
 
 
-def linear_packed(input: Tensor, out_features: int, bias: Tensor | None) -> tuple[int, ...]:
-    """input [..., K], bias [N] -> [..., N] for a pack of weight [N, K]."""
-    require(input.ndim >= 1, "linear_packed", "input", "at least 1 dimension", input)
-    if bias is not None:
-        fits = bias.ndim == 1 and bias.shape[0] == out_features
-        require(fits, "linear_packed", "bias", f"shape [{out_features}]", bias)
-    return (*input.shape[:-1], out_features)
-
-
 def matmul(input: Tensor, other: Tensor) -> tuple[int, ...]:
     """input [..., M, K], other [..., K, N] -> [..., M, N]; a 1-D operand is a row (input) or a column (other)."""
     require(input.ndim >= 1, "matmul", "input", "at least 1 dimension", input)
