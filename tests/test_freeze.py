@@ -283,7 +283,7 @@ def test_layers_that_cannot_be_frozen_are_named():
 # --- stale packs --------------------------------------------------------------------------------------------------
 def test_freezing_again_packs_the_present_weight(generator):
     model = fastdl.freeze(model_of(8, 4))
-    x = torch.randn(5, 8, generator=generator)
+    x = torch.randn(64, 8, generator=generator)  # rows enough for the pack to pay at every level
     with torch.no_grad():
         model[0].weight.mul_(2)
     expected = nn.functional.linear(x, model[0].weight, model[0].bias)
@@ -346,7 +346,7 @@ def test_check_frozen_under_compile_reads_the_weight(monkeypatch, generator):
     monkeypatch.setenv("FASTDL_CHECK_FROZEN", "1")
     torch._dynamo.reset()
     model = fastdl.freeze(model_of(8, 4))
-    x = torch.randn(5, 8, generator=generator)
+    x = torch.randn(64, 8, generator=generator)  # rows enough for the pack to pay at every level
     with torch.no_grad():
         model[0].weight.mul_(2)
         y = torch.compile(model, fullgraph=True, backend="eager")(x)
