@@ -9,7 +9,13 @@ from typing import TypeVar
 
 from torch import nn
 
-from fastdl.nn import Linear, NonDynamicallyQuantizableLinear
+from fastdl.nn import (
+    Linear,
+    MultiheadAttention,
+    NonDynamicallyQuantizableLinear,
+    TransformerDecoderLayer,
+    TransformerEncoderLayer,
+)
 from fastdl.nn.swapped import Swapped
 
 FORWARD_OVERRIDDEN = "forward overridden on the instance: the class is called only if that calls it"
@@ -18,7 +24,14 @@ Model = TypeVar("Model", bound=nn.Module)
 
 # Stock class -> fastdl class with the same attributes. A new operation adds its rows here.
 REGISTRY: dict[type[nn.Module], type[Swapped]] = {
-    cls.stock_class: cls for cls in (Linear, NonDynamicallyQuantizableLinear)
+    cls.stock_class: cls
+    for cls in (
+        Linear,
+        NonDynamicallyQuantizableLinear,
+        MultiheadAttention,
+        TransformerEncoderLayer,
+        TransformerDecoderLayer,
+    )
 }
 
 

@@ -19,6 +19,7 @@ class Swapped:
     """
 
     stock_class: ClassVar[type[torch.nn.Module]]  # what `restore` and pickles turn an instance into
+    packed_weight: ClassVar[str | None] = "weight"  # the parameter that `freeze` packs; None: the layer has none itself
     _pack = None  # a PackedWeight, set by `freeze`; not annotated, since the script compiler reads annotations
 
     def drop_pack(self) -> None:

@@ -100,7 +100,7 @@ def _one_seed(seed: Tensor | None, dim: int | None) -> Tensor | None:
 
 
 def _vmap_attention(info: Any, dims: Sequence[Any], *args: Any) -> tuple[Any, Any]:
-    query, key, value, mask, cu_q, cu_k, seed, *options, save_lse = args
+    query, key, value, mask, cu_q, _, seed, *options, save_lse = args
     if _must_loop(cu_q, seed, dims[6]):
         return _loop(_ops.attention, info, dims, args)
     size, batch = info.batch_size, _batch(query, dims[0])
@@ -112,7 +112,7 @@ def _vmap_attention(info: Any, dims: Sequence[Any], *args: Any) -> tuple[Any, An
 
 
 def _vmap_attention_backward(info: Any, dims: Sequence[Any], *args: Any) -> tuple[Any, Any]:
-    grad, query, key, value, mask, out, lse, cu_q, cu_k, seed, *options, needs = args
+    grad, query, key, value, mask, out, lse, cu_q, _, seed, *options, needs = args
     if _must_loop(cu_q, seed, dims[9]):
         return _loop(_ops.attention_backward, info, dims, args)
     size, batch = info.batch_size, _batch(query, dims[1])

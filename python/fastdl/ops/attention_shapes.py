@@ -1,9 +1,9 @@
 """Shapes and layouts of attention: what fits together, and the one form that the operation takes.
 
-    query [B, H, Lq, D]   key [B, Hkv, Lk, D]   value [B, Hkv, Lk, Dv]   mask [B|1, H|1, Lq|1, Lk|1]   out [B, H, Lq, Dv]
+    query [B, H, Lq, D]  key [B, Hkv, Lk, D]  value [B, Hkv, Lk, Dv]  mask [B|1, H|1, Lq|1, Lk|1]  out [B, H, Lq, Dv]
 
-H is a multiple of Hkv: query head h reads head h / (H / Hkv) of key and value. RuntimeError where arguments do not fit.
-Sizes may be symbolic.
+H is a multiple of Hkv: query head h reads head h / (H / Hkv) of key and value. RuntimeError where arguments do not
+fit. Sizes may be symbolic.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _broadcast(op: str, argument: str, shapes: Sequence[Sequence[int]], what: st
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, gqa: bool) -> tuple[int, ...]:
-    """query [..., H, Lq, D], key [..., Hk, Lk, D], value [..., Hv, Lk, Dv], 2-D upwards -> (*batch, H), without Lq, Dv."""
+    """query [..., H, Lq, D], key [..., Hk, Lk, D], value [..., Hv, Lk, Dv], 2-D upwards -> (*batch, H)."""
     for name, x in (("query", query), ("key", key), ("value", value)):
         require(x.ndim >= 2, SDPA, name, "at least 2 dimensions, [..., L, E]", x)
     D, Lk = query.shape[-1], key.shape[-2]
