@@ -126,7 +126,9 @@ def masks_of(kind, shape):
 @pytest.mark.parametrize("kind", ["bool", "float"])
 @pytest.mark.parametrize("options", MODULES.values(), ids=MODULES)
 def test_multihead_masks(options, kind):
-    for shape, padded, need_weights in itertools.product(((L, S), (N * HEADS, L, S), None), (True, False), (True, False)):
+    for shape, padded, need_weights in itertools.product(
+        ((L, S), (N * HEADS, L, S), None), (True, False), (True, False)
+    ):
         theirs = nn.MultiheadAttention(E, HEADS, batch_first=True, **options)
         args = inputs("memory", True)
         given = {
@@ -240,7 +242,7 @@ def test_multihead_errors_are_torchs(change, error):
         nn.MultiheadAttention.forward(module, **given, need_weights=False)
     with pytest.raises(type(theirs.value)):
         module(**given, need_weights=False)
-    with pytest.raises(TypeError, match="argument 'query': expected a torch.Tensor, got list"):
+    with pytest.raises(TypeError, match=r"argument 'query': expected a torch\.Tensor, got list"):
         module([1.0], given["key"], given["value"])
 
 
@@ -318,7 +320,7 @@ def test_dropout_of_layers_is_drawn_in_training_only():
 @pytest.mark.parametrize("padding", ["none", "left_aligned", "scattered"])
 @pytest.mark.parametrize("norm_first", [False, True], ids=["post_norm", "norm_first"])
 def test_encoder_fast_path_does_not_bypass_fastdl(norm_first, padding, kernel_calls):
-    """In eval, torch.nn.TransformerEncoder turns padded batches into nested tensors, and its layers skip their modules."""
+    """In eval, torch.nn.TransformerEncoder makes padded batches nested tensors, and its layers skip their modules."""
     theirs = nn.TransformerEncoder(layer_of("encoder", norm_first=norm_first), 2).eval()
     ours = swapped(theirs)
     x = randn(N, L, E)

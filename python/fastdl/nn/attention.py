@@ -180,7 +180,7 @@ class MultiheadAttention(Swapped, stock.MultiheadAttention):
         return (torch.cat(ks, time), torch.cat(vs, time), extra) if extra else (k, v, 0)
 
     def _merge(self, attn_mask: Tensor | None, padding: Tensor | None, q: Tensor, extra: int) -> Tensor | None:
-        """One mask for scaled_dot_product_attention, broadcast dimensions kept at 1: bool (True takes part) or added."""
+        """One mask for scaled_dot_product_attention, broadcast dimensions at 1: bool (True takes part) or added."""
         if attn_mask is not None and padding is not None and attn_mask.dtype != padding.dtype:
             # Warns of the mix, as torch does.
             padding = F._canonical_mask(padding, "key_padding_mask", attn_mask.dtype, "attn_mask", q.dtype)

@@ -416,6 +416,9 @@ def _varlen_differentiable(*args: Any) -> Tensor:
 def _varlen_torchs(query: Tensor, key: Tensor, value: Tensor, *extras: Any) -> Tensor:
     cu_q, cu_k, dropout_p, scale, (lo, hi), softcap = extras
     shapes.varlen(query, key, value, cu_q, cu_k)
+    if query.device.type != "meta":
+        shapes.offsets(cu_q, query.shape[0], "cu_seqlens_q")
+        shapes.offsets(cu_k, key.shape[0], "cu_seqlens_k")
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
     options = Options(query.shape[-1] ** -0.5 if scale is None else scale, lo, hi, softcap, 0.0, True)
     drop = reference.dropout_by_torch(dropout_p)

@@ -49,6 +49,9 @@ def attention(
     """(O, lse [B, H, Lq]); an empty tensor for lse unless `save_lse`."""
     if query.dtype not in KERNEL_DTYPES:
         shapes.operation(query, key, value, mask)
+        if cu_q is not None and cu_k is not None:
+            shapes.offsets(cu_q, query.shape[2], "cu_seqlens_q")
+            shapes.offsets(cu_k, key.shape[2], "cu_seqlens_k")
         options = Options(scale, lo, hi, softcap, dropout_p, align_end)
         drop = seeded_dropout(query, key, cu_q, cu_k, seed, dropout_p)
         out, lse = reference.attention(query, key, value, mask, cu_q, cu_k, drop, options)

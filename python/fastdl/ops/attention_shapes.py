@@ -123,6 +123,16 @@ def varlen(query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tensor
     require(cu_k.shape[0] == cu_q.shape[0], VARLEN, "cu_seqlens_k", f"{cu_q.shape[0]} entries as cu_seqlens_q", cu_k)
 
 
+def offsets(cu: Tensor, total: int, argument: str) -> None:
+    """RuntimeError unless cu starts at 0, never decreases and ends at total: what the kernels check themselves."""
+    values = cu.tolist()
+    if values[0] != 0 or values[-1] != total or any(a > b for a, b in zip(values, values[1:], strict=False)):
+        raise RuntimeError(
+            f"fastdl.{VARLEN}: argument '{argument}': expected offsets from 0 to {total} that never decrease, "
+            f"got {values[:8]}{'...' if len(values) > 8 else ''}"
+        )
+
+
 # --- the operation's arguments ------------------------------------------------------------------------------------
 def operation(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
     """RuntimeError unless the four are in the operation's form."""
