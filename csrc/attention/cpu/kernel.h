@@ -109,7 +109,7 @@ void softmax(const SoftmaxArgs& t) {
   constexpr int W = L::width;
   constexpr bool kMask = !is_same<Mask, NoMask>, kBoolean = is_same<Mask, std::uint8_t>;
   using V = typename L::V;
-  const bool plain = !kMask && attention_plain(MaskKind::none, t.scale, t.softcap);
+  const bool plain = !kMask && t.plain;
   const auto lowest = L::set1(-kInfinity), unit = L::set1(plain ? 1.0f : kLog2E);
   const auto factor = L::set1(plain ? t.scale * kLog2E : kLog2E);
   const int stop = (t.end + W - 1) / W * W;

@@ -28,9 +28,10 @@ struct SoftmaxArgs {
   i64 see_begin, see_end;  // row 0 sees columns [see_begin, see_end) of them, each further row one later (clamped)
   int n;                   // columns that exist
   float scale, softcap;
+  bool plain;        // only a positive scale between product and exp: no mask, no softcap
   const void* mask;  // of column 0, row 0
   i64 mask_row, mask_col;
-  float* max;  // [m], room for whole vectors; in units of 1/ln 2 where there is neither mask nor softcap nor scale <= 0
+  float* max;  // [m], room for whole vectors; in units of ln 2 where plain
   float* sum;  // [m]
   float* o;    // [m, dv] so far, rescaled where the maximum moves; room for whole vectors
   i64 o_row;
@@ -71,10 +72,5 @@ struct AttentionKernel {
   const GemmHelpers* helpers;     // gemm's: packing
   const AttentionOps* ops;
 };
-
-// Scores stay in the softmax's own unit (base 2) where nothing but a positive scale comes between product and exp.
-constexpr bool attention_plain(MaskKind mask, float scale, float softcap) {
-  return mask == MaskKind::none && !(softcap > 0) && scale > 0 && scale < 1e30f;
-}
 
 }  // namespace fastdl

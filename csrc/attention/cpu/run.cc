@@ -42,6 +42,11 @@ struct Scratch {
   }
 };
 
+// Scores stay in base 2 where nothing but a positive scale comes between product and exp.
+bool plain(const AttentionDesc& d) {
+  return d.mask == MaskKind::none && !(d.softcap > 0) && d.scale > 0 && d.scale < 1e30f;
+}
+
 // The keys that rows [begin, end) of a sequence see, together.
 struct Seen {
   i64 begin, end;
@@ -136,7 +141,7 @@ bool run_strip(const Head& h, const StripBlock& x) {
   f.begin = static_cast<int>(begin), f.end = static_cast<int>(end);
   f.see_begin = std::clamp(d.lo, -kFar, kFar) + h.span.offset + x.begin - x.key;
   f.see_end = std::clamp(d.hi, -kFar, kFar) + h.span.offset + x.begin + 1 - x.key;
-  f.scale = d.scale, f.softcap = d.softcap;
+  f.scale = d.scale, f.softcap = d.softcap, f.plain = plain(d);
   if (d.mask != MaskKind::none) {
     const DType dtype = d.mask == MaskKind::f32 ? DType::f32 : d.dtype;
     const i64 offset =
@@ -206,7 +211,7 @@ void run_block(const Head& h, i64 head, i64 block, const Scratch& scratch) {
     }
   }
 
-  const double unit = attention_plain(d.mask, d.scale, d.softcap) ? 0.6931471805599453 : 1.0;
+  const double unit = plain(d) ? 0.6931471805599453 : 1.0;
   for (i64 i = 0; i < strips; ++i) {
     const i64 begin = h.strip_begin(first + i), m = h.strip_begin(first + i + 1) - begin;
     const float* const max = scratch.max + i * kRowSlots;
