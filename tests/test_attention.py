@@ -61,7 +61,7 @@ def against_reference(args, mask, dtype, **options):
     assert_same(ours, run(scaled_dot_product_attention, [*doubles, mask], *doubles, mask, **options), dtype)
 
 
-# --- against torch --------------------------------------------------------------------------------------------------
+# --- against torch ---------------------------------------------------------------------------------------------------
 SHAPES = {
     "square": ((2, 3, 5, 8),) * 3,
     "cross": ((2, 3, 5, 8), (2, 3, 7, 8), (2, 3, 7, 8)),
@@ -138,7 +138,7 @@ def test_grouped_heads_as_torch(heads):
     assert not calls.handbacks
 
 
-# --- every pair of options, against float64 ---------------------------------------------------------------------------
+# --- every pair of options, against float64 --------------------------------------------------------------------------
 MASKS = {
     "none": lambda: None,
     "bool": lambda: torch.rand(1, 1, 9, 11) < 0.7,
@@ -201,7 +201,7 @@ def test_softcap_and_window_mean_what_they_say():
     torch.testing.assert_close(scaled_dot_product_attention(q, k, v, softcap=2.0, window=(2, 1)), expected)
 
 
-# --- layouts --------------------------------------------------------------------------------------------------------
+# --- layouts ---------------------------------------------------------------------------------------------------------
 ORDERS = {"BHLD": (0, 1, 2, 3), "BLHD": (0, 2, 1, 3), "LBHD": (2, 0, 1, 3), "HBLD": (1, 0, 2, 3), "BHDL": (0, 1, 3, 2)}
 
 
@@ -255,7 +255,7 @@ def test_packed_projection_is_read_in_place():
     assert_same(*(run(f, [x], q, k, v, is_causal=True) for f in functions))
 
 
-# --- dropout --------------------------------------------------------------------------------------------------------
+# --- dropout ---------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 def test_dropout_is_reproducible_and_the_same_in_backward(dtype):
     q, k, _ = (x.detach() for x in qkv(Lq=33, Lk=40, dtype=dtype))
@@ -290,7 +290,7 @@ def test_dropout_of_0_draws_nothing_and_of_1_gives_zeros():
         assert (out == 0).all() and all((g == 0).all() for g in grads)
 
 
-# --- packed sequences -------------------------------------------------------------------------------------------------
+# --- packed sequences ------------------------------------------------------------------------------------------------
 LENGTHS = [(3, 5), (0, 0), (4, 4), (1, 7), (6, 2), (0, 3), (2, 0)]
 
 
@@ -391,7 +391,7 @@ def test_varlen_offsets_that_decrease(cu, dtype):
         attention_varlen(x, x, x, cu, cu)
 
 
-# --- inputs that must not hurt ----------------------------------------------------------------------------------------
+# --- inputs that must not hurt ---------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [

@@ -81,7 +81,7 @@ def assert_alike(ours, theirs, leaves, *args, **kwargs):
     torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
 
 
-# --- MultiheadAttention -------------------------------------------------------------------------------------------
+# --- MultiheadAttention ----------------------------------------------------------------------------------------------
 MODULES = {
     "plain": {},
     "no_bias": {"bias": False},
@@ -246,7 +246,7 @@ def test_multihead_errors_are_torchs(change, error):
         module([1.0], given["key"], given["value"])
 
 
-# --- transformer layers -------------------------------------------------------------------------------------------
+# --- transformer layers ----------------------------------------------------------------------------------------------
 LAYERS = {
     "post_norm": {},
     "norm_first": {"norm_first": True},
@@ -362,7 +362,7 @@ def test_whole_transformer(batch_first):
     assert not calls.handbacks
 
 
-# --- swapping -----------------------------------------------------------------------------------------------------
+# --- swapping --------------------------------------------------------------------------------------------------------
 def model_of_all():
     return nn.ModuleDict(
         {
@@ -440,7 +440,7 @@ def test_explain_names_what_torch_runs():
     assert (row.status, row.kernel, row.reason) == ("torch", "torch", "query is on meta")
 
 
-# --- compile, scripts, export ---------------------------------------------------------------------------------------
+# --- compile, scripts, export ----------------------------------------------------------------------------------------
 @pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("kind", ["attention", "weights", "encoder", "decoder"])
 def test_compile_fullgraph(kind, kernel_calls):

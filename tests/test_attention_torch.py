@@ -24,6 +24,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
+    pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning"),
 ]
 torchs = F.scaled_dot_product_attention
 
@@ -69,7 +70,7 @@ class Recorded(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-# --- operations -------------------------------------------------------------------------------------------------------
+# --- operations ------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_opcheck(dtype):
     q, k, v = (torch.randn(s).to(dtype) for s in ((2, 4, 5, 8), (2, 2, 7, 8), (2, 2, 7, 6)))
@@ -118,7 +119,7 @@ def test_flops():
     assert counter.get_total_flops() == 2 * 4 * (3 * 3 + 4 * 4) * 16
 
 
-# --- gradcheck, on the reference path ---------------------------------------------------------------------------------
+# --- gradcheck, on the reference path --------------------------------------------------------------------------------
 GRADCHECKS = {
     "plain": {},
     "causal": {"is_causal": True},
@@ -174,7 +175,7 @@ def test_double_backward_in_low_precision_is_finite(args):
     assert [g.dtype for g in second] == [torch.bfloat16] * 4 and all(g.isfinite().all() for g in second)
 
 
-# --- torch.compile ------------------------------------------------------------------------------------------------------
+# --- torch.compile ---------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "options",
     [{}, {"scale": 0.2}, {"softcap": 2.0, "window": (2, 1)}, {"window": (None, 0)}],
@@ -265,7 +266,7 @@ def test_compile_with_autocast_inside(args, compiled):
     assert {grad.dtype for grad in torch.autograd.grad(out.float().sum(), args)} == {torch.float32}
 
 
-# --- checkpointing ------------------------------------------------------------------------------------------------------
+# --- checkpointing ---------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("use_reentrant", [False, True], ids=["non_reentrant", "reentrant"])
 @pytest.mark.parametrize("compile", [False, True], ids=["eager", "compile"])
 def test_checkpoint_repeats_dropout(compile, use_reentrant, args, compiled):
@@ -286,7 +287,7 @@ def test_checkpoint_repeats_dropout(compile, use_reentrant, args, compiled):
     torch.testing.assert_close((v.grad * v).sum(), out.sum())
 
 
-# --- torch.func ---------------------------------------------------------------------------------------------------------
+# --- torch.func ------------------------------------------------------------------------------------------------------
 MAPS = {  # in_dims of query, key, value, mask; 3 is the mapped dimension
     "query": (0, None, None, None),
     "query_last": (4, None, None, None),
@@ -370,7 +371,7 @@ def test_torch_func(transform):
 def test_forward_mode_is_left_to_torch(args):
     q, k, v, _ = (x.detach() for x in args)
     with forward_ad.dual_level(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        out, tangent = forward_ad.unpack_dual(attention(forward_ad.make_dual(q, torch.ones_like(q)), k, v))
+        _, tangent = forward_ad.unpack_dual(attention(forward_ad.make_dual(q, torch.ones_like(q)), k, v))
     assert tangent is not None
     assert dict(calls.handbacks) == {("scaled_dot_product_attention", "forward-mode differentiation"): 1}
 
@@ -384,7 +385,7 @@ def test_batched_gradients(args):
         torch.testing.assert_close(tuple(g[i] for g in batched), single, rtol=1e-4, atol=1e-5)
 
 
-# --- autocast, inference mode, other kinds of tensor ----------------------------------------------------------------------
+# --- autocast, inference mode, other kinds of tensor -----------------------------------------------------------------
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_casts_as_torch_does(dtype, args):
     with torch.autocast("cpu", dtype=dtype):
@@ -421,11 +422,15 @@ def test_default_dtype_and_device_do_not_leak_in(args):
     assert out.device.type == "cpu" and args[0].grad.device.type == "cpu"
 
 
+class Special(torch.Tensor):
+    """A subclass that changes nothing."""
+
+
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
         (lambda x: x.detach().to("meta"), "query is on meta"),
-        (lambda x: torch.Tensor._make_subclass(type("Special", (torch.Tensor,), {}), x.detach()), "query is a Special"),
+        (lambda x: torch.Tensor._make_subclass(Special, x.detach()), "query is a Special"),
         (lambda x: x.detach() + 0j, "dtype complex64"),
     ],
     ids=["meta", "subclass", "complex"],
@@ -450,7 +455,7 @@ def test_nested_tensors_are_handed_back():
     assert {op for op, _ in calls.handbacks} == {"scaled_dot_product_attention"}
 
 
-# --- modes, tracers, hooks --------------------------------------------------------------------------------------------
+# --- modes, tracers, hooks -------------------------------------------------------------------------------------------
 def test_dispatch_modes_see_the_operations(args):
     with Recorded() as forward, torch.no_grad():
         attention(*args)

@@ -346,6 +346,12 @@ def _operation(*args: Any) -> tuple[Tensor, Tensor]:
 
 
 def _apply(*args: Any) -> tuple[Tensor, Tensor]:
+    if is_compiling():  # Dynamo refuses an autograd.Function that is given one tensor twice
+        query, key, value, mask, cu_q, cu_k, *rest = args
+        key = key.view_as(key) if key is query else key
+        value = value.view_as(value) if value is query or value is key else value
+        cu_k = cu_k.view_as(cu_k) if cu_k is not None and cu_k is cu_q else cu_k
+        args = (query, key, value, mask, cu_q, cu_k, *rest)
     return AttentionFunction.apply(*args)
 
 
