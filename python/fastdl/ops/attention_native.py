@@ -55,6 +55,8 @@ def attention(
         drop = seeded_dropout(query, key, cu_q, cu_k, seed, dropout_p)
         out, lse = reference.attention(query, key, value, mask, cu_q, cu_k, drop, options)
         return empty_like(query, value.shape[3]).copy_(out), lse if save_lse else lse.new_empty(0)
+    if not query.ndim == key.ndim == value.ndim == 4:  # all else the native function checks
+        shapes.operation(query, key, value, mask)
     out = empty_like(query, value.shape[3])
     lse = torch.empty(query.shape[:3] if save_lse else (0,), dtype=torch.float32, device="cpu")
     _C.attention(
