@@ -8,6 +8,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ import torch
 from rich.console import Console
 
 from fastdl import _C, machine
-from fastdl.bench import check, compare, gemm, harness, host, runner
+from fastdl.bench import attention, check, compare, gemm, harness, host, runner
 from fastdl.bench.report import print_document, read_json, write_json
 from fastdl.bench.settings import Settings
 from fastdl.bench.shapes import load
@@ -37,14 +38,17 @@ def printed(function, *arguments):
 
 
 # --- shapes -------------------------------------------------------------------------------------------------------
-def test_shapes_have_unique_names_in_every_family():
-    for family in gemm.FAMILIES:
-        names = [shape.name for shape in load("gemm", family)]
+@pytest.mark.parametrize("operation", runner.OPERATIONS)
+def test_shapes_have_unique_names_in_every_family(operation):
+    for family in runner.OPERATIONS[operation].FAMILIES:
+        names = [shape.name for shape in load(operation, family)]
         assert names and len(names) == len(set(names)), family
 
 
-def test_shapes_name_no_unknown_family():
-    assert {family for shape in load("gemm") for family in shape.families} <= set(gemm.FAMILIES)
+@pytest.mark.parametrize("operation", runner.OPERATIONS)
+def test_shapes_name_no_unknown_family(operation):
+    families = {family for shape in load(operation) for family in shape.families}
+    assert families <= set(runner.OPERATIONS[operation].FAMILIES)
 
 
 def test_small_shapes_are_small():
@@ -196,6 +200,52 @@ def test_forced_kernel_runs(family):
             case = gemm.FAMILIES[family](shape, Settings(kernel=row["name"], dtype=row["dtype"]))
             outcome, kernels = harness.run_check(case)
             assert outcome.failure == "" and kernels == {row["name"]: 1}
+
+
+def small(shape, **changed):
+    """A shape cut down to what a test can afford."""
+    dims = {"B": 1, "H": 4, "Hkv": 2 if shape.dims["Hkv"] < shape.dims["H"] else 4, "Lk": 40, "D": 16}
+    dims["Lq"] = 1 if shape.dims["Lq"] == 1 else 40
+    return replace(shape, dims=dims | changed)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", attention.FAMILIES)
+def test_attention_families_pass_their_check(family, dtype):
+    for shape in load("attention", family):
+        case = attention.FAMILIES[family](small(shape), Settings(dtype=dtype))
+        outcome, kernels = harness.run_check(case)
+        assert outcome.failure == "" and sum(kernels.values()) >= case.kernel_calls, shape.name
+        assert "dropout" in shape.tags or 0 < outcome.error <= 3 * outcome.torch_error
+        assert set(case.parts) == ({"without mask"} if family == "masks" else set())
+
+
+@pytest.mark.parametrize("family", attention.FORCED)
+def test_forced_attention_kernel_runs(family):
+    shape = small(load("attention", family)[-1])
+    for row in _C.kernels("attention"):
+        if row["available"]:
+            case = attention.FAMILIES[family](shape, Settings(kernel=row["name"], dtype=row["dtype"]))
+            outcome, kernels = harness.run_check(case)
+            assert outcome.failure == "" and kernels == {row["name"]: 1}
+
+
+@pytest.mark.parametrize("budget", [1 << 23, 1], ids=["every row", "sampled rows"])
+@pytest.mark.parametrize("family", ["forward", "train"])
+def test_attention_check_finds_one_wrong_element(family, budget, monkeypatch):
+    monkeypatch.setattr(attention, "_CHECK_SCORES", budget)
+    right = attention.functional.scaled_dot_product_attention
+
+    def wrong(*args, **options):
+        out = right(*args, **options)
+        delta = torch.zeros_like(out)
+        delta[0, 1, 17, 3] = 0.05
+        return out + delta * (args[0][0, 0, 0, 0] + 10 if family == "train" else 1)
+
+    monkeypatch.setattr(attention.functional, "scaled_dot_product_attention", wrong)
+    case = attention.FAMILIES[family](small(load("attention", family)[0]), Settings())
+    outcome, _ = harness.run_check(case)
+    assert outcome.failure.startswith(("output: ", "dq: "))
 
 
 @pytest.mark.parametrize(

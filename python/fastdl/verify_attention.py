@@ -56,21 +56,21 @@ def _assert_equal(actual: Tensor, expected: Tensor) -> None:
 
 
 def _check_selected(kernel: str, dtype: torch.dtype, Lq: int, Lk: int, D: int) -> None:
-    """Every query sees one key, chosen by a bool mask, an additive mask, or a window: O is that row of V."""
+    """Equal scores, one key in sight, chosen by a bool mask, an additive mask, or a window: O is that row of V."""
     generator = torch.Generator().manual_seed(Lq * 7919 + Lk * 31 + D)
     q, k = _normal(generator, dtype, 2, 2, Lq, D), _normal(generator, dtype, 2, 1, Lk, D)
     v = integer_matrix((2, 1, Lk, D), 1, generator, dtype)
     chosen = torch.randint(Lk, (2, 2, Lq), generator=generator)
     seen = torch.zeros(2, 2, Lq, Lk, dtype=torch.bool).scatter_(3, chosen[..., None], True)
     expected = v.expand(2, 2, Lk, D).gather(2, chosen[..., None].expand(2, 2, Lq, D))
-    _assert_equal(_run(kernel, q, k, v, seen).view, expected)
-    added = torch.full(seen.shape, -torch.inf).masked_fill(seen, 0.5).to(dtype)
-    _assert_equal(_run(kernel, q, k, v, added).view, expected)
+    _assert_equal(_run(kernel, q, k, v, seen, scale=0.0).view, expected)
+    added = torch.full(seen.shape, -torch.inf).masked_fill(seen, 0.0).to(dtype)
+    _assert_equal(_run(kernel, q, k, v, added, scale=0.0).view, expected)
     rows = torch.arange(Lq)
     diagonal = torch.where(
         (rows < Lk)[:, None], v[:, :, rows.clamp(max=max(Lk - 1, 0))], torch.zeros((), dtype=dtype)
     ).expand(2, 2, Lq, D)
-    _assert_equal(_run(kernel, q, k, v, lo=0, hi=0).view, diagonal)
+    _assert_equal(_run(kernel, q, k, v, lo=0, hi=0, scale=0.0).view, diagonal)
 
 
 def _check_mean(kernel: str, dtype: torch.dtype, Lq: int, Lk: int, D: int) -> None:
