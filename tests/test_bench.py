@@ -544,6 +544,52 @@ def test_bars_of_the_float32_path():
     }
 
 
+def test_bars_of_attention():
+    """Its figures, as (metric, must, aim)."""
+    bars = {
+        bar.name.removeprefix("attention "): (bar.metric, bar.must, bar.aim)
+        for bar in check.load_bars(check.find_bars(ROOT))
+        if bar.issue == 4
+    }
+    both = {"float32": 1.5, "bfloat16": 2.2}
+    expected = {
+        "forward bfloat16 full, L >= 512": ("speedup", 1.7, 2.6),
+        "forward bfloat16 causal, L >= 512": ("speedup", 2.2, 3.2),
+        "forward float32": ("speedup", 1.5, 2.2),
+        "forward+backward bfloat16": ("speedup", 4, 6),
+        "forward+backward float32": ("speedup", 1.8, 2.5),
+        "forward bfloat16 L = 128, 197, 577": ("speedup", 1.5, 2.5),
+    }
+    for isa in ("avx512", "avx2"):
+        expected[f"forward float32 {isa}"] = expected[f"forward+backward float32 {isa}"] = ("speedup", 1.0, 1.3)
+    for dtype, must in both.items():
+        expected[f"bool mask over heads {dtype}"] = expected[f"float mask over heads {dtype}"] = (
+            "mask_ratio",
+            1.25,
+            1.15,
+        )
+        expected[f"decode 32/8 kv 4096 {dtype}"] = ("speedup", 2, 2)
+        expected[f"decode 32/8 kv 4096 {dtype} bandwidth"] = ("read_percent", 60, 85)
+        expected[f"lengths 1k to 16k causal {dtype}"] = ("worst_speedup", must, must + (0.7 if must < 2 else 1.0))
+        expected[f"time per score 1k to 16k {dtype}"] = ("rate_spread", 1.15, 1.05)
+        expected[f"worst row {dtype}"] = ("worst_speedup", 1, 1)
+    assert bars == expected
+
+
+def test_figures_over_rows(document):
+    rows = make_rows(document, 2.0, 4.0)
+    assert check.judge(make_bar(metric="worst_speedup"), rows).value == pytest.approx(2.0)
+    for row, rate in zip(rows["rows"], (100.0, 125.0), strict=True):
+        row["gflops"], row["read_percent"] = rate, rate / 2
+        row["parts"] = {"without mask": {"speedup": 100 / rate}}
+    assert check.judge(make_bar(metric="rate_spread", must=1.3, aim=1.1), rows).value == pytest.approx(1.25)
+    assert not check.judge(make_bar(metric="rate_spread", must=1.2, aim=1.1), rows).met
+    assert check.judge(make_bar(metric="mask_ratio", must=1.3, aim=1.1), rows).value == pytest.approx(1.25)
+    assert check.judge(make_bar(metric="read_percent", must=55, aim=90), rows).value == pytest.approx(
+        math.sqrt(50 * 62.5)
+    )
+
+
 def test_bars_are_selected_by_name(tmp_path):
     path = check.find_bars(ROOT)
     assert [bar.name for bar in check.load_bars(path, "call*without*")] == ["call overhead 8x8 without grad"]
