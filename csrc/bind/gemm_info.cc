@@ -7,6 +7,7 @@
 #include <tuple>
 #include <utility>
 
+#include "attention/attention.h"
 #include "base/check.h"
 #include "base/parallel.h"
 #include "bind/bind.h"
@@ -148,27 +149,43 @@ py::dict plan_shape(i64 M, i64 N, i64 K, i64 batch, Strides a, Strides b, bool p
   return plan_dict(d, machine, gemm_plan(d, machine, kernel.empty() ? nullptr : &gemm_kernel(kernel, op)));
 }
 
-py::list kernel_rows(const std::string& op) {
-  if (op != "gemm") fail("fastdl.kernels: argument 'op': expected 'gemm', got '", op, "'");
+// What every table says of a row.
+template <class Kernel>
+py::dict kernel_row(const Kernel& k, const char* kind) {
   const CpuInfo& cpu = cpu_info();
+  py::dict row;
+  row["name"] = k.name;
+  row["isa"] = isa_name(k.isa);
+  row["dtype"] = torch_name(k.dtype);
+  row["kind"] = kind;
+  row["mr"] = k.mr;
+  row["nr"] = k.nr;
+  row["available"] = k.isa <= cpu.isa;
+  row["reason"] = k.isa <= cpu.isa       ? std::string()
+                  : isa_supported(k.isa) ? concat("FASTDL_ISA=", cpu.cap)
+                                         : concat("this machine has no ", isa_name(k.isa));
+  return row;
+}
+
+py::list kernel_rows(const std::string& op) {
   py::list out;
-  for (const GemmKernel& k : gemm_kernels()) {
-    py::dict row;
-    row["name"] = k.name;
-    row["isa"] = isa_name(k.isa);
-    row["dtype"] = torch_name(k.dtype);
-    row["precision"] = precision_name(k.precision);
-    row["kind"] = k.kind == GemmKind::kTile ? "tile" : "dot";
-    row["k_unit"] = k.k_unit;
-    row["k_step"] = k.k_step;
-    row["planes"] = k.planes;
-    row["mr"] = k.mr;
-    row["nr"] = k.nr;
-    row["available"] = k.isa <= cpu.isa;
-    row["reason"] = k.isa <= cpu.isa       ? std::string()
-                    : isa_supported(k.isa) ? concat("FASTDL_ISA=", cpu.cap)
-                                           : concat("this machine has no ", isa_name(k.isa));
-    out.append(row);
+  if (op == "gemm") {
+    for (const GemmKernel& k : gemm_kernels()) {
+      py::dict row = kernel_row(k, k.kind == GemmKind::kTile ? "tile" : "dot");
+      row["precision"] = precision_name(k.precision);
+      row["k_unit"] = k.k_unit;
+      row["k_step"] = k.k_step;
+      row["planes"] = k.planes;
+      out.append(row);
+    }
+  } else if (op == "attention") {
+    for (const AttentionKernel& k : attention_kernels()) {
+      py::dict row = kernel_row(k, kind_name(k.kind));
+      row["key_block"] = k.key_block;
+      out.append(row);
+    }
+  } else {
+    fail("fastdl.kernels: argument 'op': expected 'gemm' or 'attention', got '", op, "'");
   }
   return out;
 }
@@ -181,9 +198,13 @@ void bind_gemm_info(py::module_& m) {
   m.def("counters", [] {
     py::dict out;
     for (const GemmKernel& k : gemm_kernels()) out[k.name] = gemm_calls(k);
+    for (const AttentionKernel& k : attention_kernels()) out[k.name] = attention_calls(k);
     return out;
   });
-  m.def("reset_counters", gemm_reset_calls);
+  m.def("reset_counters", [] {
+    gemm_reset_calls();
+    attention_reset_calls();
+  });
   m.def("recomputed", gemm_repaired);
   m.def("gemm_plan", plan_shape, "M"_a, "N"_a, "K"_a, py::kw_only(), "batch"_a = 1, "a_strides"_a = py::none(),
         "b_strides"_a = py::none(), "packed"_a = false, "isa"_a = "", "threads"_a = 0, "l1d"_a = 0, "l2"_a = 0,

@@ -45,17 +45,20 @@ def freeze(model: Model, max_bytes: int | None = None) -> Model:
     full = False
     unfreeze(model)
     for fqn, module in named_layers(model):
+        if isinstance(module, Swapped) and module.packed_weight is None:
+            continue  # the layers inside have the weights
         reason = _unpackable(module)
-        if reason is None and id(module.weight) not in packs:
-            size = pack_bytes(module.weight)
+        weight = None if reason is not None else getattr(module, module.packed_weight)
+        if reason is None and id(weight) not in packs:
+            size = pack_bytes(weight)
             full = full or (max_bytes is not None and spent + size > max_bytes)
             if full:
                 reason = f"its pack of {size} bytes does not fit max_bytes={max_bytes} with {spent} spent before it"
             else:
-                packs[id(module.weight)] = PackedWeight.of(module.weight, fqn)
+                packs[id(weight)] = PackedWeight.of(weight, fqn)
                 spent += size
         if reason is None:
-            module._pack = packs[id(module.weight)]
+            module._pack = packs[id(weight)]
             frozen += 1
         elif isinstance(module, Swapped):
             left.append(f"{fqn}: {reason}")
@@ -80,7 +83,11 @@ def _unpackable(module: nn.Module) -> str | None:
     """Why this layer gets no pack, or None."""
     if type(module) not in REGISTRY.values():
         return derived_reason(module)
-    weight = module.weight
+    if module.unpackable is not None:
+        return module.unpackable
+    weight = getattr(module, module.packed_weight)
+    if weight is None:
+        return "query, key and value have weights of their own, which are not packed"
     if not is_plain(weight) or weight.dtype not in KERNEL_DTYPES:
         got = f"{type(weight).__name__} of {weight.dtype} on {weight.device}"
         return f"expected a float32, bfloat16 or float16 weight on cpu, got {got}"

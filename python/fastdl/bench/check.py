@@ -34,8 +34,15 @@ _METRICS: dict[str, Callable[[dict[str, Any]], float]] = {
     "time_ratio": lambda row: 1 / row["warm"]["speedup"],
     "fma_percent": lambda row: row["fma_percent"],
     "float32_ratio": lambda row: 1 / row["parts"]["own float32"]["speedup"],
+    "read_percent": lambda row: row["read_percent"],
+    "mask_ratio": lambda row: 1 / row["parts"]["without mask"]["speedup"],
+    "rate_spread": lambda row: row["gflops"],
 }
-_AT_MOST = ("time_ratio", "float32_ratio")  # metrics where less is better
+_OVER_ROWS: dict[str, Callable[[list[float]], float]] = {  # where it is not the geometric mean
+    "mask_ratio": max,
+    "rate_spread": lambda rates: max(rates) / min(rates),
+}
+_AT_MOST = ("time_ratio", "float32_ratio", "mask_ratio", "rate_spread")  # metrics where less is better
 
 
 @dataclass(frozen=True)
@@ -189,7 +196,8 @@ def judge(bar: Bar, document: dict[str, Any]) -> Verdict:
         note += f", {len(handed)} handed back"
     for name, part in counted[0]["parts"].items() if len(rows) == 1 else ():
         note += f", {name} {1 / part['speedup']:.2f} of torch's time"
-    value = metric(worst) if bar.over == "worst" else geometric_mean([metric(row) for row in counted])
+    over_rows = _OVER_ROWS.get(bar.metric, geometric_mean)
+    value = metric(worst) if bar.over == "worst" else over_rows([metric(row) for row in counted])
     return Verdict(bar, value, problem, note)
 
 

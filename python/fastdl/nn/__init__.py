@@ -1,5 +1,13 @@
 """Modules with the constructors, parameters and state dicts of their namesakes in torch.nn."""
 
+from fastdl.nn.attention import MultiheadAttention
 from fastdl.nn.linear import Linear, NonDynamicallyQuantizableLinear
+from fastdl.nn.transformer import TransformerDecoderLayer, TransformerEncoderLayer
 
-__all__ = ["Linear", "NonDynamicallyQuantizableLinear"]
+__all__ = [
+    "Linear",
+    "MultiheadAttention",
+    "NonDynamicallyQuantizableLinear",
+    "TransformerDecoderLayer",
+    "TransformerEncoderLayer",
+]

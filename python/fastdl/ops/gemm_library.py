@@ -6,16 +6,15 @@ No autograd here: the autograd.Function stands outside the operation (`ops/gemm.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from fastdl.ops import gemm_native, reference, shapes
+from fastdl.ops.library import register
 
-_library = torch.library.Library("fastdl", "DEF")  # the registrations live as long as this object
 _ops = torch.ops.fastdl
 
 
@@ -159,19 +158,6 @@ def _flops_linear_wgrad(grad: Sequence[int], input: Sequence[int], *args: Any, *
 
 
 # --- the table ----------------------------------------------------------------------------------------------------
-def _register(
-    schema: str, native: Callable[..., Any], fake: Callable[..., Any], vmap: Callable, flops: Callable | None
-) -> None:
-    # The kernels take any strides, so Inductor need not restore the layouts that eager tensors had.
-    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
-    name = schema.partition("(")[0]
-    _library.impl(name, native, "CPU")
-    torch.library.register_fake(f"fastdl::{name}", fake, lib=_library)
-    torch.library.register_vmap(f"fastdl::{name}", vmap, lib=_library)
-    if flops is not None:
-        register_flop_formula(getattr(_ops, name))(flops)
-
-
 for _row in (
     (
         "linear(Tensor input, Tensor weight, Tensor? bias, Tensor? packed=None) -> Tensor",
@@ -211,4 +197,4 @@ for _row in (
     ),
     ("sum_rows(Tensor x) -> Tensor", gemm_native.sum_rows, _fake_sum_rows, _vmap_sum_rows, None),
 ):
-    _register(*_row)
+    register(*_row)

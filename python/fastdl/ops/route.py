@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.autograd import Function, forward_ad
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling, is_exporting
 
 from fastdl import _C
@@ -33,10 +33,11 @@ class Operation:
     arguments: tuple[str, ...]
     torch_function: Callable[..., Tensor]  # runs what is handed back
     overload: Callable[..., Tensor]  # torch.ops.fastdl.<name>
-    function: type[Function]  # the autograd.Function around it
+    function: Any  # the autograd.Function around it, or whatever has an `apply` that goes through one
     unsupported: Callable[..., str | None]  # why shapes that torch takes are not taken; raises where nobody takes them
     plan: Callable[..., str]  # (out, *arguments) -> the kernel's name, for `explain`
     optional: tuple[str, ...] = ()  # arguments that may be None
+    own_dtype: tuple[str, ...] = ()  # arguments whose dtype may differ from the others'; `unsupported` checks them
     autocast: bool = False  # whether torch.autocast casts its tensors
 
 
@@ -51,7 +52,7 @@ def call(op: Operation, *args: Tensor | None, constants: tuple[Any, ...] = ()) -
         if op.autocast and torch.is_autocast_enabled("cpu"):
             args = _cast(args, torch.get_autocast_dtype("cpu"))
             tensors = _given(op, args)
-        reason = _reason_from_dtype(op.name, tensors) or op.unsupported(*args, *constants)
+        reason = _reason_from_dtype(op, tensors) or op.unsupported(*args, *constants)
     before = _recomputed()
     if reason is not None:
         calls.handback(op.name, reason)
@@ -149,11 +150,12 @@ def _reason_from_kind(op: str, tensors: dict[str, Tensor]) -> str | None:
     return None
 
 
-def _reason_from_dtype(op: str, tensors: dict[str, Tensor]) -> str | None:
+def _reason_from_dtype(op: Operation, tensors: dict[str, Tensor]) -> str | None:
+    tensors = {name: x for name, x in tensors.items() if name not in op.own_dtype}
     dtypes = [x.dtype for x in tensors.values()]
     if any(dtype != dtypes[0] for dtype in dtypes):
         got = ", ".join(f"{name} {_short(x.dtype)}" for name, x in tensors.items())
-        raise RuntimeError(f"fastdl.{op}: expected tensors of one dtype, got {got}")
+        raise RuntimeError(f"fastdl.{op.name}: expected tensors of one dtype, got {got}")
     return None if dtypes[0] in DTYPES else f"dtype {_short(dtypes[0])}"
 
 
