@@ -6,6 +6,6 @@ namespace fastdl::avx512bf16 {
 using L = VecAvx512Narrow;
 
 extern const AttentionOps attention_bf16;
-const AttentionOps attention_bf16 = attention_ops<L, PairRows<L>, bf16>();
+const AttentionOps attention_bf16 = attention_ops<L, PairRows<L>, bf16, 4, 4>();
 
 }  // namespace fastdl::avx512bf16

@@ -200,9 +200,141 @@ void attention_finish(const AttentionFinishArgs& t) {
   }
 }
 
-template <class L, class Rows, class T>
+template <class L, class T, int MR>
+FASTDL_INLINE void decode_scores_rows(const DecodeScoresArgs& t, int row) {
+  constexpr int W = L::width, NR = 4;
+  const T* const q = static_cast<const T*>(t.q) + row * t.q_row;
+  float* const s = t.s + row * t.s_row;
+  for (int j = 0; j < t.n; j += NR) {
+    const T* k[NR];
+    for (int l = 0; l < NR; ++l) k[l] = static_cast<const T*>(t.k) + (j + l < t.n ? j + l : t.n - 1) * t.k_row;
+    typename L::V acc[MR][NR];
+#pragma GCC unroll 4
+    for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 4
+      for (int l = 0; l < NR; ++l) acc[i][l] = L::zero();
+    const auto step = [&](auto load) __attribute__((always_inline)) {
+      typename L::V x[NR];
+#pragma GCC unroll 4
+      for (int l = 0; l < NR; ++l) x[l] = load(k[l]);
+#pragma GCC unroll 4
+      for (int i = 0; i < MR; ++i) {
+        const auto y = load(q + i * t.q_row);
+#pragma GCC unroll 4
+        for (int l = 0; l < NR; ++l) acc[i][l] = L::fma(y, x[l], acc[i][l]);
+      }
+    };
+    int d = 0;
+    for (; d + W <= t.d; d += W) step([&](const T* p) __attribute__((always_inline)) { return L::load(p + d); });
+    if (d < t.d) {
+      const auto mask = L::first(t.d - d);
+      step([&](const T* p) __attribute__((always_inline)) { return L::load(p + d, mask); });
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < MR; ++i) L::sum4(acc[i][0], acc[i][1], acc[i][2], acc[i][3], s + i * t.s_row + j);
+  }
+}
+
+// See DecodeScoresArgs. Registers: 4 MR sums + 4 of K + 1 of Q.
+template <class L, class T, int MR>
+void decode_scores(const DecodeScoresArgs& t) {
+  int row = 0;
+  for (; row + MR <= t.m; row += MR) decode_scores_rows<L, T, MR>(t, row);
+  if constexpr (MR > 2) {
+    if (row + 2 <= t.m) decode_scores_rows<L, T, 2>(t, row), row += 2;
+  }
+  if (row < t.m) decode_scores_rows<L, T, 1>(t, row);
+}
+
+constexpr int kDecodeKeys = 32;  // keys whose values stay in L1 while all rows and columns pass over them
+
+template <class L, class T, int MR, int NV>
+FASTDL_INLINE void decode_values_tile(const DecodeValuesArgs& t, int row, int column, int begin, int end) {
+  constexpr int W = L::width;
+  const int left = t.dv - column;
+  const bool tail = left < NV * W;
+  const auto mask = L::first(tail ? left - (NV - 1) * W : W);
+  float* const o = t.o + row * t.o_row + column;
+  typename L::V acc[MR][NV];
+#pragma GCC unroll 4
+  for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) acc[i][v] = begin == 0 ? L::zero() : L::load(o + i * t.o_row + v * W);
+  const auto run = [&](auto load_last) __attribute__((always_inline)) {
+    for (int j = begin; j < end; ++j) {
+      const T* const p = static_cast<const T*>(t.v) + j * t.v_row + column;
+      typename L::V x[NV];
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) x[v] = v == NV - 1 ? load_last(p + v * W) : L::load(p + v * W);
+#pragma GCC unroll 4
+      for (int i = 0; i < MR; ++i) {
+        const auto y = L::set1(t.p[(row + i) * t.p_row + j]);
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) acc[i][v] = L::fma(y, x[v], acc[i][v]);
+      }
+    }
+  };
+  if (tail) {
+    run([&](const T* p) __attribute__((always_inline)) { return L::load(p, mask); });
+  } else {
+    run([](const T* p) __attribute__((always_inline)) { return L::load(p); });
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) L::store(o + i * t.o_row + v * W, acc[i][v]);
+}
+
+template <class L, class T, int MR, int NV>
+void decode_values_rows(const DecodeValuesArgs& t, int row, int begin, int end) {
+  constexpr int W = L::width;
+  int column = 0;
+  for (; column + (NV - 1) * W < t.dv; column += NV * W) decode_values_tile<L, T, MR, NV>(t, row, column, begin, end);
+  if constexpr (NV > 1) {
+    for (; column < t.dv; column += W) decode_values_tile<L, T, MR, 1>(t, row, column, begin, end);
+  }
+}
+
+// See DecodeValuesArgs. Registers: MR NV sums + NV of V + 1 of P.
+template <class L, class T, int MR, int NV>
+void decode_values(const DecodeValuesArgs& t) {
+  for (int begin = 0; begin < t.n; begin += kDecodeKeys) {
+    const int end = begin + kDecodeKeys < t.n ? begin + kDecodeKeys : t.n;
+    int row = 0;
+    for (; row + MR <= t.m; row += MR) decode_values_rows<L, T, MR, NV>(t, row, begin, end);
+    for (; row < t.m; ++row) decode_values_rows<L, T, 1, NV>(t, row, begin, end);
+  }
+}
+
+// See DecodeCombineArgs.
+template <class L>
+void decode_combine(const DecodeCombineArgs& t) {
+  constexpr int W = L::width;
+  float highest = -kInfinity;
+  for (i64 c = 0; c < t.chunks; ++c) highest = t.max[c * t.row_step] > highest ? t.max[c * t.row_step] : highest;
+  const float base = highest < -kMaxFloat ? -kMaxFloat : highest;
+  float sum = 0;
+  for (i64 c = 0; c < t.chunks; ++c) {
+    float factor[W];
+    const auto x = L::mul(L::set1(t.max[c * t.row_step] - base), L::set1(t.plain ? 1.0f : kLog2E));
+    const auto y = exp2_falling<L>(x);
+    L::store(factor, y);
+    sum += t.sum[c * t.row_step] * factor[0];
+    for (int j = 0; j < t.dv; j += W) {
+      const auto part = L::mul(L::load(t.o + c * t.o_step + j), y);
+      L::store(t.o + j, c == 0 ? part : L::add(L::load(t.o + j), part));
+    }
+  }
+  *t.max = highest, *t.sum = sum;
+}
+
+// kDecodeRows x kDecodeVectors: the sums that decode keeps in registers.
+template <class L, class Rows, class T, int kDecodeRows, int kDecodeVectors>
 constexpr AttentionOps attention_ops() {
-  return {{softmax<L, Rows, NoMask>, softmax<L, Rows, std::uint8_t>, softmax<L, Rows, float>, softmax<L, Rows, T>},
+  return {decode_scores<L, T, kDecodeRows>,
+          decode_values<L, T, kDecodeRows, kDecodeVectors>,
+          decode_combine<L>,
+          {softmax<L, Rows, NoMask>, softmax<L, Rows, std::uint8_t>, softmax<L, Rows, float>, softmax<L, Rows, T>},
           attention_finish<L, T>};
 }
 
