@@ -125,21 +125,20 @@ void softmax(const SoftmaxArgs& t) {
       const i64 first = clamped(t.see_begin + row, t.begin, t.end), last = clamped(t.see_end + row, first, t.end);
       from[i] = first / W * W, to[i] = first == last ? from[i] : (last + W - 1) / W * W;
       float* const s = t.s + row * t.s_row;
-      if constexpr (kMask) {
-        const Mask* const mask = static_cast<const Mask*>(t.mask) + row * t.mask_row;
+      if (kMask || !plain) {
         for (i64 j = from[i]; j < to[i]; j += W) {
           auto x = L::mul(L::load(s + j), L::set1(t.scale));
           if (t.softcap > 0) x = L::mul(L::set1(t.softcap), tanh<L>(L::div(x, L::set1(t.softcap))));
-          const auto y = load_mask<L>(mask + j * t.mask_col, t.mask_col, t.n - j);
-          x = kBoolean ? L::select_le_zero(y, lowest, x) : L::add(x, y);
+          if constexpr (kMask) {
+            const Mask* const mask = static_cast<const Mask*>(t.mask) + row * t.mask_row + j * t.mask_col;
+            const auto y = load_mask<L>(mask, t.mask_col, t.n - j);
+            x = kBoolean ? L::select_le_zero(y, lowest, x) : L::add(x, y);
+          }
           L::store(s + j, x);
+          r[i] = L::max(x, r[i]);
         }
-      } else if (!plain) {
-        for (i64 j = from[i]; j < to[i]; j += W) {
-          auto x = L::mul(L::load(s + j), L::set1(t.scale));
-          if (t.softcap > 0) x = L::mul(L::set1(t.softcap), tanh<L>(L::div(x, L::set1(t.softcap))));
-          L::store(s + j, x);
-        }
+        if (first == from[i] && last == to[i]) continue;
+        r[i] = lowest;
       }
       for (i64 j = from[i]; j < first; ++j) s[j] = -kInfinity;
       for (i64 j = last; j < to[i]; ++j) s[j] = -kInfinity;
@@ -200,14 +199,26 @@ void attention_finish(const AttentionFinishArgs& t) {
   }
 }
 
+constexpr int kDecodeKeys = 32;   // keys that stay in L1 while all rows (and columns of V) pass over them
+constexpr int kDecodeAhead = 16;  // keys to prefetch ahead: pages end too soon for the processor's own prefetching
+
+// The cache lines of `count` elements.
+template <class T>
+FASTDL_INLINE void prefetch_row(const T* p, int count) {
+  for (int i = 0; i < count; i += static_cast<int>(64 / sizeof(T))) __builtin_prefetch(p + i);
+}
+
 template <class L, class T, int MR>
-FASTDL_INLINE void decode_scores_rows(const DecodeScoresArgs& t, int row) {
+void decode_scores_rows(const DecodeScoresArgs& t, int row, int begin, int end) {
   constexpr int W = L::width, NR = 4;
   const T* const q = static_cast<const T*>(t.q) + row * t.q_row;
   float* const s = t.s + row * t.s_row;
-  for (int j = 0; j < t.n; j += NR) {
+  for (int j = begin; j < end; j += NR) {
     const T* k[NR];
     for (int l = 0; l < NR; ++l) k[l] = static_cast<const T*>(t.k) + (j + l < t.n ? j + l : t.n - 1) * t.k_row;
+    if (row == 0) {
+      for (int l = 0; l < NR; ++l) prefetch_row(k[l] + kDecodeAhead * t.k_row, t.d);
+    }
     typename L::V acc[MR][NR];
 #pragma GCC unroll 4
     for (int i = 0; i < MR; ++i)
@@ -238,15 +249,16 @@ FASTDL_INLINE void decode_scores_rows(const DecodeScoresArgs& t, int row) {
 // See DecodeScoresArgs. Registers: 4 MR sums + 4 of K + 1 of Q.
 template <class L, class T, int MR>
 void decode_scores(const DecodeScoresArgs& t) {
-  int row = 0;
-  for (; row + MR <= t.m; row += MR) decode_scores_rows<L, T, MR>(t, row);
-  if constexpr (MR > 2) {
-    if (row + 2 <= t.m) decode_scores_rows<L, T, 2>(t, row), row += 2;
+  for (int begin = 0; begin < t.n; begin += kDecodeKeys) {
+    const int end = begin + kDecodeKeys < t.n ? begin + kDecodeKeys : t.n;
+    int row = 0;
+    for (; row + MR <= t.m; row += MR) decode_scores_rows<L, T, MR>(t, row, begin, end);
+    if constexpr (MR > 2) {
+      if (row + 2 <= t.m) decode_scores_rows<L, T, 2>(t, row, begin, end), row += 2;
+    }
+    if (row < t.m) decode_scores_rows<L, T, 1>(t, row, begin, end);
   }
-  if (row < t.m) decode_scores_rows<L, T, 1>(t, row);
 }
-
-constexpr int kDecodeKeys = 32;  // keys whose values stay in L1 while all rows and columns pass over them
 
 template <class L, class T, int MR, int NV>
 FASTDL_INLINE void decode_values_tile(const DecodeValuesArgs& t, int row, int column, int begin, int end) {
@@ -263,6 +275,7 @@ FASTDL_INLINE void decode_values_tile(const DecodeValuesArgs& t, int row, int co
   const auto run = [&](auto load_last) __attribute__((always_inline)) {
     for (int j = begin; j < end; ++j) {
       const T* const p = static_cast<const T*>(t.v) + j * t.v_row + column;
+      if (row == 0) prefetch_row(p + kDecodeAhead * t.v_row, NV * W);
       typename L::V x[NV];
 #pragma GCC unroll 4
       for (int v = 0; v < NV; ++v) x[v] = v == NV - 1 ? load_last(p + v * W) : L::load(p + v * W);
