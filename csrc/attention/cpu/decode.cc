@@ -74,7 +74,8 @@ struct Decode {
       std::copy_n(row_sum, Lq, sum_out + g * Lq);
     }
     DecodeValuesArgs y = {};
-    y.p = s + begin, y.p_row = s_row, y.v = at(args.v, batch * d.v.batch + head * d.v.head + first * d.v.row, d.dtype);
+    y.p = s + begin / p.kernel->k_unit, y.p_row = s_row,
+    y.v = at(args.v, batch * d.v.batch + head * d.v.head + first * d.v.row, d.dtype);
     y.v_row = d.v.row, y.o = o, y.o_row = o_row;
     y.m = static_cast<int>(used), y.n = static_cast<int>(end - begin), y.dv = static_cast<int>(d.Dv);
     ops.values(y);
