@@ -89,7 +89,7 @@ struct Decode {
       DecodeCombineArgs c = {};
       c.max = max + first + row, c.sum = sum + first + row, c.o = output + (first + row) * o_row;
       c.row_step = rows, c.o_step = rows * o_row, c.chunks = p.blocks, c.dv = static_cast<int>(d.Dv),
-      c.plain = plain(d);
+      c.factor = max_unit(d);
       p.kernel->ops->combine(c);
       const i64 h = head * group + row / span.Lq, i = span.q_begin + row % span.Lq;
       AttentionFinishArgs f = {};

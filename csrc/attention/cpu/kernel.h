@@ -110,7 +110,7 @@ void softmax(const SoftmaxArgs& t) {
   constexpr bool kMask = !is_same<Mask, NoMask>, kBoolean = is_same<Mask, std::uint8_t>;
   using V = typename L::V;
   const bool plain = !kMask && t.plain;
-  const auto lowest = L::set1(-kInfinity), unit = L::set1(plain ? 1.0f : kLog2E);
+  const auto lowest = L::set1(-kInfinity);
   const auto factor = L::set1(plain ? t.scale * kLog2E : kLog2E);
   const int stop = (t.end + W - 1) / W * W;
 
@@ -145,13 +145,12 @@ void softmax(const SoftmaxArgs& t) {
       for (i64 j = from[i]; j < to[i]; j += W) r[i] = L::max(L::load(s + j), r[i]);
     }
     auto highest = reduce_rows<L>(r, [](V a, V b) __attribute__((always_inline)) { return L::max(a, b); });
-    if (plain) highest = L::mul(highest, factor);
 
     float shift[W], rescale[W];
     const auto old = t.first ? lowest : L::load(t.max + group);
     highest = L::max(old, highest);
     const auto base = L::max(L::set1(-kMaxFloat), highest);  // where nothing is seen yet: -Inf minus this is -Inf
-    const auto correction = exp2_falling<L>(L::mul(L::sub(old, base), unit));
+    const auto correction = exp2_falling<L>(L::mul(L::sub(old, base), factor));
     L::store(t.max + group, highest);
     L::store(shift, base);
     L::store(rescale, correction);
@@ -159,14 +158,14 @@ void softmax(const SoftmaxArgs& t) {
     for (int i = 0; i < rows; ++i) {
       const i64 row = group + i;
       float* const s = t.s + row * t.s_row;
-      const auto x0 = L::set1(shift[i]), minus = L::set1(-shift[i]);
+      const auto x0 = L::set1(shift[i]);
       const std::uint64_t key =
           t.dropout.threshold ? dropout_row_key(t.dropout.seed, t.dropout.batch, t.dropout.head, t.dropout.row + row)
                               : 0;
       r[i] = L::zero();
       for (i64 j = from[i]; j < to[i]; j += W) {
         const auto x = L::load(s + j);
-        auto p = exp2_falling<L>(plain ? L::fma(x, factor, minus) : L::mul(L::sub(x, x0), factor));
+        auto p = exp2_falling<L>(L::mul(L::sub(x, x0), factor));
         r[i] = L::add(r[i], p);
         if (t.dropout.threshold) p = drop<L>(p, key, t.dropout.col + j, t.dropout.threshold);
         Rows::store(s, j, p);
@@ -329,7 +328,7 @@ void decode_combine(const DecodeCombineArgs& t) {
   float sum = 0;
   for (i64 c = 0; c < t.chunks; ++c) {
     float factor[W];
-    const auto x = L::mul(L::set1(t.max[c * t.row_step] - base), L::set1(t.plain ? 1.0f : kLog2E));
+    const auto x = L::mul(L::set1(t.max[c * t.row_step] - base), L::set1(t.factor * kLog2E));
     const auto y = exp2_falling<L>(x);
     L::store(factor, y);
     sum += t.sum[c * t.row_step] * factor[0];
