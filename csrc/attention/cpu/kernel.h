@@ -198,13 +198,14 @@ void attention_finish(const AttentionFinishArgs& t) {
   }
 }
 
-constexpr int kDecodeKeys = 32;   // keys that stay in L1 while all rows (and columns of V) pass over them
-constexpr int kDecodeAhead = 16;  // keys to prefetch ahead: pages end too soon for the processor's own prefetching
+constexpr int kDecodeKeys = 32;  // keys that stay in L1 while all rows (and columns of V) pass over them
+// Bytes of K or V to prefetch ahead: pages end too soon for the processor's own prefetching.
+constexpr i64 kDecodeAhead = 16384;
 
-// The cache lines of `count` elements.
+// From an element to the one so many bytes ahead, in rows of `count` elements that are `step` apart.
 template <class T>
-FASTDL_INLINE void prefetch_row(const T* p, int count) {
-  for (int i = 0; i < count; i += static_cast<int>(64 / sizeof(T))) __builtin_prefetch(p + i);
+FASTDL_INLINE i64 decode_ahead(i64 step, int count) {
+  return (kDecodeAhead / (count * static_cast<i64>(sizeof(T))) + 1) * step;
 }
 
 template <class L, class T, int MR>
@@ -212,12 +213,10 @@ void decode_scores_rows(const DecodeScoresArgs& t, int row, int begin, int end) 
   constexpr int W = L::width, NR = 4;
   const T* const q = static_cast<const T*>(t.q) + row * t.q_row;
   float* const s = t.s + row * t.s_row;
+  const i64 ahead = decode_ahead<T>(t.k_row, t.d);
   for (int j = begin; j < end; j += NR) {
     const T* k[NR];
     for (int l = 0; l < NR; ++l) k[l] = static_cast<const T*>(t.k) + (j + l < t.n ? j + l : t.n - 1) * t.k_row;
-    if (row == 0) {
-      for (int l = 0; l < NR; ++l) prefetch_row(k[l] + kDecodeAhead * t.k_row, t.d);
-    }
     typename L::V acc[MR][NR];
 #pragma GCC unroll 4
     for (int i = 0; i < MR; ++i)
@@ -235,7 +234,12 @@ void decode_scores_rows(const DecodeScoresArgs& t, int row, int begin, int end) 
       }
     };
     int d = 0;
-    for (; d + W <= t.d; d += W) step([&](const T* p) __attribute__((always_inline)) { return L::load(p + d); });
+    for (; d + W <= t.d; d += W) {
+      if (row == 0) {
+        for (int l = 0; l < NR; ++l) __builtin_prefetch(k[l] + d + ahead);
+      }
+      step([&](const T* p) __attribute__((always_inline)) { return L::load(p + d); });
+    }
     if (d < t.d) {
       const auto mask = L::first(t.d - d);
       step([&](const T* p) __attribute__((always_inline)) { return L::load(p + d, mask); });
@@ -264,6 +268,7 @@ FASTDL_INLINE void decode_values_tile(const DecodeValuesArgs& t, int row, int co
   constexpr int W = L::width;
   const int left = t.dv - column;
   const bool tail = left < NV * W;
+  const i64 ahead = decode_ahead<T>(t.v_row, t.dv);
   const auto mask = L::first(tail ? left - (NV - 1) * W : W);
   float* const o = t.o + row * t.o_row + column;
   typename L::V acc[MR][NV];
@@ -274,7 +279,9 @@ FASTDL_INLINE void decode_values_tile(const DecodeValuesArgs& t, int row, int co
   const auto run = [&](auto load_last) __attribute__((always_inline)) {
     for (int j = begin; j < end; ++j) {
       const T* const p = static_cast<const T*>(t.v) + j * t.v_row + column;
-      if (row == 0) prefetch_row(p + kDecodeAhead * t.v_row, NV * W);
+      if (row == 0) {
+        for (int v = 0; v < NV; ++v) __builtin_prefetch(p + v * W + ahead);
+      }
       typename L::V x[NV];
 #pragma GCC unroll 4
       for (int v = 0; v < NV; ++v) x[v] = v == NV - 1 ? load_last(p + v * W) : L::load(p + v * W);

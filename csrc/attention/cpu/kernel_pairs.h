@@ -11,12 +11,10 @@ void decode_scores_pairs_rows(const DecodeScoresArgs& t, int row, int begin, int
   constexpr int W = 2 * L::width, NR = 4;
   const bf16* const q = static_cast<const bf16*>(t.q) + row * t.q_row;
   float* const s = t.s + row * t.s_row;
+  const i64 ahead = decode_ahead<bf16>(t.k_row, t.d);
   for (int j = begin; j < end; j += NR) {
     const bf16* k[NR];
     for (int l = 0; l < NR; ++l) k[l] = static_cast<const bf16*>(t.k) + (j + l < t.n ? j + l : t.n - 1) * t.k_row;
-    if (row == 0) {
-      for (int l = 0; l < NR; ++l) prefetch_row(k[l] + kDecodeAhead * t.k_row, t.d);
-    }
     typename L::V acc[MR][NR];
 #pragma GCC unroll 4
     for (int i = 0; i < MR; ++i)
@@ -24,6 +22,9 @@ void decode_scores_pairs_rows(const DecodeScoresArgs& t, int row, int begin, int
       for (int l = 0; l < NR; ++l) acc[i][l] = L::zero();
     for (int d = 0; d < t.d; d += W) {
       const int count = t.d - d < W ? t.d - d : W;
+      if (row == 0) {
+        for (int l = 0; l < NR; ++l) __builtin_prefetch(k[l] + d + ahead);
+      }
       typename L::V x[NR];
 #pragma GCC unroll 4
       for (int l = 0; l < NR; ++l) x[l] = L::pairs(k[l] + d, count);
@@ -56,6 +57,7 @@ template <class L, int MR, int NP>
 FASTDL_INLINE void decode_values_pairs_tile(const DecodeValuesArgs& t, int row, int column, int begin, int end) {
   constexpr int W = L::width;
   const int left = t.dv - column, last = left < NP * 2 * W ? left - (NP - 1) * 2 * W : 2 * W;
+  const i64 ahead = decode_ahead<bf16>(t.v_row, t.dv);
   typename L::V acc[MR][2 * NP];
 #pragma GCC unroll 4
   for (int i = 0; i < MR; ++i)
@@ -65,8 +67,10 @@ FASTDL_INLINE void decode_values_pairs_tile(const DecodeValuesArgs& t, int row, 
     const bf16* const p = static_cast<const bf16*>(t.v) + j * t.v_row + column;
     const bool odd = j + 1 == t.n;
     if (row == 0) {
-      prefetch_row(p + kDecodeAhead * t.v_row, NP * 2 * W);
-      prefetch_row(p + (kDecodeAhead + 1) * t.v_row, NP * 2 * W);
+      for (int v = 0; v < NP; ++v) {
+        __builtin_prefetch(p + v * 2 * W + ahead);
+        __builtin_prefetch(p + v * 2 * W + ahead + t.v_row);
+      }
     }
     typename L::V x[2 * NP];
 #pragma GCC unroll 4

@@ -97,7 +97,8 @@ void prefetch_mask(const AttentionDesc& d, const SoftmaxArgs& f) {
   const i64 item = d.mask == MaskKind::boolean ? 1 : d.mask == MaskKind::f32 ? 4 : kItemSize[static_cast<int>(d.dtype)];
   for (int i = 0; i < (f.mask_row ? f.m : 1); ++i) {
     const char* const row = static_cast<const char*>(f.mask) + i * f.mask_row * item;
-    for (i64 j = f.begin * item; j < f.end * item; j += 64) __builtin_prefetch(row + j);
+    for (i64 j = f.begin * item; j < f.end * item; j += 64)
+      __builtin_prefetch(row + j, 0, 2);  // L2: L1 is full of scores
   }
 }
 
