@@ -208,6 +208,12 @@ FASTDL_INLINE i64 decode_ahead(i64 step, int count) {
   return (kDecodeAhead / (count * static_cast<i64>(sizeof(T))) + 1) * step;
 }
 
+// The cache lines of `count` elements, in rising order: that is what the processor's prefetching continues.
+template <class T>
+FASTDL_INLINE void prefetch_row(const T* p, int count) {
+  for (int i = 0; i < count; i += static_cast<int>(64 / sizeof(T))) __builtin_prefetch(p + i, 0, 2);
+}
+
 template <class L, class T, int MR>
 void decode_scores_rows(const DecodeScoresArgs& t, int row, int begin, int end) {
   constexpr int W = L::width, NR = 4;
@@ -217,6 +223,9 @@ void decode_scores_rows(const DecodeScoresArgs& t, int row, int begin, int end) 
   for (int j = begin; j < end; j += NR) {
     const T* k[NR];
     for (int l = 0; l < NR; ++l) k[l] = static_cast<const T*>(t.k) + (j + l < t.n ? j + l : t.n - 1) * t.k_row;
+    if (row == 0) {
+      for (int l = 0; l < NR; ++l) prefetch_row(k[l] + ahead, t.d);
+    }
     typename L::V acc[MR][NR];
 #pragma GCC unroll 4
     for (int i = 0; i < MR; ++i)
@@ -235,9 +244,6 @@ void decode_scores_rows(const DecodeScoresArgs& t, int row, int begin, int end) 
     };
     int d = 0;
     for (; d + W <= t.d; d += W) {
-      if (row == 0) {
-        for (int l = 0; l < NR; ++l) __builtin_prefetch(k[l] + d + ahead);
-      }
       step([&](const T* p) __attribute__((always_inline)) { return L::load(p + d); });
     }
     if (d < t.d) {
@@ -279,9 +285,7 @@ FASTDL_INLINE void decode_values_tile(const DecodeValuesArgs& t, int row, int co
   const auto run = [&](auto load_last) __attribute__((always_inline)) {
     for (int j = begin; j < end; ++j) {
       const T* const p = static_cast<const T*>(t.v) + j * t.v_row + column;
-      if (row == 0) {
-        for (int v = 0; v < NV; ++v) __builtin_prefetch(p + v * W + ahead);
-      }
+      if (row == 0 && column == 0) prefetch_row(p + ahead, t.dv);
       typename L::V x[NV];
 #pragma GCC unroll 4
       for (int v = 0; v < NV; ++v) x[v] = v == NV - 1 ? load_last(p + v * W) : L::load(p + v * W);

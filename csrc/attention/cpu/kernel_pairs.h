@@ -15,6 +15,9 @@ void decode_scores_pairs_rows(const DecodeScoresArgs& t, int row, int begin, int
   for (int j = begin; j < end; j += NR) {
     const bf16* k[NR];
     for (int l = 0; l < NR; ++l) k[l] = static_cast<const bf16*>(t.k) + (j + l < t.n ? j + l : t.n - 1) * t.k_row;
+    if (row == 0) {
+      for (int l = 0; l < NR; ++l) prefetch_row(k[l] + ahead, t.d);
+    }
     typename L::V acc[MR][NR];
 #pragma GCC unroll 4
     for (int i = 0; i < MR; ++i)
@@ -22,9 +25,6 @@ void decode_scores_pairs_rows(const DecodeScoresArgs& t, int row, int begin, int
       for (int l = 0; l < NR; ++l) acc[i][l] = L::zero();
     for (int d = 0; d < t.d; d += W) {
       const int count = t.d - d < W ? t.d - d : W;
-      if (row == 0) {
-        for (int l = 0; l < NR; ++l) __builtin_prefetch(k[l] + d + ahead);
-      }
       typename L::V x[NR];
 #pragma GCC unroll 4
       for (int l = 0; l < NR; ++l) x[l] = L::pairs(k[l] + d, count);
@@ -66,11 +66,9 @@ FASTDL_INLINE void decode_values_pairs_tile(const DecodeValuesArgs& t, int row, 
   for (int j = begin; j < end; j += 2) {
     const bf16* const p = static_cast<const bf16*>(t.v) + j * t.v_row + column;
     const bool odd = j + 1 == t.n;
-    if (row == 0) {
-      for (int v = 0; v < NP; ++v) {
-        __builtin_prefetch(p + v * 2 * W + ahead);
-        __builtin_prefetch(p + v * 2 * W + ahead + t.v_row);
-      }
+    if (row == 0 && column == 0) {
+      prefetch_row(p + ahead, t.dv);
+      prefetch_row(p + ahead + t.v_row, t.dv);
     }
     typename L::V x[2 * NP];
 #pragma GCC unroll 4
