@@ -35,6 +35,8 @@ RUN, KERNEL, GEMM = "csrc/gemm/cpu/run.cc", "csrc/gemm/cpu/kernel.h", "csrc/gemm
 PAIRS = "csrc/gemm/cpu/kernel_pairs.h"
 EXACT, STRIDES, THREADS = "tests/test_gemm_exact.py", "tests/test_gemm_strides.py", "tests/test_threads.py"
 DTYPES, EPILOGUE = "tests/test_gemm_dtypes.py", "tests/test_gemm_epilogue.py"
+ATTENTION, ATTENTION_RUN = "tests/test_attention_native.py", "csrc/attention/cpu/run.cc"
+ATTENTION_KERNEL, DECODE = "csrc/attention/cpu/kernel.h", "csrc/attention/cpu/decode.cc"
 MUTATIONS = [
     Mutation(
         "dropped K tail of the dot kernel",
@@ -266,6 +268,55 @@ MUTATIONS = [
         "    std::swap(d->a_col, d->b_row);\n",
         "",
         f"{STRIDES} -k test_every_pair_of_layouts",
+    ),
+    Mutation(
+        "window one key too wide",
+        ATTENTION_KERNEL,
+        "last = clamped(t.see_end + row, first, t.end);",
+        "last = clamped(t.see_end + row + 1, first, t.end);",
+        f"{ATTENTION} -k test_one_visible_key",
+    ),
+    Mutation(
+        "output not rescaled where the maximum moves",
+        ATTENTION_KERNEL,
+        "if (t.first || rescale[i] == 1.0f) continue;",
+        "continue;",
+        f"{ATTENTION} -k test_every_tail",
+    ),
+    Mutation(
+        "sum not rescaled where the maximum moves",
+        ATTENTION_KERNEL,
+        "sum = L::fma(L::load(t.sum + group), correction, sum);",
+        "sum = L::add(L::load(t.sum + group), sum);",
+        f"{ATTENTION} -k test_every_tail",
+    ),
+    Mutation(
+        "scores of the block before left beside the window",
+        ATTENTION_KERNEL,
+        "      for (i64 j = t.begin; j < from[i]; j += W) Rows::store(s, j, L::zero());\n",
+        "",
+        f"{ATTENTION} -k test_many_query_blocks",
+    ),
+    Mutation(
+        "dropout before the sum",
+        ATTENTION_KERNEL,
+        "        r[i] = L::add(r[i], p);\n",
+        "        r[i] = L::add(r[i], t.dropout.threshold ? drop<L>(p, key, t.dropout.col + j, t.dropout.threshold) : p);\n",
+        f"{ATTENTION} -k test_dropout_keeps",
+    ),
+    Mutation(
+        "panels of the head before used again",
+        ATTENTION_RUN,
+        "        if (p.keep_k) std::memset(scratch.packed, 0, static_cast<std::size_t>(p.blocks));\n",
+        "        if (p.keep_k && head == 0) std::memset(scratch.packed, 0, static_cast<std::size_t>(p.blocks));\n",
+        f"{ATTENTION} -k 'test_many_query_blocks or test_same_bits'",
+    ),
+    Mutation(
+        "decode ignores the last chunk of keys",
+        DECODE,
+        "c.chunks = p.blocks",
+        "c.chunks = std::max<i64>(1, p.blocks - 1)",
+        f"{ATTENTION} -k test_grouped_queries",
     ),
 ]
 
