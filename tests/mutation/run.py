@@ -298,10 +298,10 @@ MUTATIONS = [
         f"{ATTENTION} -k test_many_query_blocks",
     ),
     Mutation(
-        "dropout before the sum",
+        "dropout forgets the first key of the block",
         ATTENTION_KERNEL,
-        "        r[i] = L::add(r[i], p);\n",
-        "        r[i] = L::add(r[i], t.dropout.threshold ? drop<L>(p, key, t.dropout.col + j, t.dropout.threshold) : p);\n",
+        "drop<L>(p, key, t.dropout.col + j, t.dropout.threshold)",
+        "drop<L>(p, key, j, t.dropout.threshold)",
         f"{ATTENTION} -k test_dropout_keeps",
     ),
     Mutation(
