@@ -187,7 +187,7 @@ def attention(
 ) -> None:
     """out[B, H, Lq, Dv] (unit stride along Dv) = softmax(scale * query @ key^T + mask) @ value, with dropout.
 
-    lse[B, H, Lq], contiguous float32, gets log sum exp of each row's scores: -Inf where it sees no key (out is 0 there).
+    lse[B, H, Lq], contiguous float32, gets log sum exp of the scores: -Inf where a row sees no key (out is 0 there).
     Query head h reads key head h // (H // Hkv). mask: [B or 1, H or 1, Lq, Lk], bool (True: seen), float32 or the dtype
     of query, added; any strides. Keys outside lo <= j - i <= hi are not seen; align_end counts j - i from the bottom
     right corner. softcap > 0: scores become softcap * tanh(score / softcap) before the mask is added.
