@@ -38,7 +38,7 @@ const std::vector<AttentionKernel>& attention_kernels() {
   return table;
 }
 
-const char* kind_name(AttentionKind) { return "tile"; }
+const char* kind_name(AttentionKind kind) { return kind == AttentionKind::kTile ? "tile" : "decode"; }
 
 const AttentionKernel& attention_kernel(const std::string& name, const char* op) {
   std::string names;

@@ -43,10 +43,11 @@ struct AttentionPlan {
   bool keep_k;    // packed K (and V) of a whole head stay in scratch while a thread works on its query blocks
   bool pack_v;    // else V is read in place
   int threads;
+  i64 shared_bytes;                                            // decode: max, sum and output of every row and chunk
   i64 q_bytes, k_bytes, v_bytes, s_bytes, o_bytes, row_bytes;  // scratch of a thread
   const char* why;
 
-  i64 workspace_bytes() const { return threads * per_thread_bytes(); }
+  i64 workspace_bytes() const { return shared_bytes + threads * per_thread_bytes(); }
   i64 per_thread_bytes() const { return q_bytes + k_bytes + v_bytes + s_bytes + o_bytes + row_bytes; }
 };
 

@@ -6,8 +6,8 @@ namespace fastdl::avx2 {
 using L = VecAvx2;
 
 extern const AttentionOps attention_f32, attention_bf16, attention_f16;
-const AttentionOps attention_f32 = attention_ops<L, FloatRows<L>, float>();
-const AttentionOps attention_bf16 = attention_ops<L, FloatRows<L>, bf16>();
-const AttentionOps attention_f16 = attention_ops<L, FloatRows<L>, f16>();
+const AttentionOps attention_f32 = attention_ops<L, FloatRows<L>, float, 2, 4>();
+const AttentionOps attention_bf16 = attention_ops<L, FloatRows<L>, bf16, 2, 4>();
+const AttentionOps attention_f16 = attention_ops<L, FloatRows<L>, f16, 2, 4>();
 
 }  // namespace fastdl::avx2

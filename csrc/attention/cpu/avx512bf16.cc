@@ -1,11 +1,9 @@
-#include "attention/cpu/kernel.h"
+#include "attention/cpu/kernel_pairs.h"
 #include "simd/vec_avx512bf16.h"
 
 namespace fastdl::avx512bf16 {
 
-using L = VecAvx512Narrow;
-
 extern const AttentionOps attention_bf16;
-const AttentionOps attention_bf16 = attention_ops<L, PairRows<L>, bf16>();
+const AttentionOps attention_bf16 = attention_pair_ops<VecAvx512Bf16, VecAvx512Narrow>();
 
 }  // namespace fastdl::avx512bf16

@@ -31,7 +31,7 @@ struct SoftmaxArgs {
   bool plain;        // only a positive scale between product and exp: no mask, no softcap
   const void* mask;  // of column 0, row 0
   i64 mask_row, mask_col;
-  float* max;  // [m], room for whole vectors; in units of ln 2 where plain
+  float* max;  // [m], room for whole vectors; of the products where plain, else of the scores
   float* sum;  // [m]
   float* o;    // [m, dv] so far, rescaled where the maximum moves; room for whole vectors
   i64 o_row;
@@ -51,13 +51,49 @@ struct AttentionFinishArgs {
   int m, dv;
 };
 
+// s(i,j) = sum_d q(i,d) k(j,d): few rows against keys in place, both contiguous along d. Stores whole groups of 4 keys.
+struct DecodeScoresArgs {
+  const void* q;
+  i64 q_row;
+  const void* k;
+  i64 k_row;
+  float* s;
+  i64 s_row;
+  int m, n, d;
+};
+
+// o(i,:) = sum_j p(i,j) v(j,:), v contiguous along its last dimension; o is written in whole vectors.
+struct DecodeValuesArgs {
+  const float* p;
+  i64 p_row;
+  const void* v;
+  i64 v_row;
+  float* o;
+  i64 o_row;
+  int m, n, dv;
+};
+
+// The row whose keys were split into chunks, each with max, sum and o: o, max and sum of the first chunk become the
+// row's.
+struct DecodeCombineArgs {
+  float *max, *sum, *o;
+  i64 row_step, o_step;  // from one chunk to the next
+  i64 chunks;
+  int dv;
+  float factor;  // from the unit of max to that of the scores
+};
+
 struct AttentionOps {
+  void (*scores)(const DecodeScoresArgs&);
+  void (*values)(const DecodeValuesArgs&);
+  void (*combine)(const DecodeCombineArgs&);
   void (*softmax[4])(const SoftmaxArgs&);  // by MaskKind
   void (*finish)(const AttentionFinishArgs&);
 };
 
 enum class AttentionKind : std::uint8_t {
-  kTile,  // register tiles of scores against packed panels of K, blocks of keys
+  kTile,    // register tiles of scores against packed panels of K, blocks of keys
+  kDecode,  // few query rows: K and V are read once, in place, in chunks of keys
 };
 
 struct AttentionKernel {
@@ -67,7 +103,7 @@ struct AttentionKernel {
   AttentionKind kind;
   int k_unit;  // elements along the summed dimension in a float of a packed panel: 1, or 2 for pairs of 16 bits
   int mr, nr;
-  i64 key_block;
+  i64 key_block;                  // keys that share one softmax step
   void (*tile)(const TileArgs&);  // gemm's, of that level
   const GemmHelpers* helpers;     // gemm's: packing
   const AttentionOps* ops;

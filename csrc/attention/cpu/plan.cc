@@ -24,11 +24,41 @@ double serial_nanoseconds(const AttentionDesc& d) {
 // Rows this many bytes apart fall on one or two sets of an L1 way (4096 bytes) and evict each other.
 bool rows_collide(i64 stride) { return std::gcd<i64>(stride * 4, 4096) >= 2048; }
 
-const AttentionKernel* choose(const AttentionDesc& d, const Machine& machine, const char** why) {
-  *why = "highest level with a kernel";
+const AttentionKernel* find(Isa isa, DType dtype, AttentionKind kind) {
   for (const AttentionKernel& k : attention_kernels())
-    if (k.isa <= machine.isa && k.dtype == d.dtype) return &k;
+    if (k.isa <= isa && k.dtype == dtype && k.kind == kind) return &k;
   fail("fastdl.scaled_dot_product_attention: no kernel");
+}
+
+bool decode_applies(const AttentionDesc& d) { return d.q.col == 1 && d.k.col == 1 && d.v.col == 1; }
+
+// Reading K and V once for all rows of a group beats packing them, as long as the rows are few: packing an element
+// costs about as much as 8 multiply-adds, the horizontal sums of a score as much as a quarter of its products.
+constexpr i64 kDecodeRows = 16, kDecodeQueries = 4;
+bool decode_pays(const AttentionDesc& d) {
+  return d.Lq <= kDecodeQueries || d.Lq * (d.H / std::max<i64>(1, d.Hkv)) <= kDecodeRows;
+}
+
+const AttentionKernel* choose(const AttentionDesc& d, const Machine& machine, const char** why) {
+  if (decode_applies(d) && decode_pays(d)) {
+    *why = "few query rows, all contiguous along the head dimension: K and V are read once, in place";
+    return find(machine.isa, d.dtype, AttentionKind::kDecode);
+  }
+  *why = "highest level with a tile kernel";
+  return find(machine.isa, d.dtype, AttentionKind::kTile);
+}
+
+// Each chunk of keys is one unit of work; its rows are all queries of a key head.
+void plan_decode(const AttentionDesc& d, AttentionPlan* p) {
+  const i64 rows = d.Lq * (d.H / std::max<i64>(1, d.Hkv)), o_row = round_up(d.Dv, 16);
+  p->strips = 0;
+  p->key_block = p->kernel->key_block;
+  p->blocks = std::max<i64>(1, ceil_div(d.Lk, p->key_block));
+  const i64 heads = (d.sequences ? d.sequences : d.B) * d.Hkv;
+  p->shared_bytes = round_up(heads * p->blocks * rows * (o_row + 2) * 4, 4096);
+  p->q_bytes = round_up(rows * d.D * 4, 4096);
+  p->s_bytes = round_up(rows * (p->key_block + 16) * 4, 4096);
+  p->row_bytes = round_up(2 * round_up(d.Lq, 16) * 4, 4096);
 }
 
 }  // namespace
@@ -40,7 +70,15 @@ AttentionPlan attention_plan(const AttentionDesc& d, const Machine& machine, con
   const AttentionKernel& kernel = *p.kernel;
   if (kernel.dtype != d.dtype)
     fail("fastdl.scaled_dot_product_attention: kernel '", kernel.name, "': expected operands of its dtype");
+  const bool decode = kernel.kind == AttentionKind::kDecode;
+  if (decode && !decode_applies(d))
+    fail("fastdl.scaled_dot_product_attention: kernel '", kernel.name,
+         "': expected query, key and value contiguous along the last dimension");
   p.threads = serial_nanoseconds(d) < kSerialNanoseconds ? 1 : std::max(1, machine.threads);
+  if (decode) {
+    plan_decode(d, &p);
+    return p;
+  }
   p.strips = std::max<i64>(1, std::min(kStrips, ceil_div(d.Lq, kernel.mr)));
   p.blocks = ceil_div(d.Lk, kernel.key_block);
   p.key_block = round_up(std::max<i64>(1, ceil_div(d.Lk, std::max<i64>(1, p.blocks))), kernel.nr);
@@ -67,7 +105,15 @@ std::vector<std::string> attention_candidates(const AttentionDesc& d, const Mach
   std::vector<std::string> lost;
   for (const AttentionKernel& k : attention_kernels()) {
     if (&k == chosen.kernel || k.dtype != d.dtype) continue;
-    lost.push_back(concat(k.name, ": ", k.isa > machine.isa ? concat("needs ", isa_name(k.isa)) : chosen.why));
+    std::string reason = chosen.why;
+    if (k.isa > machine.isa) {
+      reason = concat("needs ", isa_name(k.isa));
+    } else if (k.kind == AttentionKind::kDecode && !decode_applies(d)) {
+      reason = "operands not contiguous along the head dimension";
+    } else if (k.kind == AttentionKind::kDecode && chosen.kernel->kind == AttentionKind::kTile) {
+      reason = "enough query rows for packing K to pay";
+    }
+    lost.push_back(concat(k.name, ": ", reason));
   }
   return lost;
 }

@@ -6,24 +6,12 @@
 #include <cmath>
 #include <cstring>
 
-#include "attention/attention.h"
+#include "attention/cpu/schedule.h"
 #include "base/arena.h"
 #include "base/parallel.h"
 
 namespace fastdl {
 namespace {
-
-constexpr i64 kRowSlots = 16;  // floats a strip's rows take in max and sum: a whole vector
-
-const void* at(const void* p, i64 elements, DType dtype) {
-  return static_cast<const char*>(p) + elements * kItemSize[static_cast<int>(dtype)];
-}
-void* at(void* p, i64 elements, DType dtype) {
-  return static_cast<char*>(p) + elements * kItemSize[static_cast<int>(dtype)];
-}
-
-i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
-i64 round_up(i64 a, i64 b) { return ceil_div(a, b) * b; }
 
 // Scratch of a thread, cut as the plan says.
 struct Scratch {
@@ -41,21 +29,6 @@ struct Scratch {
     packed = reinterpret_cast<char*>(sum + plan.strips * kRowSlots);
   }
 };
-
-// Scores stay in base 2 where nothing but a positive scale comes between product and exp.
-bool plain(const AttentionDesc& d) {
-  return d.mask == MaskKind::none && !(d.softcap > 0) && d.scale > 0 && d.scale < 1e30f;
-}
-
-// The keys that rows [begin, end) of a sequence see, together.
-struct Seen {
-  i64 begin, end;
-};
-Seen seen(const AttentionDesc& d, const AttentionSpan& span, i64 begin, i64 end) {
-  constexpr i64 kFar = i64{1} << 48;  // so that nothing overflows
-  const i64 lo = std::clamp(d.lo, -kFar, kFar) + span.offset, hi = std::clamp(d.hi, -kFar, kFar) + span.offset;
-  return {std::clamp<i64>(begin + lo, 0, span.Lk), std::clamp<i64>(end + hi, 0, span.Lk)};
-}
 
 // One sequence and one key head.
 struct Head {
@@ -118,6 +91,17 @@ struct StripBlock {
   bool first;
 };
 
+// The rows of the mask come from memory while the scores are computed.
+void prefetch_mask(const AttentionDesc& d, const SoftmaxArgs& f) {
+  if (f.mask_col != 1) return;
+  const i64 item = d.mask == MaskKind::boolean ? 1 : d.mask == MaskKind::f32 ? 4 : kItemSize[static_cast<int>(d.dtype)];
+  for (int i = 0; i < (f.mask_row ? f.m : 1); ++i) {
+    const char* const row = static_cast<const char*>(f.mask) + i * f.mask_row * item;
+    for (i64 j = f.begin * item; j < f.end * item; j += 64)
+      __builtin_prefetch(row + j, 0, 2);  // L2: L1 is full of scores
+  }
+}
+
 // Whether the strip sees anything of the block.
 bool run_strip(const Head& h, const StripBlock& x) {
   const AttentionDesc& d = h.d;
@@ -128,6 +112,10 @@ bool run_strip(const Head& h, const StripBlock& x) {
   if (begin >= end) return false;
   const i64 s_row = h.p.key_block + 16, o_row = round_up(d.Dv, 16);
 
+  SoftmaxArgs f = softmax_args(d, h.args, h.span, h.sequence, x.head, x.begin, x.key, x.n);
+  f.s = x.s, f.s_row = s_row, f.m = x.m, f.begin = static_cast<int>(begin), f.end = static_cast<int>(end);
+  if (f.mask) prefetch_mask(d, f);
+
   TileArgs t = {};
   t.a = x.q, t.a_row = 1, t.a_col = x.m, t.b_row = nr, t.b_col = 1, t.c_row = s_row, t.k = steps, t.m = x.m;
   for (i64 j = begin; j < end; j += nr) {
@@ -135,23 +123,7 @@ bool run_strip(const Head& h, const StripBlock& x) {
     kernel.tile(t);
   }
 
-  constexpr i64 kFar = i64{1} << 48;
-  SoftmaxArgs f = {};
-  f.s = x.s, f.s_row = s_row, f.m = x.m, f.n = x.n;
-  f.begin = static_cast<int>(begin), f.end = static_cast<int>(end);
-  f.see_begin = std::clamp(d.lo, -kFar, kFar) + h.span.offset + x.begin - x.key;
-  f.see_end = std::clamp(d.hi, -kFar, kFar) + h.span.offset + x.begin + 1 - x.key;
-  f.scale = d.scale, f.softcap = d.softcap, f.plain = plain(d);
-  if (d.mask != MaskKind::none) {
-    const DType dtype = d.mask == MaskKind::f32 ? DType::f32 : d.dtype;
-    const i64 offset =
-        h.batch * d.mask_step.batch + x.head * d.mask_step.head + x.begin * d.mask_step.row + x.key * d.mask_step.col;
-    f.mask =
-        d.mask == MaskKind::boolean ? static_cast<const char*>(h.args.mask) + offset : at(h.args.mask, offset, dtype);
-    f.mask_row = d.mask_step.row, f.mask_col = d.mask_step.col;
-  }
   f.max = x.max, f.sum = x.sum, f.o = x.o, f.o_row = o_row, f.dv = static_cast<int>(d.Dv), f.first = x.first;
-  f.dropout = {d.seed, h.sequence, x.head, x.begin, x.key, dropout_threshold(d.dropout_p)};
   kernel.ops->softmax[static_cast<int>(d.mask)](f);
 
   t = {};
@@ -211,22 +183,20 @@ void run_block(const Head& h, i64 head, i64 block, const Scratch& scratch) {
     }
   }
 
-  const double unit = plain(d) ? 0.6931471805599453 : 1.0;
   for (i64 i = 0; i < strips; ++i) {
     const i64 begin = h.strip_begin(first + i), m = h.strip_begin(first + i + 1) - begin;
     const float* const max = scratch.max + i * kRowSlots;
     const float* const sum = scratch.sum + i * kRowSlots;
     AttentionFinishArgs f = {};
     f.o = scratch.o + i * kernel.mr * o_row, f.o_row = o_row, f.sum = sum;
-    f.factor = d.dropout_p < 1 ? static_cast<float>(1 / (1 - d.dropout_p)) : 0.0f;
+    f.factor = dropout_factor(d);
     f.out = at(h.args.out, h.batch * d.out.batch + head * d.out.head + (h.span.q_begin + begin) * d.out.row, d.dtype);
     f.out_row = d.out.row, f.m = static_cast<int>(m), f.dv = static_cast<int>(d.Dv);
     kernel.ops->finish(f);
     if (!h.args.lse) continue;
     const i64 rows = d.sequences ? d.total_q : d.Lq;
     float* const lse = h.args.lse + (h.batch * d.H + head) * rows + h.span.q_begin + begin;
-    for (i64 r = 0; r < m; ++r)
-      lse[r] = sum[r] == 0 ? -INFINITY : static_cast<float>(max[r] * unit + std::log(static_cast<double>(sum[r])));
+    for (i64 r = 0; r < m; ++r) lse[r] = row_lse(d, max[r], sum[r]);
   }
 }
 
@@ -262,6 +232,7 @@ void run_share(const AttentionDesc& d, const AttentionPlan& p, const AttentionAr
 }  // namespace
 
 void attention_run(const AttentionDesc& d, const AttentionPlan& p, const AttentionArgs& args) {
+  if (p.kernel->kind == AttentionKind::kDecode) return attention_run_decode(d, p, args);
   i64 work = 0;
   for (i64 s = 0; s < (d.sequences ? d.sequences : d.B); ++s) work += Head(d, p, args, s).cost() * d.H;
   if (work == 0 || d.Dv == 0) return;

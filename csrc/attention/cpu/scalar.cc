@@ -6,8 +6,8 @@ namespace fastdl::scalar {
 using L = VecScalar;
 
 extern const AttentionOps attention_f32, attention_bf16, attention_f16;
-const AttentionOps attention_f32 = attention_ops<L, FloatRows<L>, float>();
-const AttentionOps attention_bf16 = attention_ops<L, FloatRows<L>, bf16>();
-const AttentionOps attention_f16 = attention_ops<L, FloatRows<L>, f16>();
+const AttentionOps attention_f32 = attention_ops<L, FloatRows<L>, float, 2, 2>();
+const AttentionOps attention_bf16 = attention_ops<L, FloatRows<L>, bf16, 2, 2>();
+const AttentionOps attention_f16 = attention_ops<L, FloatRows<L>, f16, 2, 2>();
 
 }  // namespace fastdl::scalar

@@ -1,0 +1,74 @@
+// What the schedules share: addresses, the keys that rows see, the softmax of a piece of the score matrix.
+#pragma once
+#include <algorithm>
+#include <cmath>
+
+#include "attention/attention.h"
+
+namespace fastdl {
+
+inline const void* at(const void* p, i64 elements, DType dtype) {
+  return static_cast<const char*>(p) + elements * kItemSize[static_cast<int>(dtype)];
+}
+inline void* at(void* p, i64 elements, DType dtype) {
+  return static_cast<char*>(p) + elements * kItemSize[static_cast<int>(dtype)];
+}
+
+inline i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
+inline i64 round_up(i64 a, i64 b) { return ceil_div(a, b) * b; }
+
+constexpr i64 kRowSlots = 16;  // floats of a whole vector at any level: rows of sums and outputs are padded to it
+
+// Where nothing but a positive scale comes between product and exp, the scale waits until exp is taken.
+inline bool plain(const AttentionDesc& d) {
+  return d.mask == MaskKind::none && !(d.softcap > 0) && d.scale > 1e-30f && d.scale < 1e30f;
+}
+// From the unit that running maxima are in to that of the scores.
+inline float max_unit(const AttentionDesc& d) { return plain(d) ? d.scale : 1.0f; }
+// log sum_j exp S(i,j) from the running maximum and sum of a row.
+inline float row_lse(const AttentionDesc& d, float max, float sum) {
+  const double highest = static_cast<double>(max) * max_unit(d);
+  return sum == 0 ? -INFINITY : static_cast<float>(highest + std::log(static_cast<double>(sum)));
+}
+
+// Keys [begin, end).
+struct Seen {
+  i64 begin, end;
+};
+
+// The keys that the rows [begin, end) of a sequence see, not cut to those that exist.
+inline Seen window(const AttentionDesc& d, const AttentionSpan& span, i64 begin, i64 end) {
+  constexpr i64 kFar = i64{1} << 48;  // so that nothing overflows
+  return {begin + std::clamp(d.lo, -kFar, kFar) + span.offset, end + std::clamp(d.hi, -kFar, kFar) + span.offset};
+}
+inline Seen seen(const AttentionDesc& d, const AttentionSpan& span, i64 begin, i64 end) {
+  const Seen w = window(d, span, begin, end);
+  return {std::clamp<i64>(w.begin, 0, span.Lk), std::clamp<i64>(w.end, 0, span.Lk)};
+}
+
+// A piece of the score matrix: element (0,0) is row `row` of query head `head`, key `key`; n keys exist from there on.
+// The caller sets s, m, begin, end and what is carried from piece to piece.
+inline SoftmaxArgs softmax_args(const AttentionDesc& d, const AttentionArgs& args, const AttentionSpan& span,
+                                i64 sequence, i64 head, i64 row, i64 key, i64 n) {
+  SoftmaxArgs f = {};
+  const Seen w = window(d, span, row, row + 1);
+  f.see_begin = w.begin - key, f.see_end = w.end - key, f.n = static_cast<int>(n);
+  f.scale = d.scale, f.softcap = d.softcap, f.plain = plain(d);
+  if (d.mask != MaskKind::none) {
+    const i64 offset =
+        sequence * d.mask_step.batch + head * d.mask_step.head + row * d.mask_step.row + key * d.mask_step.col;
+    f.mask = d.mask == MaskKind::boolean ? static_cast<const char*>(args.mask) + offset
+                                         : at(args.mask, offset, d.mask == MaskKind::f32 ? DType::f32 : d.dtype);
+    f.mask_row = d.mask_step.row, f.mask_col = d.mask_step.col;
+  }
+  f.dropout = {d.seed, sequence, head, row, key, dropout_threshold(d.dropout_p)};
+  return f;
+}
+
+inline float dropout_factor(const AttentionDesc& d) {
+  return d.dropout_p < 1 ? static_cast<float>(1 / (1 - d.dropout_p)) : 0.0f;
+}
+
+void attention_run_decode(const AttentionDesc& desc, const AttentionPlan& plan, const AttentionArgs& args);
+
+}  // namespace fastdl
