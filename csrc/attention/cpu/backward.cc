@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <numeric>
 
 #include "attention/cpu/schedule.h"
 #include "base/arena.h"
@@ -18,6 +19,9 @@ namespace {
 i64 offset(const AttentionStrides& step, i64 batch, i64 head, i64 row) {
   return batch * step.batch + head * step.head + row * step.row;
 }
+
+// Rows this many floats apart fall on one or two sets of an L1 way (4096 bytes) and evict each other.
+bool rows_collide(i64 stride) { return std::gcd<i64>(stride * 4, 4096) >= 2048; }
 
 // Scratch of a thread, cut as the plan says.
 struct Scratch {
@@ -63,6 +67,13 @@ void clear(const Sums& x, i64 rows, i64 cols) {
   for (i64 i = 0; x.data && i < rows; ++i) std::memset(x.at(i, 0), 0, static_cast<std::size_t>(cols) * sizeof(float));
 }
 
+// A of a product that sums along a head dimension, or B of one that sums along the rows, in units as the tiles read
+// them: in place, or packed (row 0).
+struct Operand {
+  const float* data;
+  i64 row;
+};
+
 // One sequence, one query head: how rows are cut, where operands lie, and what of them is packed.
 struct Head {
   const AttentionDesc& d;
@@ -99,14 +110,32 @@ struct Head {
   const void* v_row(i64 j) const { return at(args.v, offset(d.v, batch, kv, span.k_begin + j), d.dtype); }
   const float* lse() const { return args.lse + (batch * d.H + head) * (d.sequences ? d.total_q : d.Lq) + span.q_begin; }
 
-  // Strips of the rows [strip, end) into `out`, that of `strip` first: [strip][steps][m].
-  void pack_strips(i64 strip, i64 end, const void* rows, const AttentionStrides& step, i64 depth, float* out) const {
-    const i64 from = strip_begin(strip), steps = ceil_div(depth, unit);
-    for (; strip < end; ++strip) {
-      const i64 begin = strip_begin(strip) - from;
-      const int m = static_cast<int>(strip_begin(strip + 1) - from - begin);
+  // Rows as A: in place, else packed to `out`, [strip][steps][m].
+  Operand strip_operand(const void* rows, const AttentionStrides& step, i64 depth, float* out) const {
+    const bool whole = unit == 1 ? d.dtype == DType::f32 : step.row % unit == 0 && depth % unit == 0;
+    const bool aligned = reinterpret_cast<std::uintptr_t>(rows) % alignof(float) == 0;
+    if (whole && aligned && step.col == 1 && step.row > 0 && !rows_collide(step.row / unit))
+      return {static_cast<const float*>(rows), step.row / unit};
+    const i64 steps = ceil_div(depth, unit);
+    for (i64 strip = 0; strip < strips; ++strip) {
+      const i64 begin = strip_begin(strip);
+      const int m = static_cast<int>(strip_begin(strip + 1) - begin);
       kernel.helpers->pack(at(rows, begin * step.row, d.dtype), step.col, step.row, depth, m, m, out + begin * steps);
     }
+    return {out, 0};
+  }
+  // x[count, cols] as B: in place where its rows are near each other, else packed to `out`.
+  Operand panel_operand(const void* x, const AttentionStrides& step, i64 count, i64 cols, float* out) const {
+    constexpr i64 kNear = 128;  // floats: farther apart, the columns of a panel crowd into few sets of L1
+    if (d.dtype == DType::f32 && step.col == 1 && step.row > 0 && step.row <= kNear)
+      return {static_cast<const float*>(x), step.row};
+    pack_panels(x, step, count, cols, out);
+    return {out, 0};
+  }
+  // B at row `first`, column j (a multiple of nr) of `count` rows, for a tile.
+  void set_b(TileArgs* t, const Operand& b, i64 count, i64 first, i64 j) const {
+    t->b = b.row ? b.data + first * b.row + j : b.data + j * ceil_div(count, unit) + first / unit * nr;
+    t->b_row = b.row ? b.row : nr, t->b_col = 1;
   }
   // x[count, cols] to [panel of cols][units along rows][nr].
   void pack_panels(const void* x, const AttentionStrides& step, i64 count, i64 cols, float* out) const {
@@ -132,10 +161,11 @@ struct Head {
     return {std::max<i64>(0, s.begin - key), std::min(n, s.end - key)};
   }
 
-  // c[m, n] (+)= products of strips against the columns [begin, end) of a packed block.
-  void products(const float* strip, int m, const float* panels, i64 steps, Seen columns, float* c) const {
+  // c[m, n] = the rows [row, row + m) against the columns [begin, end) of a packed block.
+  void products(const Operand& a, i64 row, int m, const float* panels, i64 steps, Seen columns, float* c) const {
     TileArgs t = {};
-    t.a = strip, t.a_row = 1, t.a_col = m, t.b_row = nr, t.b_col = 1, t.c_row = s_row, t.k = steps, t.m = m;
+    t.a = a.data + row * (a.row ? a.row : steps), t.a_row = a.row ? a.row : 1, t.a_col = a.row ? 1 : m;
+    t.b_row = nr, t.b_col = 1, t.c_row = s_row, t.k = steps, t.m = m;
     for (i64 j = columns.begin / nr * nr; j < columns.end; j += nr) {
       t.b = panels + j * steps, t.c = c + j, t.n = static_cast<int>(std::min(nr, round_up(columns.end - j, 16)));
       kernel.tile(t);
@@ -193,8 +223,14 @@ struct Part {
     finish(dv, n, d.Dv, at(grads.dv, offset(grads.dv_step, h.batch, kv, row), d.dtype), grads.dv_step.row);
   }
 
+  struct Packed {
+    Operand q_a, o_a;       // of S and dP
+    Operand q_b, o_b, k_b;  // of dK, dV and dQ
+  };
+
   // Query block `block` against the n keys from `key` on, packed.
-  void run_block(const Head& h, i64 block, i64 key, i64 n, const Sums& dq, const Sums& dk, const Sums& dv) const {
+  void run_block(const Head& h, const Packed& packed, i64 block, i64 key, i64 n, const Sums& dq, const Sums& dk,
+                 const Sums& dv) const {
     const i64 first = h.block_strip(block), last = h.block_strip(block + 1), nr = h.nr, unit = h.unit;
     const i64 begin = h.strip_begin(first), end = h.strip_begin(last), s_row = h.s_row;
     const bool scores = dq.data || dk.data;
@@ -212,35 +248,34 @@ struct Part {
         x.rows_step = s_row / 2, x.ds_rows = scratch.ds_rows + in_block * x.rows_step;
       }
       if (some) {
-        h.products(scratch.q_strips + row * h.q_steps, m, scratch.k_panels, h.q_steps, columns, x.scores.s);
-        if (scores)
-          h.products(scratch.o_strips + row * h.o_steps, m, scratch.v_panels, h.o_steps, columns, scratch.g + at_row);
+        h.products(packed.q_a, row, m, scratch.k_panels, h.q_steps, columns, x.scores.s);
+        if (scores) h.products(packed.o_a, row, m, scratch.v_panels, h.o_steps, columns, scratch.g + at_row);
       }
       p.kernel->grads->softmax_grad[static_cast<int>(d.mask)](x);
       if (!some || !dq.data) continue;
       const i64 from = columns.begin / nr * nr;
       TileArgs t = {};
       t.a = unit == 1 ? x.ds + from : x.ds_rows + from / 2, t.a_row = unit == 1 ? s_row : x.rows_step, t.a_col = 1;
-      t.b_row = nr, t.b_col = 1, t.c_row = dq.row, t.k = ceil_div(columns.end - from, unit), t.m = m;
+      t.c_row = dq.row, t.k = ceil_div(columns.end - from, unit), t.m = m;
       t.accumulate = true;
       for (i64 j = 0; j < d.D; j += nr) {
-        t.b = scratch.k_rows + j * ceil_div(n, unit) + from / unit * nr;
+        h.set_b(&t, packed.k_b, n, from, j);
         t.c = dq.at(row, j), t.n = static_cast<int>(std::min(nr, d.D - j));
         p.kernel->tile(t);
       }
     }
-    if (dv.data) add_keys(h, begin, end, key, n, scratch.p, scratch.o_panels, d.Dv, dv);
-    if (dk.data) add_keys(h, begin, end, key, n, scratch.ds, scratch.q_panels, d.D, dk);
+    if (dv.data) add_keys(h, begin, end, key, n, scratch.p, packed.o_b, d.Dv, dv);
+    if (dk.data) add_keys(h, begin, end, key, n, scratch.ds, packed.q_b, d.D, dk);
   }
 
   // sums(j,:) += sum_i a(i,j) b(i,:) over the rows [begin, end) of the block, keys j of [key, key + n).
-  void add_keys(const Head& h, i64 begin, i64 end, i64 key, i64 n, const float* a, const float* b, i64 depth,
+  void add_keys(const Head& h, i64 begin, i64 end, i64 key, i64 n, const float* a, const Operand& b, i64 depth,
                 const Sums& sums) const {
-    const i64 nr = h.nr, unit = h.unit, q_units = ceil_div(h.span.Lq, unit), s_row = h.s_row;
+    const i64 nr = h.nr, unit = h.unit, s_row = h.s_row;
     const Seen live = h.seen_of(begin, end, key, n);
     const i64 keys = live.end - live.begin, tiles = ceil_div(keys, p.kernel->mr);
     TileArgs t = {};
-    t.a_row = 1, t.a_col = s_row, t.b_row = nr, t.b_col = 1, t.c_row = sums.row, t.accumulate = true;
+    t.a_row = 1, t.a_col = s_row, t.c_row = sums.row, t.accumulate = true;
     for (i64 j = 0; j < depth; j += nr) {
       t.n = static_cast<int>(std::min(nr, depth - j));
       for (i64 tile = 0; tile < tiles; ++tile) {
@@ -249,7 +284,8 @@ struct Part {
         const i64 r0 = std::max<i64>(0, rows.begin - begin) / unit,
                   r1 = ceil_div(std::min(end, rows.end) - begin, unit);
         if (r0 >= r1) continue;
-        t.a = a + r0 * s_row + from, t.b = b + j * q_units + (begin / unit + r0) * nr;
+        h.set_b(&t, b, h.span.Lq, begin + r0 * unit, j);
+        t.a = a + r0 * s_row + from;
         t.c = sums.at(from, j), t.k = r1 - r0, t.m = static_cast<int>(to - from);
         p.kernel->tile(t);
       }
@@ -266,7 +302,7 @@ struct Part {
     const Sums dq = dq_sums(h);
     clear(dq, h.span.Lq, d.D);
     const i64 Lq = h.span.Lq;
-    bool packed = false;
+    Packed packed = {};
     for (i64 key = key_begin; key < key_end; key += p.key_block) {
       const i64 n = std::min(p.key_block, key_end - key);
       const bool whole = d.H != d.Hkv || d.dtype == DType::f32;  // sums of all keys of the chunk are at hand
@@ -279,22 +315,22 @@ struct Part {
       }
       const Seen rows = seeing(d, h.span, key, key + n);
       if (rows.begin < rows.end) {
-        if (!packed) {
-          packed = true;
-          h.pack_strips(0, h.strips, h.q_row(0), d.q, d.D, scratch.q_strips);
-          if (dk.data) h.pack_panels(h.q_row(0), d.q, Lq, d.D, scratch.q_panels);
-          if (dv.data) h.pack_panels(h.o_row(0), grads.dout_step, Lq, d.Dv, scratch.o_panels);
-          if (dq.data || dk.data) {
-            h.pack_strips(0, h.strips, h.o_row(0), grads.dout_step, d.Dv, scratch.o_strips);
+        const bool scores = dq.data || dk.data;
+        if (!packed.q_a.data) {
+          packed.q_a = h.strip_operand(h.q_row(0), d.q, d.D, scratch.q_strips);
+          if (dk.data) packed.q_b = h.panel_operand(h.q_row(0), d.q, Lq, d.D, scratch.q_panels);
+          if (dv.data) packed.o_b = h.panel_operand(h.o_row(0), grads.dout_step, Lq, d.Dv, scratch.o_panels);
+          if (scores) {
+            packed.o_a = h.strip_operand(h.o_row(0), grads.dout_step, d.Dv, scratch.o_strips);
             h.compute_delta(0, Lq);
           }
         }
         h.pack_columns(h.k_row(key), d.k, n, d.D, scratch.k_panels);
-        if (dq.data || dk.data) h.pack_columns(h.v_row(key), d.v, n, d.Dv, scratch.v_panels);
-        if (dq.data) h.pack_panels(h.k_row(key), d.k, n, d.D, scratch.k_rows);
+        if (scores) h.pack_columns(h.v_row(key), d.v, n, d.Dv, scratch.v_panels);
+        if (dq.data) packed.k_b = h.panel_operand(h.k_row(key), d.k, n, d.D, scratch.k_rows);
         for (i64 block = 0; block < h.blocks; ++block) {
           const Seen columns = h.seen_of(h.block_begin(block), h.block_begin(block + 1), key, n);
-          if (columns.begin < columns.end) run_block(h, block, key, n, dq, dk, dv);
+          if (columns.begin < columns.end) run_block(h, packed, block, key, n, dq, dk, dv);
         }
       }
       if (!whole) finish_keys(h, key, n, dk, dv);
@@ -382,8 +418,8 @@ struct MaskPart {
         if (columns.begin >= columns.end) continue;
         p.kernel->helpers->pack(h.q_row(row), d.q.col, d.q.row, d.D, m, m, scratch.q_strips);
         p.kernel->helpers->pack(h.o_row(row), grads.dout_step.col, grads.dout_step.row, d.Dv, m, m, scratch.o_strips);
-        h.products(scratch.q_strips, m, scratch.k_panels, h.q_steps, columns, scratch.s);
-        h.products(scratch.o_strips, m, scratch.v_panels, h.o_steps, columns, scratch.g);
+        h.products({scratch.q_strips, 0}, 0, m, scratch.k_panels, h.q_steps, columns, scratch.s);
+        h.products({scratch.o_strips, 0}, 0, m, scratch.v_panels, h.o_steps, columns, scratch.g);
         SoftmaxGradArgs x = h.grad_args(row, m, key, n, columns);
         x.scores.s = scratch.s, x.g = x.ds = scratch.g, x.scale = 1;
         p.kernel->grads->mask_grad[static_cast<int>(d.mask)](x);
