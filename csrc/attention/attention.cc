@@ -14,6 +14,7 @@ namespace fastdl {
   void tile(const TileArgs&);                                                            \
   extern const GemmHelpers helpers_##dtype;                                              \
   extern const AttentionOps attention_##dtype;                                           \
+  extern const AttentionGradOps attention_grad_##dtype;                                  \
   }
 #include "attention/cpu/kernels.inc"
 #undef ATTENTION_KERNEL
@@ -30,7 +31,8 @@ const std::vector<AttentionKernel>& attention_kernels() {
    key_block,                                                                            \
    level::tile,                                                                          \
    &level::helpers_##dtype,                                                              \
-   &level::attention_##dtype},
+   &level::attention_##dtype,                                                            \
+   &level::attention_grad_##dtype},
   static const std::vector<AttentionKernel> table = {
 #include "attention/cpu/kernels.inc"
   };
@@ -56,6 +58,7 @@ std::atomic<i64>& calls(const AttentionKernel& k) { return g_calls[&k - attentio
 }  // namespace
 
 i64 attention_calls(const AttentionKernel& kernel) { return calls(kernel).load(std::memory_order_relaxed); }
+void attention_count_call(const AttentionKernel& kernel) { calls(kernel).fetch_add(1, std::memory_order_relaxed); }
 void attention_reset_calls() {
   for (auto& n : g_calls) n.store(0, std::memory_order_relaxed);
 }
@@ -79,7 +82,7 @@ AttentionPlan attention(const AttentionDesc& d, const AttentionArgs& args, const
     for (const std::string& c : attention_candidates(d, machine, plan)) line += "\n    not " + c;
     log_once(line);
   }
-  calls(*plan.kernel).fetch_add(1, std::memory_order_relaxed);
+  attention_count_call(*plan.kernel);
   attention_run(d, plan, args);
   return plan;
 }

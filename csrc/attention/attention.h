@@ -70,8 +70,8 @@ struct AttentionGrads {
   void* dk;
   void* dv;
   AttentionStrides dq_step, dk_step, dv_step;
-  float* dmask;  // sizes 1 (stride 0) where the mask is broadcast: summed over
-  AttentionStrides dmask_step;
+  float* dmask;                 // gradient of the mask, summed over its dimensions of size 1
+  AttentionStrides dmask_step;  // 0 there
 };
 
 const char* kind_name(AttentionKind kind);
@@ -106,6 +106,7 @@ void attention_keep(bool* keep, i64 B, i64 H, i64 Lq, i64 Lk, double dropout_p, 
 
 // Calls that ran this row since the last reset.
 i64 attention_calls(const AttentionKernel& kernel);
+void attention_count_call(const AttentionKernel& kernel);
 void attention_reset_calls();
 
 }  // namespace fastdl

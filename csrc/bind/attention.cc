@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "attention/cpu/backward.h"
 #include "base/check.h"
 #include "base/parallel.h"
 #include "bind/bind.h"
@@ -196,18 +197,114 @@ void run_attention(py::handle out_, py::handle lse_, py::handle query, py::handl
   attention(p.desc, p.args, forced, threads);
 }
 
+// A gradient of `of`: its shape and dtype, unit stride in the last dimension; null where None.
+void* grad_data(py::handle grad_, const char* argument, const TensorView& of, const char* of_name,
+                AttentionStrides* step) {
+  if (grad_.is_none()) return nullptr;
+  const TensorView grad = view(grad_, kOp, argument);
+  require_shape(grad, argument, {of.size(0), of.size(1), of.size(2), of.size(3)}, of_name);
+  require_dtype(grad, of.dtype, "as query", kOp, argument);
+  if (grad.size(3) > 1 && grad.numel() > 0 && grad.stride(3) != 1)
+    fail(kOp, ": argument '", argument, "': expected unit stride in the last dimension, got ", grad.stride(3));
+  require_writable(grad, kOp);
+  *step = strides_of(grad);
+  return grad.data;
+}
+
+void set_dmask(Problem* p, AttentionGrads* grads, py::handle dmask_) {
+  if (dmask_.is_none()) return;
+  const AttentionDesc& d = p->desc;
+  if (d.mask != MaskKind::f32 && d.mask != MaskKind::same)
+    fail(kOp, ": argument 'dmask': expected None without a mask that is added");
+  const TensorView dmask = view(dmask_, kOp, "dmask");
+  const i64 full[4] = {d.B, d.H, d.Lq, d.Lk};
+  bool fits = dmask.ndim == 4;
+  for (int i = 0; fits && i < 4; ++i) fits = dmask.size(i) == full[i] || dmask.size(i) == 1;
+  if (!fits)
+    fail(kOp, ": argument 'dmask': expected [", d.B, ", ", d.H, ", ", d.Lq, ", ", d.Lk,
+         "] or 1 in the place of any of them, got ", shape_string(dmask));
+  require_dtype(dmask, DType::f32, "sums of products", kOp, "dmask");
+  require_writable(dmask, kOp);
+  const auto step = [&](int i) { return dmask.size(i) > 1 ? dmask.stride(i) : 0; };
+  grads->dmask = static_cast<float*>(dmask.data);
+  grads->dmask_step = {step(0), step(1), step(2), step(3)};
+}
+
+void run_attention_backward(py::handle dq, py::handle dk, py::handle dv, py::handle dmask, py::handle dout_,
+                            py::handle query, py::handle key, py::handle value, py::handle out_, py::handle lse_,
+                            py::handle mask, double scale, i64 lo, i64 hi, double softcap, double dropout_p, i64 seed,
+                            py::object cu_seqlens_q, py::object cu_seqlens_k, bool align_end, const std::string& kernel,
+                            int threads) {
+  require_threads(threads, kOp);
+  const Options o = {scale,    lo, hi, softcap, dropout_p, seed, std::move(cu_seqlens_q), std::move(cu_seqlens_k),
+                     align_end};
+  Problem p = make_problem(query, key, value, mask, o);
+  const TensorView q = view(query, kOp, "query"), k = view(key, kOp, "key"), v = view(value, kOp, "value");
+  const TensorView dout = view(dout_, kOp, "dout"), out = view(out_, kOp, "out"), lse = view(lse_, kOp, "lse");
+  const char* const why = "as query but with the last dimension of value";
+  for (const auto& [t, name] : {std::pair{&out, "out"}, std::pair{&dout, "dout"}}) {
+    require_shape(*t, name, {q.size(0), p.desc.H, q.size(2), p.desc.Dv}, why);
+    require_dtype(*t, p.desc.dtype, "as query", kOp, name);
+  }
+  if (out.size(3) > 1 && out.numel() > 0 && out.stride(3) != 1)
+    fail(kOp, ": argument 'out': expected unit stride in the last dimension, got ", out.stride(3));
+  p.desc.out = strides_of(out), p.args.out = out.data;
+  p.args.lse = lse_data(p, lse, q.size(2));
+  if (lse.size(0) != q.size(0)) fail(kOp, ": argument 'lse': expected batch ", q.size(0), ", got ", shape_string(lse));
+
+  AttentionGrads grads = {};
+  grads.dout = dout.data, grads.dout_step = strides_of(dout);
+  grads.dq = grad_data(dq, "dq", q, "as query", &grads.dq_step);
+  grads.dk = grad_data(dk, "dk", k, "as key", &grads.dk_step);
+  grads.dv = grad_data(dv, "dv", v, "as value", &grads.dv_step);
+  set_dmask(&p, &grads, dmask);
+  const std::pair<py::handle, const char*> written[] = {{dq, "dq"}, {dk, "dk"}, {dv, "dv"}, {dmask, "dmask"}};
+  for (const auto& [handle, name] : written) {
+    if (handle.is_none()) continue;
+    const TensorView t = view(handle, kOp, name);
+    for (const auto& [in, in_name] : {std::pair{&q, "query"}, std::pair{&k, "key"}, std::pair{&v, "value"},
+                                      std::pair{&out, "out"}, std::pair{&dout, "dout"}, std::pair{&lse, "lse"}})
+      require_apart(t, *in, kOp, in_name, name);
+    for (const auto& [other, other_name] : written)
+      if (other_name != name && !other.is_none()) require_apart(t, view(other, kOp, other_name), kOp, other_name, name);
+  }
+  const AttentionKernel* forced = forced_row(kernel);
+  point_to_offsets(&p);
+  py::gil_scoped_release release;
+  attention_backward(p.desc, p.args, grads, forced, threads);
+}
+
+py::dict backward_plan_dict(const AttentionDesc& d, const Machine& machine, const AttentionKernel* forced) {
+  const AttentionBackwardPlan plan = attention_backward_plan(d, machine, forced);
+  py::dict out;
+  out["op"] = "attention_backward";
+  out["kernel"] = plan.kernel->name;
+  out["isa"] = isa_name(plan.kernel->isa);
+  out["mr"] = plan.kernel->mr;
+  out["nr"] = plan.kernel->nr;
+  out["strips"] = plan.strips;
+  out["key_block"] = plan.key_block;
+  out["chunk"] = plan.chunk;
+  out["chunks"] = plan.chunks;
+  out["threads"] = plan.threads;
+  out["shared_bytes"] = plan.shared_bytes;
+  out["workspace_bytes"] = plan.workspace_bytes();
+  out["why"] = plan.why;
+  return out;
+}
+
 py::dict plan_attention(py::handle query, py::handle key, py::handle value, py::handle mask, double scale, i64 lo,
                         i64 hi, double softcap, double dropout_p, i64 seed, py::object cu_seqlens_q,
                         py::object cu_seqlens_k, bool align_end, const std::string& kernel, int threads,
                         bool backward) {
   require_threads(threads, kOp);
-  (void)backward;
   const Options o = {scale,    lo, hi, softcap, dropout_p, seed, std::move(cu_seqlens_q), std::move(cu_seqlens_k),
                      align_end};
   const Problem p = make_problem(query, key, value, mask, o);
   const CpuInfo& cpu = cpu_info();
   const Machine machine = {cpu.isa, current_team(threads).threads, cpu.l1d, cpu.l2, cpu.l3};
   const AttentionDesc& d = p.desc;
+  if (backward) return backward_plan_dict(d, machine, forced_row(kernel));
   const AttentionPlan plan = attention_plan(d, machine, forced_row(kernel));
   py::dict out;
   out["op"] = "attention";
@@ -252,6 +349,11 @@ void run_keep(py::handle out_, double dropout_p, i64 seed) {
 void bind_attention(py::module_& m) {
   using namespace py::literals;
   m.def("attention", run_attention, "out"_a, "lse"_a.none(true), "query"_a, "key"_a, "value"_a, "mask"_a = py::none(),
+        py::kw_only(), "scale"_a, "lo"_a = INT64_MIN, "hi"_a = INT64_MAX, "softcap"_a = 0.0, "dropout_p"_a = 0.0,
+        "seed"_a = 0, "cu_seqlens_q"_a = py::none(), "cu_seqlens_k"_a = py::none(), "align_end"_a = false,
+        "kernel"_a = "", "threads"_a = 0);
+  m.def("attention_backward", run_attention_backward, "dq"_a.none(true), "dk"_a.none(true), "dv"_a.none(true),
+        "dmask"_a.none(true), "dout"_a, "query"_a, "key"_a, "value"_a, "out"_a, "lse"_a, "mask"_a = py::none(),
         py::kw_only(), "scale"_a, "lo"_a = INT64_MIN, "hi"_a = INT64_MAX, "softcap"_a = 0.0, "dropout_p"_a = 0.0,
         "seed"_a = 0, "cu_seqlens_q"_a = py::none(), "cu_seqlens_k"_a = py::none(), "align_end"_a = false,
         "kernel"_a = "", "threads"_a = 0);

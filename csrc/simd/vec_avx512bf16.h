@@ -12,6 +12,12 @@ struct VecAvx512Narrow : VecAvx512 {
   static FASTDL_INLINE void narrow_pairs(bf16* p, V v) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v)));
   }
+  // Lane j: x[j] below, y[j] above.
+  static FASTDL_INLINE V narrow_pair(V x, V y) {
+    const __m512i low = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)));
+    const __m512i high = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(y)));
+    return _mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+  }
 };
 
 struct VecAvx512Bf16 : VecAvx512 {

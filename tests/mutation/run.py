@@ -34,7 +34,6 @@ class Mutation:
 RUN, KERNEL, GEMM = "csrc/gemm/cpu/run.cc", "csrc/gemm/cpu/kernel.h", "csrc/gemm/gemm.cc"
 PAIRS, TILES = "csrc/gemm/cpu/kernel_pairs.h", "csrc/gemm/cpu/kernel_amx.h"
 EXACT, STRIDES, THREADS = "tests/test_gemm_exact.py", "tests/test_gemm_strides.py", "tests/test_threads.py"
-<<<<<<< HEAD
 DTYPES, EPILOGUE, SPLIT = "tests/test_gemm_dtypes.py", "tests/test_gemm_epilogue.py", "tests/test_gemm_split.py"
 ATTENTION, MODULES, INSIDE = (
     "tests/test_attention.py",
@@ -42,11 +41,8 @@ ATTENTION, MODULES, INSIDE = (
     "tests/test_attention_torch.py",
 )
 OPS = "python/fastdl/ops/"
-=======
-DTYPES, EPILOGUE = "tests/test_gemm_dtypes.py", "tests/test_gemm_epilogue.py"
-ATTENTION, ATTENTION_RUN = "tests/test_attention_native.py", "csrc/attention/cpu/run.cc"
+NATIVE, ATTENTION_RUN = "tests/test_attention_native.py", "csrc/attention/cpu/run.cc"
 ATTENTION_KERNEL, DECODE = "csrc/attention/cpu/kernel.h", "csrc/attention/cpu/decode.cc"
->>>>>>> attn
 MUTATIONS = [
     Mutation(
         "softcap without its derivative",
@@ -357,7 +353,6 @@ MUTATIONS = [
         f"{STRIDES} -k test_every_pair_of_layouts",
     ),
     Mutation(
-<<<<<<< HEAD
         "a product of parts taken twice, another not at all",
         TILES,
         "a[] = {0, 0, 1, 1, 2, 0}, b[] = {2, 1, 1, 0, 0, 0};",
@@ -433,55 +428,55 @@ MUTATIONS = [
         '"tf32") == 0) return Precision::tf32;',
         '"tf32") == 0) return Precision::ieee;',
         f"{SPLIT} -k test_torch_switch",
-=======
+    ),
+    Mutation(
         "window one key too wide",
         ATTENTION_KERNEL,
         "last = clamped(t.see_end + row, first, t.end);",
         "last = clamped(t.see_end + row + 1, first, t.end);",
-        f"{ATTENTION} -k test_one_visible_key",
+        f"{NATIVE} -k test_one_visible_key",
     ),
     Mutation(
         "output not rescaled where the maximum moves",
         ATTENTION_KERNEL,
         "if (t.first || rescale[i] == 1.0f) continue;",
         "continue;",
-        f"{ATTENTION} -k test_every_tail",
+        f"{NATIVE} -k test_every_tail",
     ),
     Mutation(
         "sum not rescaled where the maximum moves",
         ATTENTION_KERNEL,
         "sum = L::fma(L::load(t.sum + group), correction, sum);",
         "sum = L::add(L::load(t.sum + group), sum);",
-        f"{ATTENTION} -k test_every_tail",
+        f"{NATIVE} -k test_every_tail",
     ),
     Mutation(
         "scores of the block before left beside the window",
         ATTENTION_KERNEL,
         "      for (i64 j = t.begin; j < from[i]; j += W) Rows::store(s, j, L::zero());\n",
         "",
-        f"{ATTENTION} -k test_many_query_blocks",
+        f"{NATIVE} -k test_many_query_blocks",
     ),
     Mutation(
         "dropout forgets the first key of the block",
         ATTENTION_KERNEL,
         "drop<L>(p, key, t.dropout.col + j, t.dropout.threshold)",
         "drop<L>(p, key, j, t.dropout.threshold)",
-        f"{ATTENTION} -k test_dropout_keeps",
+        f"{NATIVE} -k test_dropout_keeps",
     ),
     Mutation(
         "panels of the head before used again",
         ATTENTION_RUN,
         "        if (p.keep_k) std::memset(scratch.packed, 0, static_cast<std::size_t>(p.blocks));\n",
         "        if (p.keep_k && head == 0) std::memset(scratch.packed, 0, static_cast<std::size_t>(p.blocks));\n",
-        f"{ATTENTION} -k 'test_many_query_blocks or test_same_bits'",
+        f"{NATIVE} -k 'test_many_query_blocks or test_same_bits'",
     ),
     Mutation(
         "decode ignores the last chunk of keys",
         DECODE,
         "c.chunks = p.blocks",
         "c.chunks = std::max<i64>(1, p.blocks - 1)",
-        f"{ATTENTION} -k test_grouped_queries",
->>>>>>> attn
+        f"{NATIVE} -k test_grouped_queries",
     ),
 ]
 

@@ -91,6 +91,39 @@ struct AttentionOps {
   void (*finish)(const AttentionFinishArgs&);
 };
 
+// Scores S and dP = dO V^T of a strip of rows to P' and dS. P = exp(S - lse), P' = P .* keep * factor,
+// dS = P .* (dP .* keep * factor - delta) * scale, times the slope of the softcap; a row whose lse is -Inf has none.
+struct SoftmaxGradArgs {
+  SoftmaxArgs scores;  // s to dropout as there, the running values unused
+  const float* g;      // dP, laid out as s; null: no dS
+  const float *lse, *delta;
+  float factor;  // 1 / (1 - p)
+  float scale;
+  bool capped;     // dS is that of the scores before the softcap, else that of the mask
+  int stop;        // columns written, whole vectors; 0 where a row does not see
+  float* p;        // null: not wanted. A row of float32, or two rows as pairs (k_unit 2); rows s_row apart, may be s
+  float* ds;       // likewise, may be g
+  float* ds_rows;  // k_unit 2: dS once more, each row as 16 bits, rows_step apart
+  i64 rows_step;
+};
+
+// delta(i) = sum_d dO(i,d) O(i,d), columns of dO dout_col apart, of O contiguous.
+struct DeltaArgs {
+  const void* dout;
+  i64 dout_row, dout_col;
+  const void* out;
+  i64 out_row;
+  float* delta;
+  i64 m;
+  int dv;
+};
+
+struct AttentionGradOps {
+  void (*softmax_grad[4])(const SoftmaxGradArgs&);  // by MaskKind, as the products of the row's k_unit read it
+  void (*mask_grad[4])(const SoftmaxGradArgs&);     // float32 rows at any k_unit
+  void (*delta)(const DeltaArgs&);
+};
+
 enum class AttentionKind : std::uint8_t {
   kTile,    // register tiles of scores against packed panels of K, blocks of keys
   kDecode,  // few query rows: K and V are read once, in place, in chunks of keys
@@ -107,6 +140,7 @@ struct AttentionKernel {
   void (*tile)(const TileArgs&);  // gemm's, of that level
   const GemmHelpers* helpers;     // gemm's: packing
   const AttentionOps* ops;
+  const AttentionGradOps* grads;
 };
 
 }  // namespace fastdl

@@ -1,0 +1,98 @@
+// Blocks, parts and scratch of the backward pass. Pure: everything follows from the problem and the machine given.
+#include <algorithm>
+
+#include "attention/cpu/backward.h"
+#include "attention/cpu/schedule.h"
+#include "base/check.h"
+#include "base/log.h"
+#include "base/parallel.h"
+
+namespace fastdl {
+namespace {
+
+constexpr i64 kStrips = 8;      // of a query block: scores and dP of a block, kept while dK and dV take them
+constexpr i64 kKeyBlock = 224;  // 7 panels of 32 keys, 16 tiles of 14
+constexpr i64 kParts = 32, kMostChunks = 8;  // parts to aim at, whatever the team
+constexpr i64 kLeastChunk = 512;             // keys: dQ passes through memory once more for each chunk
+constexpr i64 kMostShared = i64{1} << 27;    // bytes of dQ of all chunks
+constexpr double kSerialNanoseconds = 6000;  // as forward
+
+const AttentionKernel* choose(const AttentionDesc& d, const Machine& machine) {
+  for (const AttentionKernel& k : attention_kernels())
+    if (k.isa <= machine.isa && k.dtype == d.dtype && k.kind == AttentionKind::kTile) return &k;
+  fail("fastdl.scaled_dot_product_attention: no kernel");
+}
+
+}  // namespace
+
+AttentionBackwardPlan attention_backward_plan(const AttentionDesc& d, const Machine& machine,
+                                              const AttentionKernel* forced) {
+  AttentionBackwardPlan p = {};
+  p.kernel = forced ? forced : choose(d, machine);
+  p.why = forced ? "forced" : "highest level with a tile kernel";
+  const AttentionKernel& kernel = *p.kernel;
+  if (kernel.dtype != d.dtype)
+    fail("fastdl.scaled_dot_product_attention: kernel '", kernel.name, "': expected operands of its dtype");
+  if (kernel.kind != AttentionKind::kTile)
+    fail("fastdl.scaled_dot_product_attention: kernel '", kernel.name, "': expected a tile kernel for the gradients");
+
+  const i64 unit = kernel.k_unit, nr = kernel.nr, group = d.H / std::max<i64>(1, d.Hkv);
+  p.strips = std::max<i64>(1, std::min(kStrips, ceil_div(d.Lq, kernel.mr)));
+  p.key_block = round_up(std::max<i64>(1, ceil_div(d.Lk, std::max<i64>(1, ceil_div(d.Lk, kKeyBlock)))), nr);
+  const i64 dp = round_up(d.D, 16), dvp = round_up(d.Dv, 16);  // rows of sums
+
+  const i64 heads = std::max<i64>(1, (d.sequences ? d.sequences : d.B) * d.Hkv);
+  const i64 partial = d.H * (d.sequences ? d.total_q : d.B * d.Lq) * dp * 4;
+  p.chunks =
+      std::min({ceil_div(kParts, heads), kMostChunks, d.Lk / kLeastChunk, kMostShared / std::max<i64>(1, partial)});
+  p.chunks = std::max<i64>(1, p.chunks);
+  p.chunk = std::max<i64>(1, ceil_div(ceil_div(d.Lk, p.chunks), p.key_block)) * p.key_block;
+  p.chunks = std::max<i64>(1, ceil_div(d.Lk, p.chunk));
+  p.shared_bytes = p.chunks > 1 ? round_up(p.chunks * partial, 4096) : 0;
+
+  const double scores = static_cast<double>(heads * group) * d.Lq * d.Lk;
+  const double nanoseconds = scores * (static_cast<double>(3 * d.D + 2 * d.Dv) * 2 + 40) / 100;  // 100 GFLOP/s
+  p.threads = nanoseconds < kSerialNanoseconds ? 1 : std::max(1, machine.threads);
+
+  constexpr i64 kSlack = 64;  // one vector: see GemmHelpers::pack
+  const auto buffer = [](i64 floats) { return round_up(floats * 4 + kSlack, 4096); };
+  const i64 q_units = ceil_div(d.Lq, unit), k_units = ceil_div(p.key_block, unit);
+  const i64 s_row = p.key_block + 16, rows = p.strips * kernel.mr;
+  // Of a query head: rows as strips (A of S and dP) and as panels (B of dK and dV). Of a key block: panels along D for
+  // S, along the keys for dQ; V along Dv.
+  p.q_bytes = buffer(d.Lq * ceil_div(d.D, unit)) + buffer(q_units * round_up(d.D, nr));
+  p.o_bytes = buffer(d.Lq * ceil_div(d.Dv, unit)) + buffer(q_units * round_up(d.Dv, nr));
+  p.k_bytes = buffer(p.key_block * ceil_div(d.D, unit)) + buffer(k_units * round_up(d.D, nr));
+  p.v_bytes = buffer(p.key_block * ceil_div(d.Dv, unit));
+  p.s_bytes = 2 * buffer(rows * s_row);  // P and dS: float32, or as pairs and as 16 bits beside the strip's float32
+  if (unit == 2) p.s_bytes += 2 * buffer(kernel.mr * s_row);
+  p.row_bytes = buffer(d.Lq);
+  if (d.dtype != DType::f32) {  // else the gradients themselves are where sums grow
+    const i64 keys = group != 1 ? std::min(p.chunk, round_up(d.Lk, nr)) : p.key_block;
+    p.sum_bytes = buffer(p.chunks > 1 ? 0 : d.Lq * dp) + buffer(keys * dp) + buffer(keys * dvp);
+  }
+  return p;
+}
+
+std::string describe(const AttentionDesc& d, const AttentionBackwardPlan& p) {
+  constexpr const char* kTypes[] = {"f32", "bf16", "f16"};
+  constexpr const char* kMasks[] = {"none", "bool", "f32", "same"};
+  return concat("attention backward ", kTypes[static_cast<int>(d.dtype)], " B=", d.B, " H=", d.H, "/", d.Hkv,
+                " Lq=", d.Lq, " Lk=", d.Lk, " D=", d.D, "/", d.Dv,
+                d.sequences ? concat(" sequences=", d.sequences) : std::string(),
+                d.lo == INT64_MIN && d.hi == INT64_MAX ? "" : " window", " mask=", kMasks[static_cast<int>(d.mask)],
+                " -> ", p.kernel->name, " strips=", p.strips, " key_block=", p.key_block, " chunks=", p.chunks,
+                " threads=", p.threads, " workspace=", p.workspace_bytes(), "B: ", p.why);
+}
+
+void attention_backward(const AttentionDesc& d, const AttentionArgs& args, const AttentionGrads& grads,
+                        const AttentionKernel* forced, int threads) {
+  const CpuInfo& cpu = cpu_info();
+  const Machine machine = {cpu.isa, current_team(threads).threads, cpu.l1d, cpu.l2, cpu.l3};
+  const AttentionBackwardPlan plan = attention_backward_plan(d, machine, forced);
+  if (log_enabled()) log_once(describe(d, plan));
+  attention_count_call(*plan.kernel);
+  attention_backward_run(d, plan, args, grads);
+}
+
+}  // namespace fastdl
