@@ -120,7 +120,8 @@ struct Head {
     for (i64 strip = 0; strip < strips; ++strip) {
       const i64 begin = strip_begin(strip);
       const int m = static_cast<int>(strip_begin(strip + 1) - begin);
-      kernel.helpers->pack(at(rows, begin * step.row, d.dtype), step.col, step.row, depth, m, m, out + begin * steps);
+      kernel.helpers->pack_a(at(rows, begin * step.row, d.dtype), step.col, step.row, depth, m, m, out + begin * steps,
+                             nullptr);
     }
     return {out, 0};
   }
@@ -140,14 +141,16 @@ struct Head {
   // x[count, cols] to [panel of cols][units along rows][nr].
   void pack_panels(const void* x, const AttentionStrides& step, i64 count, i64 cols, float* out) const {
     for (i64 j = 0; j < cols; j += nr)
-      kernel.helpers->pack(at(x, j * step.col, d.dtype), step.row, step.col, count,
-                           static_cast<int>(std::min(nr, cols - j)), kernel.nr, out + j * ceil_div(count, unit));
+      kernel.helpers->pack_b(at(x, j * step.col, d.dtype), step.row, step.col, count,
+                             static_cast<int>(std::min(nr, cols - j)), kernel.nr, out + j * ceil_div(count, unit),
+                             nullptr);
   }
   // x[n, depth] transposed: [panel of n][steps][nr].
   void pack_columns(const void* x, const AttentionStrides& step, i64 n, i64 depth, float* out) const {
     for (i64 j = 0; j < n; j += nr)
-      kernel.helpers->pack(at(x, j * step.row, d.dtype), step.col, step.row, depth,
-                           static_cast<int>(std::min(nr, n - j)), kernel.nr, out + j * ceil_div(depth, unit));
+      kernel.helpers->pack_b(at(x, j * step.row, d.dtype), step.col, step.row, depth,
+                             static_cast<int>(std::min(nr, n - j)), kernel.nr, out + j * ceil_div(depth, unit),
+                             nullptr);
   }
   void compute_delta(i64 begin, i64 end) const {
     DeltaArgs t = {};
@@ -416,8 +419,9 @@ struct MaskPart {
         const int m = static_cast<int>(std::min(mr, rows_end - row));
         const Seen columns = h.seen_of(row, row + m, key, n);
         if (columns.begin >= columns.end) continue;
-        p.kernel->helpers->pack(h.q_row(row), d.q.col, d.q.row, d.D, m, m, scratch.q_strips);
-        p.kernel->helpers->pack(h.o_row(row), grads.dout_step.col, grads.dout_step.row, d.Dv, m, m, scratch.o_strips);
+        p.kernel->helpers->pack_a(h.q_row(row), d.q.col, d.q.row, d.D, m, m, scratch.q_strips, nullptr);
+        p.kernel->helpers->pack_a(h.o_row(row), grads.dout_step.col, grads.dout_step.row, d.Dv, m, m, scratch.o_strips,
+                                  nullptr);
         h.products({scratch.q_strips, 0}, 0, m, scratch.k_panels, h.q_steps, columns, scratch.s);
         h.products({scratch.o_strips, 0}, 0, m, scratch.v_panels, h.o_steps, columns, scratch.g);
         SoftmaxGradArgs x = h.grad_args(row, m, key, n, columns);

@@ -70,11 +70,11 @@ void pack_keys(const Head& h, i64 begin, i64 n, float* k_out, float* v_out) {
   const AttentionKernel& kernel = *h.p.kernel;
   const i64 nr = kernel.nr, steps = ceil_div(d.D, kernel.k_unit), v_steps = ceil_div(h.p.key_block, kernel.k_unit);
   for (i64 j = 0; j < n; j += nr)
-    kernel.helpers->pack(at(h.k, (begin + j) * d.k.row, d.dtype), d.k.col, d.k.row, d.D,
-                         static_cast<int>(std::min(nr, n - j)), kernel.nr, k_out + j * steps);
+    kernel.helpers->pack_b(at(h.k, (begin + j) * d.k.row, d.dtype), d.k.col, d.k.row, d.D,
+                           static_cast<int>(std::min(nr, n - j)), kernel.nr, k_out + j * steps, nullptr);
   for (i64 j = 0; h.p.pack_v && j < d.Dv; j += nr)
-    kernel.helpers->pack(at(h.v, begin * d.v.row + j * d.v.col, d.dtype), d.v.row, d.v.col, n,
-                         static_cast<int>(std::min(nr, d.Dv - j)), kernel.nr, v_out + j * v_steps);
+    kernel.helpers->pack_b(at(h.v, begin * d.v.row + j * d.v.col, d.dtype), d.v.row, d.v.col, n,
+                           static_cast<int>(std::min(nr, d.Dv - j)), kernel.nr, v_out + j * v_steps, nullptr);
 }
 
 // Query rows [begin, begin + m) against the keys [key, key + n) of a block: what they add to sum, max and o.
@@ -156,8 +156,8 @@ void run_block(const Head& h, i64 head, i64 block, const Scratch& scratch) {
   const i64 q_head = h.batch * d.q.batch + head * d.q.head;
   for (i64 i = 0; i < strips; ++i) {
     const i64 begin = h.strip_begin(first + i), m = h.strip_begin(first + i + 1) - begin;
-    kernel.helpers->pack(at(h.args.q, q_head + (h.span.q_begin + begin) * d.q.row, d.dtype), d.q.col, d.q.row, d.D,
-                         static_cast<int>(m), static_cast<int>(m), scratch.q + i * kernel.mr * steps);
+    kernel.helpers->pack_a(at(h.args.q, q_head + (h.span.q_begin + begin) * d.q.row, d.dtype), d.q.col, d.q.row, d.D,
+                           static_cast<int>(m), static_cast<int>(m), scratch.q + i * kernel.mr * steps, nullptr);
   }
   std::fill_n(scratch.max, strips * kRowSlots, -INFINITY);
   std::fill_n(scratch.sum, strips * kRowSlots, 0.0f);
