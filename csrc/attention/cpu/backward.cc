@@ -61,6 +61,7 @@ struct Sums {
   float* data = nullptr;  // null: not wanted
   i64 row = 0;
   float* at(i64 i, i64 j) const { return data + i * row + j; }
+  Sums below(i64 i) const { return {data ? data + i * row : nullptr, row}; }
 };
 
 void clear(const Sums& x, i64 rows, i64 cols) {
@@ -260,7 +261,7 @@ struct Part {
       TileArgs t = {};
       t.a = unit == 1 ? x.ds + from : x.ds_rows + from / 2, t.a_row = unit == 1 ? s_row : x.rows_step, t.a_col = 1;
       t.c_row = dq.row, t.k = ceil_div(columns.end - from, unit), t.m = m;
-      t.accumulate = true;
+      t.accumulate = first_key(h, row, m) < key;
       for (i64 j = 0; j < d.D; j += nr) {
         h.set_b(&t, packed.k_b, n, from, j);
         t.c = dq.at(row, j), t.n = static_cast<int>(std::min(nr, d.D - j));
@@ -275,14 +276,13 @@ struct Part {
   void add_keys(const Head& h, i64 begin, i64 end, i64 key, i64 n, const float* a, const Operand& b, i64 depth,
                 const Sums& sums) const {
     const i64 nr = h.nr, unit = h.unit, s_row = h.s_row;
-    const Seen live = h.seen_of(begin, end, key, n);
-    const i64 keys = live.end - live.begin, tiles = ceil_div(keys, p.kernel->mr);
+    const i64 tiles = ceil_div(n, p.kernel->mr);
     TileArgs t = {};
-    t.a_row = 1, t.a_col = s_row, t.c_row = sums.row, t.accumulate = true;
+    t.a_row = 1, t.a_col = s_row, t.c_row = sums.row;
     for (i64 j = 0; j < depth; j += nr) {
       t.n = static_cast<int>(std::min(nr, depth - j));
       for (i64 tile = 0; tile < tiles; ++tile) {
-        const i64 from = live.begin + keys * tile / tiles, to = live.begin + keys * (tile + 1) / tiles;
+        const i64 from = n * tile / tiles, to = n * (tile + 1) / tiles;
         const Seen rows = seeing(d, h.span, key + from, key + to);  // those that see some key of the tile
         const i64 r0 = std::max<i64>(0, rows.begin - begin) / unit,
                   r1 = ceil_div(std::min(end, rows.end) - begin, unit);
@@ -290,8 +290,29 @@ struct Part {
         h.set_b(&t, b, h.span.Lq, begin + r0 * unit, j);
         t.a = a + r0 * s_row + from;
         t.c = sums.at(from, j), t.k = r1 - r0, t.m = static_cast<int>(to - from);
+        t.accumulate = rows.begin < begin || h.head > kv * (d.H / d.Hkv);
         p.kernel->tile(t);
       }
+    }
+  }
+
+  // The first key of the part that the rows [row, row + m) see.
+  i64 first_key(const Head& h, i64 row, i64 m) const {
+    return std::max(chunk * p.chunk, seen(d, h.span, row, row + m).begin);
+  }
+  // Sums that no product reaches: of keys that no row sees, of rows that see no key of the part.
+  void clear_unseen_keys(const Head& h, i64 key, i64 n, const Sums& dk, const Sums& dv) const {
+    for (i64 tile = 0, tiles = ceil_div(n, p.kernel->mr); tile < tiles; ++tile) {
+      const i64 from = n * tile / tiles, to = n * (tile + 1) / tiles;
+      const Seen rows = seeing(d, h.span, key + from, key + to);
+      if (rows.begin < rows.end) continue;
+      clear(dk.below(from), to - from, d.D), clear(dv.below(from), to - from, d.Dv);
+    }
+  }
+  void clear_unseeing_rows(const Head& h, i64 key_end, const Sums& dq) const {
+    for (i64 strip = 0; strip < h.strips; ++strip) {
+      const i64 row = h.strip_begin(strip), m = h.strip_begin(strip + 1) - row;
+      if (first_key(h, row, m) >= std::min(key_end, seen(d, h.span, row, row + m).end)) clear(dq.below(row), m, d.D);
     }
   }
 
@@ -303,19 +324,15 @@ struct Part {
 
   void run_head(const Head& h, i64 key_begin, i64 key_end, const Sums& dk_all, const Sums& dv_all) const {
     const Sums dq = dq_sums(h);
-    clear(dq, h.span.Lq, d.D);
+    clear_unseeing_rows(h, key_end, dq);
     const i64 Lq = h.span.Lq;
     Packed packed = {};
     for (i64 key = key_begin; key < key_end; key += p.key_block) {
       const i64 n = std::min(p.key_block, key_end - key);
       const bool whole = d.H != d.Hkv || d.dtype == DType::f32;  // sums of all keys of the chunk are at hand
-      Sums dk = dk_all, dv = dv_all;
-      if (whole) {
-        if (dk.data) dk.data += (key - key_begin) * dk.row;
-        if (dv.data) dv.data += (key - key_begin) * dv.row;
-      } else {
-        clear(dk, n, d.D), clear(dv, n, d.Dv);
-      }
+      const i64 below = whole ? key - key_begin : 0;
+      const Sums dk = dk_all.below(below), dv = dv_all.below(below);
+      if (h.head == kv * (d.H / d.Hkv)) clear_unseen_keys(h, key, n, dk, dv);
       const Seen rows = seeing(d, h.span, key, key + n);
       if (rows.begin < rows.end) {
         const bool scores = dq.data || dk.data;
@@ -351,7 +368,7 @@ struct Part {
     const Sums dk = key_sums(first, begin, grads.dk, grads.dk_step, scratch.dk, d.D);
     const Sums dv = key_sums(first, begin, grads.dv, grads.dv_step, scratch.dv, d.Dv);
     const bool whole = group != 1 || d.dtype == DType::f32;
-    if (whole) clear(dk, end - begin, d.D), clear(dv, end - begin, d.Dv);
+    if (group == 0) clear(dk, end - begin, d.D), clear(dv, end - begin, d.Dv);
     for (i64 g = 0; g < group; ++g)
       run_head(Head(d, p, args, grads, scratch, sequence, kv * group + g), begin, end, dk, dv);
     if (whole) finish_keys(first, begin, end - begin, dk, dv);
