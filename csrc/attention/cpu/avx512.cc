@@ -1,4 +1,4 @@
-#include "attention/cpu/backward_kernel.h"
+#include "attention/cpu/kernel_backward.h"
 #include "attention/cpu/kernel.h"
 #include "simd/vec_avx512.h"
 
