@@ -126,7 +126,9 @@ def masks_of(kind, shape):
 @pytest.mark.parametrize("kind", ["bool", "float"])
 @pytest.mark.parametrize("options", MODULES.values(), ids=MODULES)
 def test_multihead_masks(options, kind):
-    for shape, padded, need_weights in itertools.product(((L, S), (N * HEADS, L, S), None), (True, False), (True, False)):
+    for shape, padded, need_weights in itertools.product(
+        ((L, S), (N * HEADS, L, S), None), (True, False), (True, False)
+    ):
         theirs = nn.MultiheadAttention(E, HEADS, batch_first=True, **options)
         args = inputs("memory", True)
         given = {

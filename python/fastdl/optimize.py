@@ -10,9 +10,15 @@ from typing import TypeVar
 from torch import nn
 
 from fastdl.nn import (
+    GRU,
+    LSTM,
+    RNN,
+    GRUCell,
     Linear,
+    LSTMCell,
     MultiheadAttention,
     NonDynamicallyQuantizableLinear,
+    RNNCell,
     TransformerDecoderLayer,
     TransformerEncoderLayer,
 )
@@ -31,6 +37,12 @@ REGISTRY: dict[type[nn.Module], type[Swapped]] = {
         MultiheadAttention,
         TransformerEncoderLayer,
         TransformerDecoderLayer,
+        LSTM,
+        GRU,
+        RNN,
+        LSTMCell,
+        GRUCell,
+        RNNCell,
     )
 }
 
