@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, _VF
+from torch import _VF, Tensor
 from torch.autograd import Function
 from torch.compiler import is_compiling
 from torch.nn import functional as F
@@ -134,7 +134,7 @@ def _compose(
 
 # --- autograd ----------------------------------------------------------------------------------------------------
 class RnnLayerFunction(Function):
-    """A layer as a node of the graph, its forward through the dispatcher; the fourth result is for the backward pass."""
+    """A layer as a node of the graph, its forward through the dispatcher; its fourth result is for the backward."""
 
     generate_vmap_rule = True
 
@@ -168,7 +168,10 @@ class RnnLayerFunction(Function):
             return (None, None, None, *rest, *(None for _ in parameters))
         if not is_compiling() and _needs_reference((*grads, input, h0, c0, *parameters)):
             steps = None if batch_sizes is None else batch_sizes.tolist()
-            found = reference.layer_backward(grads, input, h0, c0, parameters, ctx.mode, ctx.directions, steps, needs)
+            dx, dh0, dc0, dweights = reference.layer_backward(
+                grads, input, h0, c0, parameters, ctx.mode, ctx.directions, steps
+            )
+            found = [x if need else None for x, need in zip((dx, dh0, dc0, *dweights), needs, strict=True)]
             return (*found[:3], *rest, *found[3:])
         run = torch.ops.fastdl.rnn_layer_backward
         if not is_compiling() and eager_is_plain() and all(map(is_plain, grads)):

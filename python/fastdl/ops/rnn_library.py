@@ -84,7 +84,7 @@ def _mapped(dim: Any) -> bool:
 
 
 def _vmap_layer(info: Any, dims: Sequence[Any], *args: Any) -> tuple[Any, Any]:
-    input, h0, c0, weights, batch_sizes, mode, directions, save = args
+    input, h0, c0, weights, batch_sizes, mode, directions, _ = args
     if batch_sizes is not None or _mapped(dims[3]):
         return _loop(_ops.rnn_layer, info, dims, args)
     # The mapped dimension V joins the batch: [T, V*B, ...]. What is saved stays empty: the backward pass of a mapped

@@ -116,15 +116,11 @@ def rnn_layer_backward(
     none = input.new_empty(0)
     if input.dtype is torch.float64:
         steps = _steps(mode, input, h0, batch_sizes)
-        dx, dh0, dc0, *dweights = rnn_reference.layer_backward(
-            (dy, dh_n, dc_n), input, h0, c0, weights, mode, directions, steps, needs
+        dx, dh0, dc0, dweights = rnn_reference.layer_backward(
+            (dy, dh_n, dc_n), input, h0, c0, weights, mode, directions, steps
         )
-        return (
-            none if dx is None else dx,
-            none if dh0 is None else dh0,
-            none if dc0 is None else dc0,
-            [input.new_empty(0) if dw is None else dw for dw in dweights],
-        )
+        found = [x if need else input.new_empty(0) for x, need in zip((dx, dh0, dc0, *dweights), needs, strict=True)]
+        return found[0], found[1], found[2], found[3:]
     P, each = weights[1].shape[1], len(weights) // directions
     rows = saved.view(directions, input.shape[:-1].numel(), saved.shape[-1])
     dy = _unit(dy)

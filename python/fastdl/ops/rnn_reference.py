@@ -41,46 +41,80 @@ def by_direction(weights: Sequence[Tensor], directions: int) -> list[Weights]:
     return parts
 
 
-def step(mode: str, x: Tensor, h: Tensor, c: Tensor | None, w: Weights) -> tuple[Tensor, Tensor | None]:
-    """(h_t [B, P], c_t [B, H]) from x = x_t W_ih^T + b_ih [B, G*H], h_{t-1} and c_{t-1}."""
+class Step(NamedTuple):
+    """One time step: the states it led to, and what its gradient is made of."""
+
+    h: Tensor  # [B, P]
+    c: Tensor | None  # [B, H]
+    h_before: Tensor
+    c_before: Tensor | None
+    gates: tuple[Tensor, ...]  # after activation, each [B, H]
+    inner: Tensor | None  # gru: h W_hn^T + b_hn; lstm: h before the projection
+
+
+def step(mode: str, x: Tensor, h: Tensor, c: Tensor | None, w: Weights) -> Step:
+    """From x = x_t W_ih^T + b_ih [B, G*H], h_{t-1} [B, P] and c_{t-1} [B, H]."""
     gates = F.linear(h, w.hh, w.bias_hh)
     if mode == "gru":
         (xr, xz, xn), (hr, hz, hn) = x.chunk(3, -1), gates.chunk(3, -1)
-        z = torch.sigmoid(xz + hz)
-        n = torch.tanh(xn + torch.sigmoid(xr + hr) * hn)
-        return (1 - z) * n + z * h, None
+        r, z = torch.sigmoid(xr + hr), torch.sigmoid(xz + hz)
+        n = torch.tanh(xn + r * hn)
+        return Step((1 - z) * n + z * h, None, h, None, (r, z, n), hn)
     gates = x + gates
     if mode == "lstm":
         i, f, g, o = gates.chunk(4, -1)
-        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
-        h = torch.sigmoid(o) * torch.tanh(c)
-        return (h if w.hr is None else F.linear(h, w.hr)), c
-    return (torch.tanh(gates) if mode == "rnn_tanh" else torch.relu(gates)), None
+        i, f, g, o = torch.sigmoid(i), torch.sigmoid(f), torch.tanh(g), torch.sigmoid(o)
+        new_c = f * c + i * g
+        inner = o * torch.tanh(new_c)
+        return Step(inner if w.hr is None else F.linear(inner, w.hr), new_c, h, c, (i, f, g, o), inner)
+    new_h = torch.tanh(gates) if mode == "rnn_tanh" else torch.relu(gates)
+    return Step(new_h, None, h, None, (new_h,), None)
+
+
+def step_backward(
+    mode: str, s: Step, dh: Tensor, dc: Tensor | None, w: Weights
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """(gradients of x_t W_ih^T + b_ih, of h W_hh^T + b_hh, of h_{t-1}, of c_{t-1}) from those of h_t and c_t."""
+    if mode == "gru":
+        r, z, n = s.gates
+        dn = dh * (1 - z) * (1 - n * n)
+        dz = dh * (s.h_before - n) * z * (1 - z)
+        dr = dn * s.inner * r * (1 - r)
+        recurrent = torch.cat([dr, dz, dn * r], -1)
+        return torch.cat([dr, dz, dn], -1), recurrent, dh * z + recurrent @ w.hh, None
+    before = None
+    if mode == "lstm":
+        i, f, g, o = s.gates
+        inner = dh if w.hr is None else dh @ w.hr
+        tanh_c = torch.tanh(s.c)
+        dc = dc + inner * o * (1 - tanh_c * tanh_c)
+        di, df = dc * g * i * (1 - i), dc * s.c_before * f * (1 - f)
+        dg, do = dc * i * (1 - g * g), inner * tanh_c * o * (1 - o)
+        gates, before = torch.cat([di, df, dg, do], -1), dc * f
+    else:
+        gates = dh * (1 - s.h * s.h) if mode == "rnn_tanh" else torch.where(s.h > 0, dh, 0)
+    return gates, gates, gates @ w.hh, before
+
+
+def _joined(new: Tensor | None, old: Tensor | None) -> Tensor | None:
+    """A row that has ended, or in reverse not begun, keeps what it has."""
+    return new if new is None or new.shape[0] == old.shape[0] else torch.cat([new, old[new.shape[0] :]])
 
 
 def direction(
-    input: Tensor,
-    h: Tensor,
-    c: Tensor | None,
-    w: Weights,
-    mode: str,
-    batch_sizes: Sequence[int],
-    reverse: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(y [rows, P], h_n [B, P], c_n [B, H]) over packed input [rows, I]; step t has the first batch_sizes[t] rows."""
-    steps = F.linear(input, w.ih, w.bias_ih).split(list(batch_sizes))
-    outputs = []
-    for x in reversed(steps) if reverse else steps:
+    input: Tensor, h: Tensor, c: Tensor | None, w: Weights, mode: str, batch_sizes: Sequence[int], reverse: bool
+) -> list[Step]:
+    """The steps over packed input [rows, I] in the order of time, t having the first batch_sizes[t] rows.
+
+    The states after the loop are those of the step taken last, in its rows, and of earlier ones beyond.
+    """
+    steps = []
+    parts = F.linear(input, w.ih, w.bias_ih).split(list(batch_sizes))
+    for x in reversed(parts) if reverse else parts:
         active = x.shape[0]
-        new_h, new_c = step(mode, x, h[:active], None if c is None else c[:active], w)
-        outputs.append(new_h)
-        # A row that has ended, or in reverse not begun, keeps its state.
-        h = torch.cat([new_h, h[active:]]) if active < h.shape[0] else new_h
-        if c is not None:
-            c = torch.cat([new_c, c[active:]]) if active < c.shape[0] else new_c
-    if not outputs:
-        return F.linear(input, w.ih)[:, :0].expand(0, w.hh.shape[1]), h, c
-    return torch.cat(outputs[::-1] if reverse else outputs), h, c
+        steps.append(step(mode, x, h[:active], None if c is None else c[:active], w))
+        h, c = _joined(steps[-1].h, h), _joined(steps[-1].c, c)
+    return steps[::-1] if reverse else steps
 
 
 def layer(
@@ -96,20 +130,36 @@ def layer(
 
     h0 [D, B, P] and c0 [D, B, H] of None are zeros; packed input needs h0, since only its shape tells B.
     """
-    batch = input.shape[1] if h0 is None else h0.shape[1]
-    steps = [batch] * input.shape[0] if batch_sizes is None else batch_sizes
-    rows = input.flatten(0, 1) if batch_sizes is None else input
+    sizes, rows, states = _unpacked(input, h0, c0, weights, mode, batch_sizes)
     results = []
     for d, w in enumerate(by_direction(weights, directions)):
-        hidden = w.hh.shape[0] // GATES[mode]
-        h = input.new_zeros(batch, w.hh.shape[1]) if h0 is None else h0[d]
-        c = None
-        if mode == "lstm":
-            c = input.new_zeros(batch, hidden) if c0 is None else c0[d]
-        results.append(direction(rows, h, c, w, mode, steps, reverse=d == 1))
+        h, c = (None if x is None else x[d if len(x) > 1 else 0] for x in states)
+        steps = direction(rows, h, c, w, mode, sizes, reverse=d == 1)
+        y = torch.cat([s.h for s in steps]) if steps else h[:0]
+        for s in reversed(steps) if d == 1 else steps:
+            h, c = _joined(s.h, h), _joined(s.c, c)
+        results.append((y, h, c))
     ys, hs, cs = zip(*results, strict=True)
     y = ys[0] if directions == 1 else torch.cat(ys, -1)
     return y.reshape(*input.shape[:-1], y.shape[-1]), torch.stack(hs), torch.stack(cs) if mode == "lstm" else None
+
+
+def _unpacked(
+    input: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    mode: str,
+    batch_sizes: Sequence[int] | None,
+) -> tuple[Sequence[int], Tensor, tuple[Tensor, Tensor | None]]:
+    """(batch_sizes, input as rows, (h0, c0)), missing states as zeros [1, B, ...] for every direction."""
+    P, H = weights[1].shape[1], weights[1].shape[0] // GATES[mode]
+    batch = input.shape[1] if batch_sizes is None else h0.shape[1]
+    h0 = input.new_zeros(1, batch, P) if h0 is None else h0
+    c0 = None if mode != "lstm" else input.new_zeros(1, batch, H) if c0 is None else c0
+    if batch_sizes is not None:
+        return batch_sizes, input, (h0, c0)
+    return [batch] * input.shape[0], input.flatten(0, 1), (h0, c0)
 
 
 def layer_backward(
@@ -121,23 +171,41 @@ def layer_backward(
     mode: str,
     directions: int,
     batch_sizes: Sequence[int] | None,
-    needs: Sequence[bool],
-) -> list[Tensor | None]:
-    """Gradients of input, h0, c0 and weights where `needs` says, None elsewhere, from those of y, h_n and c_n.
+) -> tuple[Tensor, Tensor, Tensor | None, list[Tensor]]:
+    """Gradients of input, h0, c0 and weights from those of y, h_n and c_n, None being zeros; all from the input anew.
 
     Can be differentiated again, and runs under every transform.
     """
-    arguments = [input, h0, c0, *weights]
-    wanted = [i for i, need in enumerate(needs) if need]
-    given = [i for i, grad in enumerate(grads) if grad is not None]
-
-    def outputs(*leaves: Tensor) -> tuple[Tensor, ...]:
-        full = list(arguments)
-        for i, leaf in zip(wanted, leaves, strict=True):
-            full[i] = leaf
-        results = layer(full[0], full[1], full[2], full[3:], mode, directions, batch_sizes)
-        return tuple(results[i] for i in given)
-
-    _, vjp = torch.func.vjp(outputs, *(arguments[i] for i in wanted))
-    found = dict(zip(wanted, vjp(tuple(grads[i] for i in given)), strict=True))
-    return [found.get(i) for i in range(len(arguments))]
+    dy, dh_n, dc_n = grads
+    sizes, rows, states = _unpacked(input, h0, c0, weights, mode, batch_sizes)
+    P = weights[1].shape[1]
+    dx, dhs, dcs, dweights = torch.zeros_like(rows), [], [], []
+    for d, w in enumerate(by_direction(weights, directions)):
+        h, c = (None if x is None else x[d if len(x) > 1 else 0] for x in states)
+        steps = direction(rows, h, c, w, mode, sizes, reverse=d == 1)
+        dh = torch.zeros_like(h) if dh_n is None else dh_n[d]
+        dc = None if c is None else torch.zeros_like(c) if dc_n is None else dc_n[d]
+        outer: Sequence[Tensor | None] = [None] * len(steps)
+        if dy is not None:
+            outer = dy[..., d * P : (d + 1) * P].reshape(-1, P).split(list(sizes))
+        parts = []
+        for s, grad in zip(steps, outer, strict=True) if d == 1 else zip(steps[::-1], outer[::-1], strict=True):
+            active = s.h.shape[0]
+            whole = dh[:active] if grad is None else dh[:active] + grad
+            gates, recurrent, before, c_before = step_backward(mode, s, whole, None if dc is None else dc[:active], w)
+            parts.append((gates, recurrent, whole, s.h_before, s.inner))
+            dh, dc = _joined(before, dh), _joined(c_before, dc)
+        dhs.append(dh)
+        dcs.append(dc)
+        parts = parts if d == 1 else parts[::-1]  # in the order of time, as the rows are
+        gates, recurrent, whole, before = (
+            torch.cat([part[i] for part in parts]) if parts else rows.new_zeros(0, n)
+            for i, n in enumerate((w.hh.shape[0], w.hh.shape[0], P, P))
+        )
+        dx = dx + gates @ w.ih
+        dweights += [gates.mT @ rows, recurrent.mT @ before]
+        dweights += [] if w.bias_ih is None else [gates.sum(0), recurrent.sum(0)]
+        if w.hr is not None:
+            inner = torch.cat([part[4] for part in parts]) if parts else rows.new_zeros(0, w.hr.shape[1])
+            dweights.append(whole.mT @ inner)
+    return dx.view(input.shape), torch.stack(dhs), torch.stack(dcs) if mode == "lstm" else None, dweights

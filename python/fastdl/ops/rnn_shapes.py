@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -79,12 +80,12 @@ def require_fit(
     config: Config,
 ) -> None:
     """RuntimeError naming the argument or parameter that does not fit the module's configuration."""
-    op, I = config.op, config.input_size
+    op, features = config.op, config.input_size
     if batch_sizes is None:
-        require(input.ndim == 3, op, "input", f"[T, B, {I}]", input)
+        require(input.ndim == 3, op, "input", f"[T, B, {features}]", input)
     else:
-        require(input.ndim == 2, op, "input", f"packed data [rows, {I}]", input)
-    require(input.shape[-1] == I, op, "input", f"[..., {I}] to match input_size", input)
+        require(input.ndim == 2, op, "input", f"packed data [rows, {features}]", input)
+    require(input.shape[-1] == features, op, "input", f"[..., {features}] to match input_size", input)
     if batch_sizes is None:
         require(input.shape[0] > 0, op, "input", "at least one time step", input)
         batch = input.shape[1]
@@ -108,7 +109,7 @@ def steps(op: str, batch_sizes: Tensor, rows: int, batch: int) -> list[int]:
             f"{batch_sizes.dtype} on {batch_sizes.device}"
         )
     sizes = batch_sizes.tolist()
-    falling = all(a >= b for a, b in zip(sizes, sizes[1:], strict=False))
+    falling = all(a >= b for a, b in pairwise(sizes))
     if not sizes or sizes[-1] < 1 or sizes[0] != batch or not falling or sum(sizes) != rows:
         shown = str(sizes if len(sizes) < 12 else [*sizes[:10], "..."])
         raise RuntimeError(
