@@ -12,6 +12,7 @@
 #include "bind/bind.h"
 #include "bind/gemm_problem.h"
 #include "gemm/gemm.h"
+#include "rnn/rnn.h"
 
 namespace py = pybind11;
 
@@ -119,12 +120,6 @@ py::dict plan_matmul(py::handle out, py::handle a, py::handle b, const std::stri
   return plan_problem(matmul_problem(out, a, b, op), kernel, threads, op);
 }
 
-bool parse_dtype(const std::string& name, DType* dtype) {
-  for (DType d : {DType::f32, DType::bf16, DType::f16})
-    if (name == torch_name(d)) return *dtype = d, true;
-  return false;
-}
-
 py::dict plan_shape(i64 M, i64 N, i64 K, i64 batch, Strides a, Strides b, bool packed, const std::string& isa,
                     int threads, i64 l1d, i64 l2, i64 l3, const std::string& kernel, const std::string& dtype) {
   const char* op = "fastdl.gemm_plan";
@@ -133,8 +128,7 @@ py::dict plan_shape(i64 M, i64 N, i64 K, i64 batch, Strides a, Strides b, bool p
     fail(op, ": expected sizes of at least 0, got M=", M, " N=", N, " K=", K, " batch=", batch);
   GemmDesc d = {};
   d.M = M, d.N = N, d.K = K, d.batch = batch, d.pairs = 1;
-  d.dtype = DType::f32;
-  if (!dtype.empty() && !parse_dtype(dtype, &d.dtype)) fail(op, ": argument 'dtype': no dtype '", dtype, "'");
+  d.dtype = dtype_named(dtype, op);
   std::tie(d.a_row, d.a_col) = a.value_or(std::pair<i64, i64>(K, 1));
   std::tie(d.b_row, d.b_col) = b.value_or(std::pair<i64, i64>(N, 1));
   d.packed = packed;
@@ -148,21 +142,14 @@ py::dict plan_shape(i64 M, i64 N, i64 K, i64 batch, Strides a, Strides b, bool p
 }
 
 py::list kernel_rows(const std::string& op) {
-  if (op != "gemm") fail("fastdl.kernels: argument 'op': expected 'gemm', got '", op, "'");
-  const CpuInfo& cpu = cpu_info();
+  if (op == "rnn") return rnn_kernel_rows();
+  if (op != "gemm") fail("fastdl.kernels: argument 'op': expected 'gemm' or 'rnn', got '", op, "'");
   py::list out;
   for (const GemmKernel& k : gemm_kernels()) {
-    py::dict row;
-    row["name"] = k.name;
-    row["isa"] = isa_name(k.isa);
-    row["dtype"] = torch_name(k.dtype);
+    py::dict row = kernel_row(k.name, k.isa, k.dtype);
     row["kind"] = k.kind == GemmKind::kTile ? "tile" : "dot";
     row["mr"] = k.mr;
     row["nr"] = k.nr;
-    row["available"] = k.isa <= cpu.isa;
-    row["reason"] = k.isa <= cpu.isa       ? std::string()
-                    : isa_supported(k.isa) ? concat("FASTDL_ISA=", cpu.cap)
-                                           : concat("this machine has no ", isa_name(k.isa));
     out.append(row);
   }
   return out;
@@ -170,15 +157,29 @@ py::list kernel_rows(const std::string& op) {
 
 }  // namespace
 
+py::dict kernel_row(const char* name, Isa isa, DType dtype) {
+  const CpuInfo& cpu = cpu_info();
+  py::dict row;
+  row["name"] = name;
+  row["isa"] = isa_name(isa);
+  row["dtype"] = torch_name(dtype);
+  row["available"] = isa <= cpu.isa;
+  row["reason"] = isa <= cpu.isa       ? std::string()
+                  : isa_supported(isa) ? concat("FASTDL_ISA=", cpu.cap)
+                                       : concat("this machine has no ", isa_name(isa));
+  return row;
+}
+
 void bind_gemm_info(py::module_& m) {
   using namespace py::literals;
   m.def("kernels", kernel_rows, "op"_a);
   m.def("counters", [] {
     py::dict out;
     for (const GemmKernel& k : gemm_kernels()) out[k.name] = gemm_calls(k);
+    for (const RnnKernel& k : rnn_kernels()) out[k.name] = rnn_calls(k);
     return out;
   });
-  m.def("reset_counters", gemm_reset_calls);
+  m.def("reset_counters", [] { gemm_reset_calls(), rnn_reset_calls(); });
   m.def("gemm_plan", plan_shape, "M"_a, "N"_a, "K"_a, py::kw_only(), "batch"_a = 1, "a_strides"_a = py::none(),
         "b_strides"_a = py::none(), "packed"_a = false, "isa"_a = "", "threads"_a = 0, "l1d"_a = 0, "l2"_a = 0,
         "l3"_a = 0, "kernel"_a = "", "dtype"_a = "float32");
@@ -190,9 +191,7 @@ void bind_gemm_info(py::module_& m) {
   m.def(
       "pack_kernel",
       [](const std::string& name) {
-        DType dtype;
-        if (!parse_dtype(name, &dtype)) fail("fastdl.pack_kernel: argument 'dtype': no dtype '", name, "'");
-        return gemm_pack_kernel(cpu_info().isa, dtype).name;
+        return gemm_pack_kernel(cpu_info().isa, dtype_named(name, "fastdl.pack_kernel")).name;
       },
       "dtype"_a = "float32");
   m.def(
