@@ -2,11 +2,10 @@
 
 import copy
 import io
-import itertools
 import math
 import pickle
 import this
-import warnings
+from itertools import chain
 
 import pytest
 import torch
@@ -49,7 +48,7 @@ def kernel_calls():
     """kernel_calls() -> recurrent kernels run since the last time it was asked."""
 
     def count():
-        total = sum(n for name, n in _C.counters().items() if name.startswith("rnn"))
+        total = sum(_C.counters()[row["name"]] for row in _C.kernels("rnn"))
         _C.reset_counters()
         return total
 
@@ -122,9 +121,7 @@ FORMS = {
 def test_layers(kind, bidirectional, form, states):
     T, B = 5, 4
     for num_layers, bias, batch_first in ((1, True, False), (2, False, True), (3, True, True)):
-        stock = layer_of(
-            kind, num_layers=num_layers, bias=bias, batch_first=batch_first, bidirectional=bidirectional
-        )
+        stock = layer_of(kind, num_layers=num_layers, bias=bias, batch_first=batch_first, bidirectional=bidirectional)
         input = torch.randn(T, INPUT) if form == "unbatched" else torch.randn(T, B, INPUT)
         if batch_first and form != "unbatched":
             input = input.transpose(0, 1).contiguous()
@@ -172,6 +169,7 @@ def test_only_needed_gradients():
     for wanted in (["weight_hh_l0"], ["weight_ih_l1", "bias_hh_l0"], ["bias_ih_l1"], []):
         for name, parameter in stock.named_parameters():
             parameter.requires_grad_(name in wanted)
+        stock.zero_grad()
         ours, x = swapped(stock), torch.randn(3, 2, INPUT, requires_grad=not wanted)
         for module in (ours, stock):
             module(x)[0].square().sum().backward()
@@ -259,7 +257,7 @@ def test_saturated_gates(kind):
     with torch.no_grad():
         for p in stock.parameters():
             p.mul_(1e4)
-    assert_alike(swapped(stock), stock, torch.randn(6, 3, INPUT))
+    assert_alike(swapped(stock), stock, torch.randn(6, 3, INPUT), rtol=1e-3, atol=1e-3)
 
 
 def test_a_hundred_thousand_steps():
@@ -289,11 +287,6 @@ def test_error_does_not_grow_with_time(kind):
 
 
 # --- bad input: torch's exception types, our messages ------------------------------------------------------------
-def refuse(kind, arguments):
-    """(call, exception, message) for a layer of that kind."""
-    return arguments
-
-
 X, H = torch.randn(5, 3, INPUT), torch.randn(1, 3, HIDDEN)
 BAD_LSTM = {
     "rank 1": (lambda m: m(X[0, 0]), ValueError, "argument 'input': expected 2-D or 3-D, got shape"),
@@ -495,7 +488,8 @@ def test_bookkeeping_of_flat_weights():
     ours = fastdl.optimize(layer_of("lstm", num_layers=2))
     ours.flatten_parameters()
     names = [name for name, _ in ours.named_parameters()]
-    assert [[w is getattr(ours, n) for w, n in zip(ws, ns, strict=True)] for ws, ns in zip(ours.all_weights, (names[:4], names[4:]), strict=True)] == [[True] * 4] * 2
+    assert [len(weights) for weights in ours.all_weights] == [4, 4]
+    assert all(w is getattr(ours, name) for w, name in zip(chain(*ours.all_weights), names, strict=True))
     assert all(a is b for a, b in zip(ours._flat_weights, ours.parameters(), strict=True))
     replacement = nn.Parameter(torch.zeros(36, INPUT))
     ours.weight_ih_l0 = replacement
@@ -597,15 +591,13 @@ def test_parametrised_after_the_swap():
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
 def test_weight_norm_by_hook():
-    stock = torch.nn.utils.weight_norm(layer_of("lstm"), "weight_hh_l0")
-    ours = fastdl.optimize(copy.deepcopy(stock)) if False else None
-    x = X.clone()
-    expected = stock(x)[0]
-    fastdl.optimize(stock)
-    ours = stock(x)[0]
-    torch.testing.assert_close(ours, expected)
-    ours.sum().backward()
-    assert stock.weight_hh_l0_g.grad is not None
+    layer = torch.nn.utils.weight_norm(layer_of("lstm"), "weight_hh_l0")
+    expected = layer(X)[0]
+    fastdl.optimize(layer)
+    found = layer(X)[0]
+    torch.testing.assert_close(found, expected)
+    found.sum().backward()
+    assert layer.weight_hh_l0_g.grad is not None
 
 
 class Custom(nn.LSTM):
@@ -617,12 +609,24 @@ def test_subclasses_are_left_alone():
         fastdl.optimize(Custom(3, 4), strict=True)
 
 
+class First(nn.Module):
+    """The output of a recurrent layer, without the states."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor):
+        return self.layer(x)[0]
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 def test_scripting_takes_the_stock_class():
-    layer = fastdl.optimize(layer_of("lstm", num_layers=2))
-    scripted = torch.jit.script(layer)
-    torch.testing.assert_close(scripted(X), layer(X))
-    assert type(layer) is fastdl.nn.LSTM
+    model = fastdl.optimize(First(layer_of("lstm", num_layers=2)))
+    expected = model(X)
+    scripted = torch.jit.script(model)
+    torch.testing.assert_close(scripted(X), expected)
+    assert type(model.layer) is nn.LSTM  # torch.jit.script leaves what it compiled
     scripted = torch.jit.script(fastdl.optimize(nn.Sequential(cell_of("gru"))))
     assert scripted(CELL_X).shape == (3, HIDDEN)
 

@@ -16,6 +16,7 @@ from torch.autograd import Function
 from torch.compiler import is_compiling
 from torch.nn import functional as F
 
+from fastdl import _C
 from fastdl.ops import rnn_library as _registered  # noqa: F401  (defines torch.ops.fastdl.rnn_layer)
 from fastdl.ops import rnn_native as native
 from fastdl.ops import rnn_reference as reference
@@ -273,10 +274,13 @@ def _torchs(input: Tensor, hx: Tensor | None, cx: Tensor | None, *rest: Any) -> 
     return (*out, None) if len(out) == 2 else out
 
 
-def _plan(out: Tensor, input: Tensor, *rest: Any) -> str:
+def _plan(out: Tensor, input: Tensor, hx: Tensor | None, cx: Any, *rest: Any) -> str:
     if out.dtype is torch.float64:
         return "reference"
-    return "rnn"
+    *_, batch_sizes, config = rest
+    T, B = input.shape[:2] if batch_sizes is None else (len(batch_sizes), hx.shape[1])
+    dtype = str(out.dtype).removeprefix("torch.")
+    return _C.rnn_plan(T, B, config.hidden_size, config.proj_size, mode=config.mode, dtype=dtype)["kernel"]
 
 
 _OPERATIONS = {

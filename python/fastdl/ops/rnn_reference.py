@@ -96,6 +96,11 @@ def step_backward(
     return gates, gates, gates @ w.hh, before
 
 
+def _first(x: Tensor | None, rows: int) -> Tensor | None:
+    """By narrow: where a slice is the whole, indexing makes an alias, which gradients in batches cannot map."""
+    return x if x is None else x.narrow(0, 0, rows)
+
+
 def _joined(new: Tensor | None, old: Tensor | None) -> Tensor | None:
     """A row that has ended, or in reverse not begun, keeps what it has."""
     return new if new is None or new.shape[0] == old.shape[0] else torch.cat([new, old[new.shape[0] :]])
@@ -112,7 +117,7 @@ def direction(
     parts = F.linear(input, w.ih, w.bias_ih).split(list(batch_sizes))
     for x in reversed(parts) if reverse else parts:
         active = x.shape[0]
-        steps.append(step(mode, x, h[:active], None if c is None else c[:active], w))
+        steps.append(step(mode, x, _first(h, active), _first(c, active), w))
         h, c = _joined(steps[-1].h, h), _joined(steps[-1].c, c)
     return steps[::-1] if reverse else steps
 
@@ -187,12 +192,12 @@ def layer_backward(
         dc = None if c is None else torch.zeros_like(c) if dc_n is None else dc_n[d]
         outer: Sequence[Tensor | None] = [None] * len(steps)
         if dy is not None:
-            outer = dy[..., d * P : (d + 1) * P].reshape(-1, P).split(list(sizes))
+            outer = dy.narrow(-1, d * P, P).reshape(-1, P).split(list(sizes))
         parts = []
         for s, grad in zip(steps, outer, strict=True) if d == 1 else zip(steps[::-1], outer[::-1], strict=True):
             active = s.h.shape[0]
-            whole = dh[:active] if grad is None else dh[:active] + grad
-            gates, recurrent, before, c_before = step_backward(mode, s, whole, None if dc is None else dc[:active], w)
+            whole = _first(dh, active) if grad is None else _first(dh, active) + grad
+            gates, recurrent, before, c_before = step_backward(mode, s, whole, _first(dc, active), w)
             parts.append((gates, recurrent, whole, s.h_before, s.inner))
             dh, dc = _joined(before, dh), _joined(c_before, dc)
         dhs.append(dh)
