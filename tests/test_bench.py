@@ -8,6 +8,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ import torch
 from rich.console import Console
 
 from fastdl import _C, machine
-from fastdl.bench import check, compare, gemm, harness, host, runner
+from fastdl.bench import attention, check, compare, gemm, harness, host, runner
 from fastdl.bench.report import print_document, read_json, write_json
 from fastdl.bench.settings import Settings
 from fastdl.bench.shapes import load
@@ -37,14 +38,17 @@ def printed(function, *arguments):
 
 
 # --- shapes -------------------------------------------------------------------------------------------------------
-def test_shapes_have_unique_names_in_every_family():
-    for family in gemm.FAMILIES:
-        names = [shape.name for shape in load("gemm", family)]
+@pytest.mark.parametrize("operation", runner.OPERATIONS)
+def test_shapes_have_unique_names_in_every_family(operation):
+    for family in runner.OPERATIONS[operation].FAMILIES:
+        names = [shape.name for shape in load(operation, family)]
         assert names and len(names) == len(set(names)), family
 
 
-def test_shapes_name_no_unknown_family():
-    assert {family for shape in load("gemm") for family in shape.families} <= set(gemm.FAMILIES)
+@pytest.mark.parametrize("operation", runner.OPERATIONS)
+def test_shapes_name_no_unknown_family(operation):
+    families = {family for shape in load(operation) for family in shape.families}
+    assert families <= set(runner.OPERATIONS[operation].FAMILIES)
 
 
 def test_small_shapes_are_small():
@@ -196,6 +200,52 @@ def test_forced_kernel_runs(family):
             case = gemm.FAMILIES[family](shape, Settings(kernel=row["name"], dtype=row["dtype"]))
             outcome, kernels = harness.run_check(case)
             assert outcome.failure == "" and kernels == {row["name"]: 1}
+
+
+def small(shape, **changed):
+    """A shape cut down to what a test can afford."""
+    dims = {"B": 1, "H": 4, "Hkv": 2 if shape.dims["Hkv"] < shape.dims["H"] else 4, "Lk": 40, "D": 16}
+    dims["Lq"] = 1 if shape.dims["Lq"] == 1 else 40
+    return replace(shape, dims=dims | changed)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", attention.FAMILIES)
+def test_attention_families_pass_their_check(family, dtype):
+    for shape in load("attention", family):
+        case = attention.FAMILIES[family](small(shape), Settings(dtype=dtype))
+        outcome, kernels = harness.run_check(case)
+        assert outcome.failure == "" and sum(kernels.values()) >= case.kernel_calls, shape.name
+        assert "dropout" in shape.tags or 0 < outcome.error <= 3 * outcome.torch_error
+        assert set(case.parts) == ({"without mask"} if family == "masks" else set())
+
+
+@pytest.mark.parametrize("family", attention.FORCED)
+def test_forced_attention_kernel_runs(family):
+    shape = small(load("attention", family)[-1])
+    for row in _C.kernels("attention"):
+        if row["available"]:
+            case = attention.FAMILIES[family](shape, Settings(kernel=row["name"], dtype=row["dtype"]))
+            outcome, kernels = harness.run_check(case)
+            assert outcome.failure == "" and kernels == {row["name"]: 1}
+
+
+@pytest.mark.parametrize("budget", [1 << 23, 1], ids=["every row", "sampled rows"])
+@pytest.mark.parametrize("family", ["forward", "train"])
+def test_attention_check_finds_one_wrong_element(family, budget, monkeypatch):
+    monkeypatch.setattr(attention, "_CHECK_SCORES", budget)
+    right = attention.functional.scaled_dot_product_attention
+
+    def wrong(*args, **options):
+        out = right(*args, **options)
+        delta = torch.zeros_like(out)
+        delta[0, 1, 17, 3] = 0.05
+        return out + delta * (args[0][0, 0, 0, 0] + 10 if family == "train" else 1)
+
+    monkeypatch.setattr(attention.functional, "scaled_dot_product_attention", wrong)
+    case = attention.FAMILIES[family](small(load("attention", family)[0]), Settings())
+    outcome, _ = harness.run_check(case)
+    assert outcome.failure.startswith(("output: ", "dq: "))
 
 
 @pytest.mark.parametrize(
@@ -492,6 +542,52 @@ def test_bars_of_the_float32_path():
         "call overhead 8x8 without grad": ("time_ratio", 1.5, 1.0),
         "call overhead 8x8 with grad": ("time_ratio", 1.2, 1.0),
     }
+
+
+def test_bars_of_attention():
+    """Its figures, as (metric, must, aim)."""
+    bars = {
+        bar.name.removeprefix("attention "): (bar.metric, bar.must, bar.aim)
+        for bar in check.load_bars(check.find_bars(ROOT))
+        if bar.issue == 4
+    }
+    both = {"float32": 1.5, "bfloat16": 2.2}
+    expected = {
+        "forward bfloat16 full, L >= 512": ("speedup", 1.7, 2.6),
+        "forward bfloat16 causal, L >= 512": ("speedup", 2.2, 3.2),
+        "forward float32": ("speedup", 1.5, 2.2),
+        "forward+backward bfloat16": ("speedup", 4, 6),
+        "forward+backward float32": ("speedup", 1.8, 2.5),
+        "forward bfloat16 L = 128, 197, 577": ("speedup", 1.5, 2.5),
+    }
+    for isa in ("avx512", "avx2"):
+        expected[f"forward float32 {isa}"] = expected[f"forward+backward float32 {isa}"] = ("speedup", 1.0, 1.3)
+    for dtype, must in both.items():
+        expected[f"bool mask over heads {dtype}"] = expected[f"float mask over heads {dtype}"] = (
+            "mask_ratio",
+            1.25,
+            1.15,
+        )
+        expected[f"decode 32/8 kv 4096 {dtype}"] = ("speedup", 2, 2)
+        expected[f"decode 32/8 kv 4096 {dtype} bandwidth"] = ("read_percent", 60, 85)
+        expected[f"lengths 1k to 16k causal {dtype}"] = ("worst_speedup", must, must + (0.7 if must < 2 else 1.0))
+        expected[f"time per score 1k to 16k {dtype}"] = ("rate_spread", 1.15, 1.05)
+        expected[f"worst row {dtype}"] = ("worst_speedup", 1, 1)
+    assert bars == expected
+
+
+def test_figures_over_rows(document):
+    rows = make_rows(document, 2.0, 4.0)
+    assert check.judge(make_bar(metric="worst_speedup"), rows).value == pytest.approx(2.0)
+    for row, rate in zip(rows["rows"], (100.0, 125.0), strict=True):
+        row["gflops"], row["read_percent"] = rate, rate / 2
+        row["parts"] = {"without mask": {"speedup": 100 / rate}}
+    assert check.judge(make_bar(metric="rate_spread", must=1.3, aim=1.1), rows).value == pytest.approx(1.25)
+    assert not check.judge(make_bar(metric="rate_spread", must=1.2, aim=1.1), rows).met
+    assert check.judge(make_bar(metric="mask_ratio", must=1.3, aim=1.1), rows).value == pytest.approx(1.25)
+    assert check.judge(make_bar(metric="read_percent", must=55, aim=90), rows).value == pytest.approx(
+        math.sqrt(50 * 62.5)
+    )
 
 
 def test_bars_are_selected_by_name(tmp_path):

@@ -14,7 +14,8 @@ import fastdl
 from fastdl import _C, cli, demo, machine, verify
 from fastdl.bench import check
 
-NATIVE = {name: getattr(_C, name) for name in ("gemm", "linear_packed", "sum_rows")}
+NATIVE = {name: getattr(_C, name) for name in ("gemm", "linear_packed", "sum_rows", "attention")}
+KERNELS = [row for operation in ("gemm", "attention") for row in _C.kernels(operation)]
 
 
 def run(*arguments):
@@ -39,7 +40,7 @@ def test_info_names_levels_libraries_and_every_kernel():
     assert lines["levels compiled"].strip() == ", ".join(build["isa_compiled"])
     assert torch.__version__ in lines["torch"]
     assert build["cuda"]["reason"] in lines["CUDA"]
-    for row in _C.kernels("gemm"):
+    for row in KERNELS:
         assert row["name"] in result.output
         assert row["available"] or row["reason"] in result.output
 
@@ -88,7 +89,7 @@ def test_verify_quick_covers_every_kernel_that_runs_here():
     result = run("verify", "--quick")
     assert result.exit_code == 0, result.output
     assert result.output.splitlines()[-1].endswith(" 0 failed")
-    for row in _C.kernels("gemm"):
+    for row in KERNELS:
         wanted = row["name"] if row["available"] else f"not run: {row['name']}: {row['reason']}"
         assert wanted in result.output
 
@@ -111,7 +112,7 @@ def test_verify_at_every_level_from_another_directory(tmp_path, isa):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     levels = machine.ISA_LEVELS[: machine.ISA_LEVELS.index(isa) + 1]
-    for row in _C.kernels("gemm"):
+    for row in KERNELS:
         assert (f"not run: {row['name']}:" in done.stdout) == (not row["available"] or row["isa"] not in levels)
 
 
@@ -166,6 +167,46 @@ def _sum_one_row_less(out, x, threads=0):
     NATIVE["sum_rows"](out, x.reshape(-1, x.shape[-1])[:-1], threads)
 
 
+def _attend(change):
+    """A broken _C.attention: `change` alters its arguments."""
+
+    def broken(out, lse, query, key, value, mask=None, **options):
+        given = {"query": query, "key": key, "value": value, "mask": mask} | options
+        NATIVE["attention"](out, lse, **given | change(given))
+
+    return broken
+
+
+_lose_mask = _attend(lambda given: {"mask": None})
+_lose_band = _attend(lambda given: {"hi": 2**63 - 1})
+_lose_softcap = _attend(lambda given: {"softcap": 0.0})
+
+
+def _without_last_key(given):
+    Lk = given["key"].shape[2] - 1
+    mask = given["mask"]
+    return {
+        "key": given["key"][:, :, :Lk],
+        "value": given["value"][:, :, :Lk],
+        "mask": mask if mask is None else mask[..., :Lk],
+    }
+
+
+_lose_last_key = _attend(_without_last_key)
+
+
+def _attend_past_the_row(out, *args, **options):
+    NATIVE["attention"](out, *args, **options)
+    if out.storage_offset():
+        out.as_strided((1,), (1,), out.storage_offset() + out.shape[-1]).zero_()
+
+
+def _attend_differently_by_threads(out, *args, threads=0, **options):
+    NATIVE["attention"](out, *args, threads=threads, **options)
+    if threads > 1:
+        out.mul_(1.5)
+
+
 @pytest.mark.parametrize(
     ("function", "broken", "symptom"),
     [
@@ -180,6 +221,12 @@ def _sum_one_row_less(out, x, threads=0):
         ("gemm", _refuse, "RuntimeError: no"),
         ("linear_packed", _stale_pack, ": packed exact"),
         ("sum_rows", _sum_one_row_less, "FAILED sum_rows: exact"),
+        ("attention", _lose_mask, "exact selection"),
+        ("attention", _lose_band, "exact selection"),
+        ("attention", _lose_softcap, "full softcap: AssertionError"),
+        ("attention", _lose_last_key, "exact"),
+        ("attention", _attend_past_the_row, "outside the output were written"),
+        ("attention", _attend_differently_by_threads, "differ between 1 and 3 threads"),
     ],
 )
 def test_verify_finds_a_broken_kernel(monkeypatch, function, broken, symptom):

@@ -153,7 +153,7 @@ def test_layers_whose_weights_are_read_by_their_owner():
     layer = fastdl.optimize(nn.MultiheadAttention(8, 2))
     x = torch.ones(3, 1, 8)
     row = row_of(fastdl.explain(layer, x, x, x), "out_proj")
-    assert (row.status, row.kernel, row.calls) == ("not called", "unknown until called", 0)
+    assert (row.status, row.kernel, row.reason, row.calls) == ("fastdl", "in (model)", "run by (model)", 0)
 
 
 def test_functional_calls_of_other_modules():

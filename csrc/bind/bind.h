@@ -9,6 +9,7 @@ namespace fastdl {
 void bind_machine(pybind11::module_& m);
 void bind_gemm(pybind11::module_& m);
 void bind_gemm_info(pybind11::module_& m);
+void bind_attention(pybind11::module_& m);
 void bind_rnn(pybind11::module_& m);
 
 // Rows of the kernel tables as Python sees them.

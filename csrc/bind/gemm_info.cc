@@ -7,6 +7,7 @@
 #include <tuple>
 #include <utility>
 
+#include "attention/attention.h"
 #include "base/check.h"
 #include "base/parallel.h"
 #include "bind/bind.h"
@@ -141,16 +142,30 @@ py::dict plan_shape(i64 M, i64 N, i64 K, i64 batch, Strides a, Strides b, bool p
   return plan_dict(d, machine, gemm_plan(d, machine, kernel.empty() ? nullptr : &gemm_kernel(kernel, op)));
 }
 
+// What every table says of a row.
+template <class Kernel>
+py::dict tiled_row(const Kernel& k, const char* kind) {
+  py::dict row = kernel_row(k.name, k.isa, k.dtype);
+  row["kind"] = kind;
+  row["mr"] = k.mr;
+  row["nr"] = k.nr;
+  return row;
+}
+
 py::list kernel_rows(const std::string& op) {
-  if (op == "rnn") return rnn_kernel_rows();
-  if (op != "gemm") fail("fastdl.kernels: argument 'op': expected 'gemm' or 'rnn', got '", op, "'");
   py::list out;
-  for (const GemmKernel& k : gemm_kernels()) {
-    py::dict row = kernel_row(k.name, k.isa, k.dtype);
-    row["kind"] = k.kind == GemmKind::kTile ? "tile" : "dot";
-    row["mr"] = k.mr;
-    row["nr"] = k.nr;
-    out.append(row);
+  if (op == "gemm") {
+    for (const GemmKernel& k : gemm_kernels()) out.append(tiled_row(k, k.kind == GemmKind::kTile ? "tile" : "dot"));
+  } else if (op == "attention") {
+    for (const AttentionKernel& k : attention_kernels()) {
+      py::dict row = tiled_row(k, kind_name(k.kind));
+      row["key_block"] = k.key_block;
+      out.append(row);
+    }
+  } else if (op == "rnn") {
+    return rnn_kernel_rows();
+  } else {
+    fail("fastdl.kernels: argument 'op': expected 'gemm', 'attention' or 'rnn', got '", op, "'");
   }
   return out;
 }
@@ -176,10 +191,15 @@ void bind_gemm_info(py::module_& m) {
   m.def("counters", [] {
     py::dict out;
     for (const GemmKernel& k : gemm_kernels()) out[k.name] = gemm_calls(k);
+    for (const AttentionKernel& k : attention_kernels()) out[k.name] = attention_calls(k);
     for (const RnnKernel& k : rnn_kernels()) out[k.name] = rnn_calls(k);
     return out;
   });
-  m.def("reset_counters", [] { gemm_reset_calls(), rnn_reset_calls(); });
+  m.def("reset_counters", [] {
+    gemm_reset_calls();
+    attention_reset_calls();
+    rnn_reset_calls();
+  });
   m.def("gemm_plan", plan_shape, "M"_a, "N"_a, "K"_a, py::kw_only(), "batch"_a = 1, "a_strides"_a = py::none(),
         "b_strides"_a = py::none(), "packed"_a = false, "isa"_a = "", "threads"_a = 0, "l1d"_a = 0, "l2"_a = 0,
         "l3"_a = 0, "kernel"_a = "", "dtype"_a = "float32");

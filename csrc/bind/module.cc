@@ -22,5 +22,6 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   fastdl::bind_machine(m);
   fastdl::bind_gemm(m);
   fastdl::bind_gemm_info(m);
+  fastdl::bind_attention(m);
   fastdl::bind_rnn(m);
 }

@@ -69,18 +69,58 @@ i64 TensorView::numel() const {
   return n;
 }
 
-TensorView view(py::handle object, const char* op, const char* argument) {
-  const dlpack::Tensor t = borrow(object, op, argument);
-  const bool cpu = t.device.type == dlpack::kCpu || t.device.type == dlpack::kCudaHost;
-  DType dtype = DType::f32;
-  if (!cpu || !to_dtype(t.dtype, &dtype))
-    fail(op, ": argument '", argument, "': expected a float32, bfloat16 or float16 tensor on cpu, got ",
-         dtype_string(t.dtype), cpu ? " on cpu" : concat(" on device type ", t.device.type));
-  const TensorView v = {static_cast<char*>(t.data) + t.byte_offset, dtype, t.ndim, t.shape, t.strides};
+namespace {
+
+// A CPU tensor with memory, of any dtype; `expected` completes "expected a ... tensor on cpu".
+dlpack::Tensor raw_view(py::handle object, const char* op, const char* argument, const char* expected) {
+  dlpack::Tensor t = borrow(object, op, argument);
+  if (t.device.type != dlpack::kCpu && t.device.type != dlpack::kCudaHost)
+    fail(op, ": argument '", argument, "': expected a ", expected, " tensor on cpu, got ", dtype_string(t.dtype),
+         " on device type ", t.device.type);
+  const TensorView v = {static_cast<char*>(t.data) + t.byte_offset, DType::f32, t.ndim, t.shape, t.strides};
   if (!t.data && v.numel() > 0)  // fake tensors, freed storages: the exchange API passes them without an error
     fail(op, ": argument '", argument, "': expected a tensor with memory on cpu, got one without, shape ",
          shape_string(v));
-  return v;
+  t.data = v.data;
+  return t;
+}
+
+[[noreturn]] void fail_dtype(const dlpack::Tensor& t, const char* op, const char* argument, const char* expected) {
+  fail(op, ": argument '", argument, "': expected a ", expected, " tensor on cpu, got ", dtype_string(t.dtype),
+       " on cpu");
+}
+
+}  // namespace
+
+TensorView view(py::handle object, const char* op, const char* argument) {
+  constexpr const char* kExpected = "float32, bfloat16 or float16";
+  const dlpack::Tensor t = raw_view(object, op, argument, kExpected);
+  DType dtype = DType::f32;
+  if (!to_dtype(t.dtype, &dtype)) fail_dtype(t, op, argument, kExpected);
+  return {t.data, dtype, t.ndim, t.shape, t.strides};
+}
+
+TensorView view_or_bool(py::handle object, const char* op, const char* argument, bool* boolean) {
+  constexpr const char* kExpected = "bool, float32, bfloat16 or float16";
+  const dlpack::Tensor t = raw_view(object, op, argument, kExpected);
+  DType dtype = DType::f32;
+  *boolean = t.dtype.code == dlpack::kBool && t.dtype.bits == 8;
+  if (!*boolean && !to_dtype(t.dtype, &dtype)) fail_dtype(t, op, argument, kExpected);
+  return {t.data, dtype, t.ndim, t.shape, t.strides};
+}
+
+std::vector<i64> read_integers(py::handle object, const char* op, const char* argument) {
+  constexpr const char* kExpected = "1-D contiguous int32 or int64";
+  const dlpack::Tensor t = raw_view(object, op, argument, kExpected);
+  if (t.dtype.code != dlpack::kInt || (t.dtype.bits != 32 && t.dtype.bits != 64))
+    fail_dtype(t, op, argument, kExpected);
+  const TensorView v = {t.data, DType::f32, t.ndim, t.shape, t.strides};
+  if (t.ndim != 1 || (t.shape[0] > 1 && t.strides[0] != 1))
+    fail(op, ": argument '", argument, "': expected a ", kExpected, " tensor, got shape ", shape_string(v));
+  std::vector<i64> out(static_cast<std::size_t>(t.shape[0]));
+  for (std::size_t i = 0; i < out.size(); ++i)
+    out[i] = t.dtype.bits == 32 ? static_cast<const std::int32_t*>(t.data)[i] : static_cast<const i64*>(t.data)[i];
+  return out;
 }
 
 IndexView index_view(py::handle object, const char* op, const char* argument) {

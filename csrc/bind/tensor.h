@@ -2,6 +2,9 @@
 #pragma once
 #include <pybind11/pybind11.h>
 
+#include <string>
+#include <vector>
+
 #include "base/types.h"
 #include "bind/dlpack.h"
 
@@ -22,6 +25,10 @@ struct TensorView {
 
 // Throws TypeMismatch for non-tensors, Error for other dtypes and devices; both name `op` and `argument`.
 TensorView view(pybind11::handle object, const char* op, const char* argument);
+// As view, but bool tensors pass too: *boolean says so, and dtype means nothing then.
+TensorView view_or_bool(pybind11::handle object, const char* op, const char* argument, bool* boolean);
+// The elements of a contiguous 1-D int32 or int64 tensor.
+std::vector<i64> read_integers(pybind11::handle object, const char* op, const char* argument);
 std::string shape_string(const TensorView& t);
 // Throws Error unless t is of this dtype; `why` completes "expected float32, ...".
 void require_dtype(const TensorView& t, DType dtype, const char* why, const char* op, const char* argument);

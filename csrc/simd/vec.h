@@ -6,7 +6,8 @@
 //   load(p) store(p, v)           whole registers, any alignment
 //   first(n)                      the mask of lanes 0..n-1, 0 <= n <= width
 //   load(p, m) store(p, v, m)     lanes outside the mask are zero / untouched, and their memory is not accessed
-//                                 both also for bf16 and f16: widened exactly, rounded to nearest even, NaN kept
+//                                 both also for bf16 and f16: widened exactly, rounded to nearest even, NaN kept;
+//                                 loads also for std::uint8_t
 //   add sub mul div(a, b)
 //   fma(a, b, c)                  a*b + c
 //   min max(a, b)                 b where either is NaN
@@ -39,6 +40,7 @@ FASTDL_INLINE float float_of(unsigned u) {
 
 // One element, in integer arithmetic: independent of the machine's level and floating-point state.
 FASTDL_INLINE float widen(float x) { return x; }
+FASTDL_INLINE float widen(std::uint8_t x) { return static_cast<float>(x); }
 FASTDL_INLINE float widen(bf16 x) { return float_of(static_cast<unsigned>(x.bits) << 16); }
 FASTDL_INLINE float widen(f16 x) {
   const unsigned sign = (x.bits & 0x8000u) << 16, magnitude = x.bits & 0x7fffu;

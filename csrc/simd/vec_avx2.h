@@ -26,6 +26,14 @@ struct VecAvx2 {
   static FASTDL_INLINE V load(const bf16* p, M m) { return widen_bf16(load16(p, m)); }
   static FASTDL_INLINE V load(const f16* p) { return _mm256_cvtph_ps(load16(p)); }
   static FASTDL_INLINE V load(const f16* p, M m) { return _mm256_cvtph_ps(load16(p, m)); }
+  static FASTDL_INLINE V load(const std::uint8_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+  }
+  static FASTDL_INLINE V load(const std::uint8_t* p, M m) {
+    std::uint8_t x[8] = {};
+    for (int i = 0, n = lanes(m); i < n; ++i) x[i] = p[i];
+    return load(x);
+  }
   static FASTDL_INLINE void store(bf16* p, V v) { store16(p, narrow_bf16(v)); }
   static FASTDL_INLINE void store(bf16* p, V v, M m) { store16(p, narrow_bf16(v), m); }
   static FASTDL_INLINE void store(f16* p, V v) { store16(p, narrow_f16(v)); }

@@ -25,6 +25,9 @@ struct VecAvx512 {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, p)), 16));
   }
   static FASTDL_INLINE V load(const f16* p, M m = kAll) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(m, p)); }
+  static FASTDL_INLINE V load(const std::uint8_t* p, M m = kAll) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(m, p)));
+  }
   static FASTDL_INLINE void store(bf16* p, V v, M m = kAll) { _mm256_mask_storeu_epi16(p, m, narrow_bf16(v)); }
   static FASTDL_INLINE void store(f16* p, V v, M m = kAll) {
     _mm256_mask_storeu_epi16(p, m, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));

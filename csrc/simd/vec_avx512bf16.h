@@ -7,6 +7,13 @@
 namespace fastdl {
 namespace {
 
+// As VecAvx512, with the processor's own rounding to bf16 for operands of products: subnormals become zero.
+struct VecAvx512Narrow : VecAvx512 {
+  static FASTDL_INLINE void narrow_pairs(bf16* p, V v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v)));
+  }
+};
+
 struct VecAvx512Bf16 : VecAvx512 {
   static FASTDL_INLINE V fma(V x, V y, V acc) {
     return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(x), reinterpret_cast<__m512bh>(y));

@@ -44,6 +44,8 @@ _require_same_build(_C.__version__)
 from fastdl import functional, nn  # noqa: E402
 from fastdl.explain import explain  # noqa: E402
 from fastdl.freeze import freeze, unfreeze  # noqa: E402
-from fastdl.optimize import optimize, restore  # noqa: E402
+from fastdl.optimize import _integrate, optimize, restore  # noqa: E402
+
+_integrate()
 
 __all__ = ["__version__", "explain", "freeze", "functional", "nn", "optimize", "restore", "unfreeze"]

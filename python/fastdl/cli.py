@@ -112,7 +112,7 @@ def info() -> None:
         console.print(f"{name:<{width}}  {value}", markup=False, soft_wrap=True)
     console.print()
     table = make_table("Kernels", ("kernel", "isa", "dtype", "kind"), ("tile", "available"))
-    for row in _C.kernels("gemm"):
+    for row in (row for operation in runner.OPERATIONS for row in _C.kernels(operation)):
         tile = f"{row['mr']}x{row['nr']}"
         available = "yes" if row["available"] else f"no: {row['reason']}"
         table.add_row(row["name"], row["isa"], row["dtype"], row["kind"], tile, escape(available))

@@ -25,7 +25,8 @@ class Row:
     """What became of one layer; one row for each distinct way it was called."""
 
     fqn: str  # dotted name in the model, "(model)" for the root
-    type: str  # class name; "Attention: functional.matmul" for a call by a module that is no known layer
+    type: str  # class name; "MultiheadAttention: linear" for one of a layer's several operations,
+    #            "Attention: functional.matmul" for a call by a module that is no known layer
     status: str  # "fastdl" | "fastdl, frozen" | "torch" | "not swapped" | "forward overridden" | "not called"
     kernel: str  # a row of the kernel table, "reference" (float64), "torch", or "unknown until called"
     shapes: str  # of the tensor arguments: "8x64 32x64 32"
@@ -68,8 +69,9 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> Explanation:
     watched = _watch(model, inputs, kwargs) if inputs or kwargs else None
     rows: list[Row] = []
     layers = dict(named_layers(model))
+    running = {fqn: _runner(fqn, layers, watched) for fqn in layers} if watched else {}
     for fqn, module in layers.items():
-        rows += _layer_rows(fqn, module, watched)
+        rows += _layer_rows(fqn, module, watched, running.get(fqn))
     if watched is not None:
         names = {module: fqn or "(model)" for fqn, module in model.named_modules()}
         known = set(layers.values())
@@ -99,6 +101,8 @@ def _watch(model: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) ->
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         stack.pop()
 
+    enter.only_watches = leave.only_watches = True  # the layers run as they do without them
+
     def observe(made: calls.Call) -> None:
         watched.made[stack[-1], made] += 1
 
@@ -119,11 +123,21 @@ def _uncompiled() -> contextlib.AbstractContextManager[Any]:
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
 
 
-def _layer_rows(fqn: str, module: nn.Module, watched: _Watched | None) -> list[Row]:
+def _runner(fqn: str, layers: dict[str, nn.Module], watched: _Watched) -> str | None:
+    """The swapped layer around this one that was called, and may have run it without calling it."""
+    while "." in fqn:
+        fqn = fqn.rpartition(".")[0]
+        if isinstance(layers.get(fqn), Swapped) and watched.entered[layers[fqn]]:
+            return fqn
+    root = layers.get("(model)")
+    return "(model)" if isinstance(root, Swapped) and watched.entered[root] else None
+
+
+def _layer_rows(fqn: str, module: nn.Module, watched: _Watched | None, runner: str | None) -> list[Row]:
     name = type(module).__name__
     entered = watched.entered[module] if watched else 0
     made = [(c, n) for (m, c), n in watched.made.items() if m is module] if watched else []
-    weight = getattr(module, "weight", None)
+    weight = getattr(module, getattr(module, "packed_weight", None) or "weight", None)
     weight = next(module.parameters(recurse=False), None) if weight is None else weight
     dtype = str(getattr(weight, "dtype", "")).removeprefix("torch.")
     reason = unswappable(module)
@@ -138,11 +152,16 @@ def _layer_rows(fqn: str, module: nn.Module, watched: _Watched | None) -> list[R
         note = reason or ""
     if made:
         status = "fastdl, frozen" if module._pack is not None else "fastdl"
-        return [_call_row(fqn, name, c, n, status, note) for c, n in made]
+        several = len({c.op for c, _ in made}) > 1
+        return [_call_row(fqn, f"{name}: {c.op}" if several else name, c, n, status, note) for c, n in made]
     if reason is not None:
         return [Row(fqn, name, "forward overridden", "torch", "", dtype, reason, entered)]
     if watched is None:
         return [Row(fqn, name, "fastdl", UNKNOWN, "", dtype, note, 0)]
+    if entered:
+        return [Row(fqn, name, "fastdl", "those of the layers inside", "", dtype, "", entered)]
+    if runner is not None:
+        return [Row(fqn, name, "fastdl", f"in {runner}", "", dtype, f"run by {runner}", 0)]
     return [Row(fqn, name, "not called", UNKNOWN, "", dtype, "this run did not call it", 0)]
 
 

@@ -83,6 +83,8 @@ def _unpackable(module: nn.Module) -> str | None:
     """Why this layer gets no pack, or None."""
     if type(module) not in REGISTRY.values():
         return derived_reason(module)
+    if module.unpackable is not None:
+        return module.unpackable
     weight = getattr(module, module.packed_weight)
     if weight is None:
         return "query, key and value have weights of their own, which are not packed"

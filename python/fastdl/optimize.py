@@ -28,7 +28,8 @@ FORWARD_OVERRIDDEN = "forward overridden on the instance: the class is called on
 
 Model = TypeVar("Model", bound=nn.Module)
 
-# Stock class -> fastdl class with the same attributes. A new operation adds its rows here.
+# Stock class -> fastdl class with the same attributes. A new operation adds its rows here; those of other libraries
+# come with `_integrate`.
 REGISTRY: dict[type[nn.Module], type[Swapped]] = {
     cls.stock_class: cls
     for cls in (
@@ -51,7 +52,8 @@ def optimize(model: Model, *, filter_fn: Callable[[nn.Module, str], bool] | None
     """Set the class of every known layer of `model` to its fastdl counterpart, in place, and return `model`.
 
     Parameters, buffers, hooks, names, state dicts and optimizers stay what they are. Known are exact types only; a
-    subclass is left alone. Doing it twice does nothing more; `restore` undoes it.
+    subclass is left alone. Doing it twice does nothing more; `restore` undoes it. Where transformers is imported, its
+    Conv1D is known, too, and attn_implementation="fastdl" is registered.
 
     Args:
         model: any module; itself swapped when it is a known layer.
@@ -63,6 +65,7 @@ def optimize(model: Model, *, filter_fn: Callable[[nn.Module, str], bool] | None
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"fastdl.optimize: argument 'model': expected a torch.nn.Module, got {type(model).__name__}")
+    _integrate()
     swaps: list[nn.Module] = []
     left: list[str] = []
     present = 0
@@ -82,6 +85,16 @@ def optimize(model: Model, *, filter_fn: Callable[[nn.Module, str], bool] | None
         found = "; left alone: " + ", ".join(left) if left else ""
         warnings.warn(f"fastdl.optimize: nothing was swapped in {type(model).__name__}{found}", stacklevel=2)
     return model
+
+
+def _integrate() -> None:
+    """Take in what other libraries bring, once they are imported; nothing is imported for their sake."""
+    if "transformers.modeling_utils" in sys.modules:
+        try:
+            from fastdl.integrations.transformers import Conv1D
+        except ImportError:  # older than the interfaces that it registers with
+            return
+        REGISTRY.setdefault(Conv1D.stock_class, Conv1D)
 
 
 def restore(model: Model) -> Model:

@@ -277,3 +277,73 @@ class GuardedOutput:
                 f"{len(touched)} elements outside the output were written, first {int(touched[0]) - self.band} "
                 f"elements from its start"
             )
+
+
+# --- attention ----------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class AttentionReference:
+    """softmax(S) V in float64 on the operands as they are, and what bounds the error of computing it."""
+
+    expected: Tensor  # [B, H, Lq, Dv] float64
+    scale: Tensor  # [B, H, Lq, Dv] float64: P |V|
+    score: Tensor  # [B, H, Lq, 1] float64: the largest scale * sum_d |Q| |K| + |mask| of the row
+    depth: int  # of the longest sum: over D, or over Lk
+
+
+def attention_reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+) -> AttentionReference:
+    """Float64 reference: query [B, H, Lq, D], key [B, Hkv, Lk, D], value [B, Hkv, Lk, Dv].
+
+    mask: None, bool or additive, broadcasts to [B, H, Lq, Lk]; causal and windowed attention come as bool masks.
+    """
+    q, k, v = (x.detach().double() for x in (query, key, value))
+    group = q.shape[1] // max(k.shape[1], 1)
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scores, size = (q @ k.mT) * scale, (q.abs() @ k.abs().mT) * abs(scale)
+    if softcap > 0:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is not None:
+        added = torch.zeros(mask.shape).double().masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else mask
+        scores = scores + added.double()
+        size = size + torch.nan_to_num(added.double(), neginf=0.0).abs()
+    dead = (scores == -math.inf).all(-1, keepdim=True)
+    P = scores.masked_fill(dead, 0.0).softmax(-1).masked_fill(dead, 0.0)
+    seen = size.masked_fill(scores == -math.inf, 0.0)
+    largest = seen.amax(-1, keepdim=True) if seen.shape[-1] else seen.sum(-1, keepdim=True)
+    return AttentionReference(P @ v, P @ v.abs(), largest, max(q.shape[-1], k.shape[-2]))
+
+
+def attention_bound(reference: AttentionReference, dtype: torch.dtype) -> Tensor:
+    """Elementwise bound on |O - expected| for scores and sums in float32 and P rounded once to `dtype`.
+
+    An error e of the scores changes P by at most exp(2e) - 1, about 2e, of itself, and so the sums P V and P 1; each
+    of those sums has `depth` roundings, exp a few units of its own, and the result is rounded once.
+    """
+    u, u_out = UNIT_ROUNDOFF[torch.float32], UNIT_ROUNDOFF[dtype]
+    e = torch.expm1(2 * (reference.depth + 8) * u * reference.score)
+    factor = 2 * (e + (reference.depth + 16) * u) + (2 * u_out if dtype != torch.float32 else 0)
+    info = torch.finfo(dtype)
+    underflow = (reference.depth + 1) * 2.0**-126 + info.smallest_normal * info.eps
+    return factor * reference.scale + u_out * (reference.expected.abs() + factor * reference.scale) + underflow
+
+
+def assert_attention_within_bound(actual: Tensor, reference: AttentionReference) -> ErrorMeasures:
+    """`attention_bound` without violations. Returns the measures of err/S, S = P |V|."""
+    if actual.shape != reference.expected.shape:
+        raise AssertionError(f"shape: got {tuple(actual.shape)}, expected {tuple(reference.expected.shape)}")
+    err = (actual.detach().double() - reference.expected).abs()
+    violated = ~(err <= attention_bound(reference, actual.dtype))  # NaN violates it
+    if violated.any():
+        where = tuple(violated.nonzero()[0].tolist())
+        raise AssertionError(
+            f"{int(violated.sum())} of {actual.numel()} elements beyond the bound, first at {where}: "
+            f"got {actual[where].item()!r}, expected {reference.expected[where].item()!r}"
+        )
+    return error_measures(actual, reference.expected, reference.scale)

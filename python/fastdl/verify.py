@@ -1,4 +1,4 @@
-"""`fastdl verify`: every kernel of every table against float64, on this machine, offline.
+"""`fastdl verify`: every kernel of every table against float64, on this machine, offline; here those of GEMM.
 
 Two tiers: small integers, whose sums are exact, must match bit for bit; other data must stay within the bound of
 `fastdl.testing`. Sizes lie around the register tile of each kernel, and one product reaches beyond its cache blocks.
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdl import _C, functional
+from fastdl import _C, functional, verify_attention
 from fastdl.testing import (
     LAYOUTS,
     GuardedOutput,
@@ -23,11 +23,9 @@ from fastdl.testing import (
     gemm_reference,
     integer_matrix,
 )
+from fastdl.verify_attention import Step
 
 _CROSSING_FLOPS = 1e9  # the most a product beyond the cache blocks may take
-
-Step = tuple[str, str, Callable[[], None]]
-"""(subject, what is checked, the check, which raises AssertionError)."""
 
 
 @dataclass
@@ -259,17 +257,26 @@ def _operation_steps(quick: bool) -> Iterator[Step]:
         yield "functional.matmul", f"{tier} {name} broadcast", partial(_check_matmul, dtype, tier, *shapes)
 
 
+# Operation -> (the checks of one row of its table, the checks of what stands on it). A new operation adds its row here.
+_OPERATIONS: dict[str, tuple[Callable[[dict[str, Any], bool], Iterator[Step]], Callable[[bool], Iterator[Step]]]] = {
+    "gemm": (_kernel_steps, _operation_steps),
+    "attention": (verify_attention.kernel_steps, verify_attention.operation_steps),
+}
+
+
 def steps(quick: bool = False) -> Iterator[Step]:
     """Every check of the rows this process can run, and of the operations above them."""
-    for row in _C.kernels("gemm"):
-        if row["available"]:
-            yield from _kernel_steps(dict(row), quick)
-    yield from _operation_steps(quick)
+    for operation, (of_kernel, of_operation) in _OPERATIONS.items():
+        for row in _C.kernels(operation):
+            if row["available"]:
+                yield from of_kernel(dict(row), quick)
+        yield from of_operation(quick)
 
 
 def verify(quick: bool = False, progress: Callable[[int, int, str], None] | None = None) -> Outcome:
     """Run all checks; a check that raises anything at all has failed. progress(done, total, subject) before each."""
-    outcome = Outcome(unavailable={row["name"]: row["reason"] for row in _C.kernels("gemm") if not row["available"]})
+    rows = (row for operation in _OPERATIONS for row in _C.kernels(operation))
+    outcome = Outcome(unavailable={row["name"]: row["reason"] for row in rows if not row["available"]})
     todo = list(steps(quick))
     for done, (subject, what, check) in enumerate(todo):
         if progress:

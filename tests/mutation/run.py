@@ -35,7 +35,69 @@ RUN, KERNEL, GEMM = "csrc/gemm/cpu/run.cc", "csrc/gemm/cpu/kernel.h", "csrc/gemm
 PAIRS = "csrc/gemm/cpu/kernel_pairs.h"
 EXACT, STRIDES, THREADS = "tests/test_gemm_exact.py", "tests/test_gemm_strides.py", "tests/test_threads.py"
 DTYPES, EPILOGUE = "tests/test_gemm_dtypes.py", "tests/test_gemm_epilogue.py"
+ATTENTION, MODULES, INSIDE = (
+    "tests/test_attention.py",
+    "tests/test_attention_modules.py",
+    "tests/test_attention_torch.py",
+)
+OPS = "python/fastdl/ops/"
 MUTATIONS = [
+    Mutation(
+        "softcap without its derivative",
+        OPS + "attention_reference.py",
+        "        ds = ds * (1 - p.tanh.square())\n",
+        "        pass\n",
+        f"{INSIDE} -k test_gradcheck",
+    ),
+    Mutation(
+        "second derivative without dropout",
+        OPS + "attention_reference.py",
+        "    dp = dp if drop is None else drop(dp)\n",
+        "",
+        f"{INSIDE} -k test_gradcheck_with_dropout",
+    ),
+    Mutation(
+        "gradient of a mask that vmap shares",
+        OPS + "attention_library.py",
+        "size, batch, per_sample=needs[3])",
+        "size, batch, per_sample=False)",
+        f"{INSIDE} -k 'test_vmap and not dropout'",
+    ),
+    Mutation(
+        "vmap's one dropout mask for all drawn for each",
+        OPS + "attention_library.py",
+        "    return cu is not None or (seed is not None and seed_dim is None)",
+        "    return cu is not None",
+        f"{INSIDE} -k test_vmap_dropout",
+    ),
+    Mutation(
+        "fully masked rows give NaN",
+        OPS + "attention_reference.py",
+        ".masked_fill(dead, 0.0), -1).masked_fill(dead, 0.0)",
+        ", -1)",
+        f"{ATTENTION} -k 'test_rows_that_see_nothing'",
+    ),
+    Mutation(
+        "key and value heads swapped for query's",
+        OPS + "attention_shapes.py",
+        "    kv_heads = _heads(key) if shared else heads\n",
+        "    kv_heads = _heads(key)\n",
+        f"{ATTENTION} -k 'test_as_torch or test_grouped'",
+    ),
+    Mutation(
+        "padding lost where attention is causal",
+        "python/fastdl/nn/attention.py",
+        "        mask = self._merge(None if causal else attn_mask, key_padding_mask, q, extra)\n",
+        "        mask = None if causal else self._merge(attn_mask, key_padding_mask, q, extra)\n",
+        f"{MODULES} -k test_multihead_causal",
+    ),
+    Mutation(
+        "torch's fast path for nested tensors",
+        "python/fastdl/nn/transformer.py",
+        "_packable(self, src):",
+        "False:",
+        f"{MODULES} -k test_encoder_fast_path",
+    ),
     Mutation(
         "dropped K tail of the dot kernel",
         KERNEL,

@@ -30,10 +30,19 @@ _SECONDS = 0.25  # a row
 
 _METRICS: dict[str, Callable[[dict[str, Any]], float]] = {
     "speedup": lambda row: row["warm"]["speedup"],
+    "worst_speedup": lambda row: row["warm"]["speedup"],
     "time_ratio": lambda row: 1 / row["warm"]["speedup"],
     "fma_percent": lambda row: row["fma_percent"],
+    "read_percent": lambda row: row["read_percent"],
+    "mask_ratio": lambda row: 1 / row["parts"]["without mask"]["speedup"],
+    "rate_spread": lambda row: row["gflops"],
 }
-_AT_MOST = ("time_ratio",)  # metrics where less is better
+_OVER_ROWS: dict[str, Callable[[list[float]], float]] = {  # where it is not the geometric mean
+    "worst_speedup": min,
+    "mask_ratio": max,
+    "rate_spread": lambda rates: max(rates) / min(rates),
+}
+_AT_MOST = ("time_ratio", "mask_ratio", "rate_spread")  # metrics where less is better
 
 
 @dataclass(frozen=True)
@@ -184,7 +193,8 @@ def judge(bar: Bar, document: dict[str, Any]) -> Verdict:
         note += f", {len(handed)} handed back"
     for name, part in counted[0]["parts"].items() if len(rows) == 1 else ():
         note += f", {name} {1 / part['speedup']:.2f} of torch's time"
-    return Verdict(bar, geometric_mean([metric(row) for row in counted]), problem, note)
+    over_rows = _OVER_ROWS.get(bar.metric, geometric_mean)
+    return Verdict(bar, over_rows([metric(row) for row in counted]), problem, note)
 
 
 def check(

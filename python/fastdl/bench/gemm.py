@@ -18,6 +18,7 @@ from torch import Tensor
 import fastdl
 from fastdl import _C, functional
 from fastdl.bench.harness import Case, Check
+from fastdl.bench.operands import normal
 from fastdl.bench.settings import Settings
 from fastdl.bench.shapes import Shape
 from fastdl.testing import UNIT_ROUNDOFF, assert_within_bound, error_measures, gemm_reference
@@ -73,26 +74,18 @@ def check_products(products: list[Product]) -> Check:
 
 
 # --- operands ---------------------------------------------------------------------------------------------------
-def _normal(seed: int, dtype: torch.dtype, *shape: int) -> Tensor:
-    """Normal values; a large tensor repeats a block of odd length, which takes less time."""
-    generator = torch.Generator().manual_seed(seed)
-    size, block = math.prod(shape), (1 << 22) + 1
-    values = torch.randn(min(size, block), generator=generator).to(dtype)
-    return values.repeat(math.ceil(size / block))[:size].view(shape) if size > block else values.view(shape)
-
-
 def _linear_operands(shape: Shape, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
     """(input, weight, bias); the parameters require grad, as those of a model do."""
     M, N, K = shape.sizes("M", "N", "K")
-    x = _normal(1, settings.torch_dtype, M, K)
-    weight = _normal(2, settings.torch_dtype, N, K).div_(math.sqrt(K))
-    return x, weight.requires_grad_(), _normal(3, settings.torch_dtype, N).requires_grad_()
+    x = normal(1, settings.torch_dtype, M, K)
+    weight = normal(2, settings.torch_dtype, N, K).div_(math.sqrt(K))
+    return x, weight.requires_grad_(), normal(3, settings.torch_dtype, N).requires_grad_()
 
 
 def _training_operands(shape: Shape, settings: Settings) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
     """((input, weight, bias), gradient of the output): a layer in the middle of a model."""
     x, weight, bias = _linear_operands(shape, settings)
-    return (x.requires_grad_(), weight, bias), _normal(4, x.dtype, x.shape[0], weight.shape[0])
+    return (x.requires_grad_(), weight, bias), normal(4, x.dtype, x.shape[0], weight.shape[0])
 
 
 def _work(shape: Shape, settings: Settings, products: int = 1) -> dict[str, float]:
@@ -210,11 +203,11 @@ def matmul(shape: Shape, settings: Settings) -> Case:
     """A product of two contiguous matrices, or of batches of them; B transposed where the shape says so."""
     batch, M, N, K = shape.sizes("batch", "M", "N", "K")
     lead = (batch,) if batch > 1 else ()
-    a = _normal(1, settings.torch_dtype, *lead, M, K)
+    a = normal(1, settings.torch_dtype, *lead, M, K)
     if "transpose_b" in shape.tags:
-        b = _normal(2, settings.torch_dtype, *lead, N, K).mT
+        b = normal(2, settings.torch_dtype, *lead, N, K).mT
     else:
-        b = _normal(2, settings.torch_dtype, *lead, K, N)
+        b = normal(2, settings.torch_dtype, *lead, K, N)
     multiply = partial(_forced_matmul, settings.kernel) if settings.kernel else functional.matmul
     candidate, baseline = partial(multiply, a, b), partial(torch.matmul, a, b)
     case = Case(

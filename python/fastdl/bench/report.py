@@ -18,7 +18,8 @@ The document (`schema` 1):
         warm, cold, idle   null (not measured, or the check failed) or
             fastdl, torch  {ms, q1_ms, q3_ms, rounds, inner}: median and quartiles of a call
             speedup, speedup_q1, speedup_q3    torch's time / fastdl's, over paired rounds
-        parts          {"existing output" | "forward only": null or as `warm`}
+        parts          {"existing output" | "forward only" | "without mask": null or as `warm`}; "without mask" compares
+                       fastdl with a mask (as "fastdl") with fastdl without one (as "torch")
         gflops, gbytes fastdl's rates, warm, in 1e9 a second; bytes are the operands and the result once
         fma_percent    of the FMA peak measured beside the row
         read_percent   of the read bandwidth of `memory`, the fastest level that holds the operands and the result
@@ -129,7 +130,7 @@ def busy(document: dict[str, Any]) -> str:
 def _print_parts(console: Console, rows: list[dict[str, Any]]) -> None:
     parts = [(row["name"], name, part) for row in rows for name, part in row["parts"].items() if part]
     if parts:
-        table = make_table("Parts", ("row", "part"), ("fastdl ms", "torch ms", "x torch"))
+        table = make_table("Parts", ("row", "part"), ("fastdl ms", "other ms", "x other"))
         for row_name, name, part in parts:
             table.add_row(row_name, name, _spread(part["fastdl"]), _spread(part["torch"]), _times(part))
         console.print(table)

@@ -46,7 +46,17 @@ def _gemm(row: dict[str, Any]) -> list[Shape]:
     return [Shape(*head, _gemm_dims(row, M)) for M in values]
 
 
-_EXPAND = {"gemm": _gemm}
+def _attention(row: dict[str, Any]) -> list[Shape]:
+    head = (row["model"], row["layer"], tuple(row["families"]), tuple(row.get("tags", ())))
+    shapes = []
+    for L in row["Lk"] if isinstance(row["Lk"], list) else [row["Lk"]]:
+        for D in row["D"] if isinstance(row["D"], list) else [row["D"]]:
+            sizes = {"B": row.get("B", 1), "H": row["H"], "Hkv": row.get("Hkv", row["H"]), "Lq": row.get("Lq", L)}
+            shapes.append(Shape(*head, sizes | {"Lk": L, "D": D}))
+    return shapes
+
+
+_EXPAND = {"gemm": _gemm, "attention": _attention}
 
 
 @cache
@@ -58,7 +68,7 @@ def _load(operation: str) -> tuple[Shape, ...]:
 
 
 def load(operation: str, family: str = "", tag: str = "") -> list[Shape]:
-    """Shapes of an operation ("gemm") in file order, all or those of one family and with one tag.
+    """Shapes of an operation ("gemm", "attention") in file order, all or those of one family and with one tag.
 
     Raises ValueError for an operation without shapes.
     """

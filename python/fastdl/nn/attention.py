@@ -8,7 +8,7 @@ from torch.compiler import is_compiling
 from torch.nn import functional as F
 from torch.nn.modules import activation as stock
 
-from fastdl.nn.swapped import Swapped
+from fastdl.nn.swapped import Swapped, method_named
 from fastdl.ops import calls
 from fastdl.ops.attention import attention_varlen, scaled_dot_product_attention
 from fastdl.ops.gemm import linear, matmul
@@ -28,7 +28,7 @@ class MultiheadAttention(Swapped, stock.MultiheadAttention):
 
     stock_class = stock.MultiheadAttention
     packed_weight = "in_proj_weight"
-    torch_forward = stock.MultiheadAttention.forward
+    torch_forward = method_named("torch_forward", stock.MultiheadAttention.forward)
 
     def forward(
         self,
@@ -180,7 +180,7 @@ class MultiheadAttention(Swapped, stock.MultiheadAttention):
         return (torch.cat(ks, time), torch.cat(vs, time), extra) if extra else (k, v, 0)
 
     def _merge(self, attn_mask: Tensor | None, padding: Tensor | None, q: Tensor, extra: int) -> Tensor | None:
-        """One mask for scaled_dot_product_attention, broadcast dimensions kept at 1: bool (True takes part) or added."""
+        """One mask for scaled_dot_product_attention, broadcast dimensions at 1: bool (True takes part) or added."""
         if attn_mask is not None and padding is not None and attn_mask.dtype != padding.dtype:
             # Warns of the mix, as torch does.
             padding = F._canonical_mask(padding, "key_padding_mask", attn_mask.dtype, "attn_mask", q.dtype)
@@ -217,7 +217,7 @@ def _weighted(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: flo
     scores = matmul(q * q.shape[-1] ** -0.5, k.mT)
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.to(scores.dtype)
-    weights = torch._safe_softmax(scores, -1)
+    weights = torch.ops.aten._safe_softmax(scores, -1)
     if dropout > 0:
         weights = F.dropout(weights, dropout)
     return matmul(weights, v), weights

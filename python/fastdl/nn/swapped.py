@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import copy
 import copyreg
+import types
 from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+
+
+def method_named(name: str, function: types.FunctionType) -> types.FunctionType:
+    """A copy of a stock class's method under another name: the script compiler goes by names, and takes each once."""
+    twin = types.FunctionType(
+        function.__code__, function.__globals__, name, function.__defaults__, function.__closure__
+    )
+    twin.__annotations__, twin.__doc__ = function.__annotations__, function.__doc__
+    return twin
 
 
 class Swapped:
@@ -20,6 +30,7 @@ class Swapped:
 
     stock_class: ClassVar[type[torch.nn.Module]]  # what `restore` and pickles turn an instance into
     packed_weight: ClassVar[str | None] = "weight"  # the parameter that `freeze` packs; None: the layer has none itself
+    unpackable: ClassVar[str | None] = None  # why `freeze` cannot pack that parameter
     _pack = None  # a PackedWeight, set by `freeze`; not annotated, since the script compiler reads annotations
 
     def drop_pack(self) -> None:

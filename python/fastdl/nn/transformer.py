@@ -11,7 +11,7 @@ from torch.nn.modules import transformer as stock
 
 from fastdl.nn.attention import MultiheadAttention
 from fastdl.nn.linear import Linear
-from fastdl.nn.swapped import Swapped
+from fastdl.nn.swapped import Swapped, method_named
 from fastdl.ops.gemm import linear
 
 
@@ -23,7 +23,7 @@ class TransformerEncoderLayer(Swapped, stock.TransformerEncoderLayer):
 
     stock_class = stock.TransformerEncoderLayer
     packed_weight = None
-    torch_forward = stock.TransformerEncoderLayer.forward
+    torch_forward = method_named("torch_forward", stock.TransformerEncoderLayer.forward)
 
     def forward(
         self,
@@ -65,7 +65,7 @@ class TransformerDecoderLayer(Swapped, stock.TransformerDecoderLayer):
 
     stock_class = stock.TransformerDecoderLayer
     packed_weight = None
-    torch_forward = stock.TransformerDecoderLayer.forward
+    torch_forward = method_named("torch_forward", stock.TransformerDecoderLayer.forward)
 
     def forward(
         self,
@@ -113,7 +113,7 @@ def _feed_forward(layer: Any, x: Tensor, residual: Tensor, dropout: nn.Module) -
         hidden = layer.activation(first(x))
     hidden = layer.dropout(hidden)
     inactive = type(dropout) is nn.Dropout and (dropout.p == 0 or not dropout.training)
-    if inactive and _bare(second) and _bare(dropout, nn.Dropout):
+    if inactive and _bare(second) and _bare(dropout, nn.Dropout) and not torch.is_autocast_enabled("cpu"):
         return linear(hidden, second.weight, second.bias, residual=residual)
     return residual + dropout(second(hidden))
 
@@ -139,12 +139,17 @@ def _bare(module: nn.Module, expected: type = Linear) -> bool:
         type(module) is expected
         and getattr(module, "_pack", None) is None
         and "forward" not in module.__dict__
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
+        and _only_watched(module._forward_hooks)
+        and _only_watched(module._forward_pre_hooks)
         and not module._backward_hooks
         and not module._backward_pre_hooks
         and not nn.modules.module._has_any_global_hook()
     )
+
+
+def _only_watched(hooks: dict[int, Any]) -> bool:
+    """Whether there are no hooks but those through which `explain` watches."""
+    return not hooks or all(getattr(hook, "only_watches", False) for hook in hooks.values())
 
 
 def _packable(layer: TransformerEncoderLayer, src: Tensor) -> bool:

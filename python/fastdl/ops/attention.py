@@ -346,6 +346,12 @@ def _operation(*args: Any) -> tuple[Tensor, Tensor]:
 
 
 def _apply(*args: Any) -> tuple[Tensor, Tensor]:
+    if is_compiling():  # Dynamo refuses an autograd.Function that is given one tensor twice
+        query, key, value, mask, cu_q, cu_k, *rest = args
+        key = key.view_as(key) if key is query else key
+        value = value.view_as(value) if value is query or value is key else value
+        cu_k = cu_k.view_as(cu_k) if cu_k is not None and cu_k is cu_q else cu_k
+        args = (query, key, value, mask, cu_q, cu_k, *rest)
     return AttentionFunction.apply(*args)
 
 
@@ -416,6 +422,9 @@ def _varlen_differentiable(*args: Any) -> Tensor:
 def _varlen_torchs(query: Tensor, key: Tensor, value: Tensor, *extras: Any) -> Tensor:
     cu_q, cu_k, dropout_p, scale, (lo, hi), softcap = extras
     shapes.varlen(query, key, value, cu_q, cu_k)
+    if query.device.type != "meta":
+        shapes.offsets(cu_q, query.shape[0], "cu_seqlens_q")
+        shapes.offsets(cu_k, key.shape[0], "cu_seqlens_k")
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
     options = Options(query.shape[-1] ** -0.5 if scale is None else scale, lo, hi, softcap, 0.0, True)
     drop = reference.dropout_by_torch(dropout_p)

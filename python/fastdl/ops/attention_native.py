@@ -15,7 +15,6 @@ from fastdl import _C
 from fastdl.ops import attention_reference as reference
 from fastdl.ops import attention_shapes as shapes
 from fastdl.ops.attention_reference import Options
-from fastdl.ops.plain import KERNEL_DTYPES
 
 
 def empty_like(x: Tensor, last: int) -> Tensor:
@@ -47,12 +46,17 @@ def attention(
     save_lse: bool,
 ) -> tuple[Tensor, Tensor]:
     """(O, lse [B, H, Lq]); an empty tensor for lse unless `save_lse`."""
-    if query.dtype not in KERNEL_DTYPES:
+    if query.dtype is torch.float64:
         shapes.operation(query, key, value, mask)
+        if cu_q is not None and cu_k is not None:
+            shapes.offsets(cu_q, query.shape[2], "cu_seqlens_q")
+            shapes.offsets(cu_k, key.shape[2], "cu_seqlens_k")
         options = Options(scale, lo, hi, softcap, dropout_p, align_end)
         drop = seeded_dropout(query, key, cu_q, cu_k, seed, dropout_p)
         out, lse = reference.attention(query, key, value, mask, cu_q, cu_k, drop, options)
         return empty_like(query, value.shape[3]).copy_(out), lse if save_lse else lse.new_empty(0)
+    if not query.ndim == key.ndim == value.ndim == 4:  # all else the native function checks
+        shapes.operation(query, key, value, mask)
     out = empty_like(query, value.shape[3])
     lse = torch.empty(query.shape[:3] if save_lse else (0,), dtype=torch.float32, device="cpu")
     _C.attention(
@@ -96,7 +100,7 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dQ, dK, dV, dmask); an empty tensor for each that `needs` leaves out. dmask is of the mask's shape, float32."""
     leaves = (query, key, value)
-    if query.dtype not in KERNEL_DTYPES:
+    if query.dtype is torch.float64:
         options = Options(scale, lo, hi, softcap, dropout_p, align_end)
         drop = seeded_dropout(query, key, cu_q, cu_k, seed, dropout_p)
         *grads, dmask = reference.attention_backward(grad, query, key, value, mask, cu_q, cu_k, drop, options)

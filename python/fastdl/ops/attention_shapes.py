@@ -8,13 +8,14 @@ fit. Sizes may be symbolic.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from fastdl.ops.shapes import require
+from fastdl.ops.shapes import refuse
 
 SDPA, VARLEN = "scaled_dot_product_attention", "attention_varlen"
 
@@ -24,41 +25,46 @@ def _heads(x: Tensor) -> int:
     return x.shape[-3] if x.ndim > 2 else 1
 
 
-def _broadcast(op: str, argument: str, shapes: Sequence[Sequence[int]], what: str, x: Tensor) -> tuple[int, ...]:
+def _broadcast(argument: str, batch: Sequence[int], x: Tensor, query: Tensor) -> tuple[int, ...]:
+    """batch and the leading dimensions of x together."""
     try:
-        return tuple(torch.broadcast_shapes(*shapes))
+        return tuple(torch.broadcast_shapes(batch, x.shape[:-3]))
     except RuntimeError:
-        require(False, op, argument, what, x)
-        raise
+        refuse(SDPA, argument, f"leading dimensions that broadcast with query {list(query.shape)}", x)
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, gqa: bool) -> tuple[int, ...]:
     """query [..., H, Lq, D], key [..., Hk, Lk, D], value [..., Hv, Lk, Dv], 2-D upwards -> (*batch, H)."""
     for name, x in (("query", query), ("key", key), ("value", value)):
-        require(x.ndim >= 2, SDPA, name, "at least 2 dimensions, [..., L, E]", x)
+        if x.ndim < 2:
+            refuse(SDPA, name, "at least 2 dimensions, [..., L, E]", x)
     D, Lk = query.shape[-1], key.shape[-2]
-    require(key.shape[-1] == D, SDPA, "key", f"[..., {D}] to match query {list(query.shape)}", key)
-    require(value.shape[-2] == Lk, SDPA, "value", f"[..., {Lk}, Ev] to match key {list(key.shape)}", value)
+    if key.shape[-1] != D:
+        refuse(SDPA, "key", f"[..., {D}] to match query {list(query.shape)}", key)
+    if value.shape[-2] != Lk:
+        refuse(SDPA, "value", f"[..., {Lk}, Ev] to match key {list(key.shape)}", value)
     heads = _heads(query)
     for name, x in (("key", key), ("value", value)):
         own = _heads(x)
         if gqa:
             fits = own > 0 and heads % own == 0 if heads else own == heads
-            require(fits, SDPA, name, f"a number of heads that divides query's {heads}", x)
+            if not fits:
+                refuse(SDPA, name, f"a number of heads that divides query's {heads}", x)
         else:
             fits = own == heads or own == 1 or heads == 1
-            require(fits, SDPA, name, f"{heads} heads as query (fewer with enable_gqa=True)", x)
+            if not fits:
+                refuse(SDPA, name, f"{heads} heads as query (fewer with enable_gqa=True)", x)
             heads = own if heads == 1 else heads
-    what = f"leading dimensions that broadcast with query {list(query.shape)}"
-    batch = _broadcast(SDPA, "key", (query.shape[:-3], key.shape[:-3]), what, key)
-    batch = _broadcast(SDPA, "value", (batch, value.shape[:-3]), what, value)
+    batch = _broadcast("key", query.shape[:-3], key, query)
+    batch = _broadcast("value", batch, value, query)
     if mask is not None:
         plain = max(query.ndim, key.ndim, value.ndim) == 2
         scores = (*batch, *(() if plain else (heads,)), query.shape[-2], Lk)
         fits = mask.ndim <= len(scores) and all(
             x == 1 or x == y for x, y in zip(reversed(mask.shape), reversed(scores), strict=False)
         )
-        require(fits, SDPA, "attn_mask", f"a shape that broadcasts to {list(scores)}", mask)
+        if not fits:
+            refuse(SDPA, "attn_mask", f"a shape that broadcasts to {list(scores)}", mask)
     return (*batch, heads)
 
 
@@ -105,38 +111,58 @@ def _mask(mask: Tensor, batch: list[int]) -> Tensor:
 def varlen(query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tensor) -> None:
     """query [Tq, H, D], key [Tk, Hkv, D], value [Tk, Hkv, Dv], cu_q and cu_k [sequences + 1] of int32 or int64."""
     for name, x in (("query", query), ("key", key), ("value", value)):
-        require(x.ndim == 3, VARLEN, name, "3 dimensions, [total length, heads, E]", x)
+        if x.ndim != 3:
+            refuse(VARLEN, name, "3 dimensions, [total length, heads, E]", x)
     H, D = query.shape[-2:]
     total, kv_heads = key.shape[:2]
-    require(key.shape[-1] == D, VARLEN, "key", f"[..., {D}] to match query {list(query.shape)}", key)
+    if key.shape[-1] != D:
+        refuse(VARLEN, "key", f"[..., {D}] to match query {list(query.shape)}", key)
     fits = value.shape[0] == total and value.shape[1] == kv_heads
-    require(fits, VARLEN, "value", f"[{total}, {kv_heads}, Ev] to match key {list(key.shape)}", value)
+    if not fits:
+        refuse(VARLEN, "value", f"[{total}, {kv_heads}, Ev] to match key {list(key.shape)}", value)
     fits = kv_heads > 0 and H % kv_heads == 0 if H else kv_heads == H
-    require(fits, VARLEN, "key", f"a number of heads that divides query's {H}", key)
+    if not fits:
+        refuse(VARLEN, "key", f"a number of heads that divides query's {H}", key)
     for name, cu in (("cu_seqlens_q", cu_q), ("cu_seqlens_k", cu_k)):
         if not isinstance(cu, Tensor):
             raise TypeError(f"fastdl.{VARLEN}: argument '{name}': expected a torch.Tensor, got {type(cu).__name__}")
         if cu.dtype not in (torch.int32, torch.int64):
             got = str(cu.dtype).removeprefix("torch.")
             raise RuntimeError(f"fastdl.{VARLEN}: argument '{name}': expected int32 or int64, got {got}")
-        require(cu.ndim == 1 and cu.shape[0] >= 1, VARLEN, name, "1 dimension, [sequences + 1]", cu)
-    require(cu_k.shape[0] == cu_q.shape[0], VARLEN, "cu_seqlens_k", f"{cu_q.shape[0]} entries as cu_seqlens_q", cu_k)
+        if cu.ndim != 1 or cu.shape[0] < 1:
+            refuse(VARLEN, name, "1 dimension, [sequences + 1]", cu)
+    if cu_k.shape[0] != cu_q.shape[0]:
+        refuse(VARLEN, "cu_seqlens_k", f"{cu_q.shape[0]} entries as cu_seqlens_q", cu_k)
+
+
+def offsets(cu: Tensor, total: int, argument: str) -> None:
+    """RuntimeError unless cu starts at 0, never decreases and ends at total: what the kernels check themselves."""
+    values = cu.tolist()
+    if values[0] != 0 or values[-1] != total or any(a > b for a, b in itertools.pairwise(values)):
+        raise RuntimeError(
+            f"fastdl.{VARLEN}: argument '{argument}': expected offsets from 0 to {total} that never decrease, "
+            f"got {values[:8]}{'...' if len(values) > 8 else ''}"
+        )
 
 
 # --- the operation's arguments ------------------------------------------------------------------------------------
 def operation(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
     """RuntimeError unless the four are in the operation's form."""
     for name, x in (("query", query), ("key", key), ("value", value)):
-        require(x.ndim == 4, SDPA, name, "4 dimensions, [B, H, L, E]", x)
+        if x.ndim != 4:
+            refuse(SDPA, name, "4 dimensions, [B, H, L, E]", x)
     B, H, Lq, D = query.shape
     Hkv, Lk = key.shape[1:3]
     fits = key.shape[0] == B and key.shape[3] == D and (Hkv > 0 and H % Hkv == 0 if H else Hkv == 0)
-    require(fits, SDPA, "key", f"[{B}, a divisor of {H}, Lk, {D}] to match query {list(query.shape)}", key)
+    if not fits:
+        refuse(SDPA, "key", f"[{B}, a divisor of {H}, Lk, {D}] to match query {list(query.shape)}", key)
     fits = value.shape[0] == B and value.shape[1] == Hkv and value.shape[2] == Lk
-    require(fits, SDPA, "value", f"[{B}, {Hkv}, {Lk}, Ev] to match key {list(key.shape)}", value)
+    if not fits:
+        refuse(SDPA, "value", f"[{B}, {Hkv}, {Lk}, Ev] to match key {list(key.shape)}", value)
     if mask is not None:
         fits = mask.ndim == 4 and all(x == 1 or x == y for x, y in zip(mask.shape, (B, H, Lq, Lk), strict=True))
-        require(fits, SDPA, "attn_mask", f"[{B} or 1, {H} or 1, {Lq} or 1, {Lk} or 1]", mask)
+        if not fits:
+            refuse(SDPA, "attn_mask", f"[{B} or 1, {H} or 1, {Lq} or 1, {Lk} or 1]", mask)
 
 
 def layout_as(x: Tensor, last: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

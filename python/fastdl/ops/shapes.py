@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NoReturn
 
 from torch import Tensor
 
 
-def require(condition: bool, op: str, argument: str, expected: str, got: Tensor) -> None:
+def refuse(op: str, argument: str, expected: str, got: Tensor) -> NoReturn:
     """RuntimeError naming operation, argument, what was expected and the shape that came."""
+    raise RuntimeError(f"fastdl.{op}: argument '{argument}': expected {expected}, got shape {list(got.shape)}")
+
+
+def require(condition: bool, op: str, argument: str, expected: str, got: Tensor) -> None:
+    """`refuse` unless the condition holds."""
     if not condition:
-        raise RuntimeError(f"fastdl.{op}: argument '{argument}': expected {expected}, got shape {list(got.shape)}")
+        refuse(op, argument, expected, got)
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[int, ...]:

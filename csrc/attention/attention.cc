@@ -1,0 +1,99 @@
+#include "attention/attention.h"
+
+#include <atomic>
+
+#include "attention/cpu/kernel_dropout.h"
+#include "base/check.h"
+#include "base/log.h"
+#include "base/parallel.h"
+
+namespace fastdl {
+
+#define ATTENTION_KERNEL(name, level, isa, dtype, kind, k_unit, mr, nr, key_block, tile) \
+  namespace level {                                                                      \
+  void tile(const TileArgs&);                                                            \
+  extern const GemmHelpers helpers_##dtype;                                              \
+  extern const AttentionOps attention_##dtype;                                           \
+  }
+#include "attention/cpu/kernels.inc"
+#undef ATTENTION_KERNEL
+
+const std::vector<AttentionKernel>& attention_kernels() {
+#define ATTENTION_KERNEL(name, level, isa, dtype, kind, k_unit, mr, nr, key_block, tile) \
+  {#name,                                                                                \
+   Isa::isa,                                                                             \
+   DType::dtype,                                                                         \
+   AttentionKind::kind,                                                                  \
+   k_unit,                                                                               \
+   mr,                                                                                   \
+   nr,                                                                                   \
+   key_block,                                                                            \
+   level::tile,                                                                          \
+   &level::helpers_##dtype,                                                              \
+   &level::attention_##dtype},
+  static const std::vector<AttentionKernel> table = {
+#include "attention/cpu/kernels.inc"
+  };
+#undef ATTENTION_KERNEL
+  return table;
+}
+
+const char* kind_name(AttentionKind) { return "tile"; }
+
+const AttentionKernel& attention_kernel(const std::string& name, const char* op) {
+  std::string names;
+  for (const AttentionKernel& k : attention_kernels()) {
+    if (name == k.name) return k;
+    names += names.empty() ? k.name : std::string(", ") + k.name;
+  }
+  fail(op, ": argument 'kernel': expected one of ", names, "; got '", name, "'");
+}
+
+namespace {
+constexpr int kMaxKernels = 64;
+std::atomic<i64> g_calls[kMaxKernels];
+std::atomic<i64>& calls(const AttentionKernel& k) { return g_calls[&k - attention_kernels().data()]; }
+}  // namespace
+
+i64 attention_calls(const AttentionKernel& kernel) { return calls(kernel).load(std::memory_order_relaxed); }
+void attention_reset_calls() {
+  for (auto& n : g_calls) n.store(0, std::memory_order_relaxed);
+}
+
+AttentionSpan attention_span(const AttentionDesc& d, const AttentionArgs& args, i64 sequence) {
+  AttentionSpan s = {0, 0, d.Lq, d.Lk, 0};
+  if (d.sequences) {
+    s.q_begin = args.seq_q[sequence], s.k_begin = args.seq_k[sequence];
+    s.Lq = args.seq_q[sequence + 1] - s.q_begin, s.Lk = args.seq_k[sequence + 1] - s.k_begin;
+  }
+  if (d.align_end) s.offset = s.Lk - s.Lq;
+  return s;
+}
+
+AttentionPlan attention(const AttentionDesc& d, const AttentionArgs& args, const AttentionKernel* forced, int threads) {
+  const CpuInfo& cpu = cpu_info();
+  const Machine machine = {cpu.isa, current_team(threads).threads, cpu.l1d, cpu.l2, cpu.l3};
+  const AttentionPlan plan = attention_plan(d, machine, forced);
+  if (log_enabled()) {
+    std::string line = describe(d, plan);
+    for (const std::string& c : attention_candidates(d, machine, plan)) line += "\n    not " + c;
+    log_once(line);
+  }
+  calls(*plan.kernel).fetch_add(1, std::memory_order_relaxed);
+  attention_run(d, plan, args);
+  return plan;
+}
+
+std::uint64_t dropout_threshold(double p) { return static_cast<std::uint64_t>(p * 4294967296.0); }
+
+void attention_keep(bool* keep, i64 B, i64 H, i64 Lq, i64 Lk, double dropout_p, std::uint64_t seed) {
+  const std::uint64_t threshold = dropout_threshold(dropout_p);
+  for (i64 b = 0; b < B; ++b)
+    for (i64 h = 0; h < H; ++h)
+      for (i64 i = 0; i < Lq; ++i) {
+        const std::uint64_t key = dropout_row_key(seed, b, h, i);
+        for (i64 j = 0; j < Lk; ++j) *keep++ = dropout_bits<1>(key, static_cast<unsigned>(j)) >= threshold;
+      }
+}
+
+}  // namespace fastdl

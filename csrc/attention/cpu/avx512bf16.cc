@@ -1,0 +1,11 @@
+#include "attention/cpu/kernel.h"
+#include "simd/vec_avx512bf16.h"
+
+namespace fastdl::avx512bf16 {
+
+using L = VecAvx512Narrow;
+
+extern const AttentionOps attention_bf16;
+const AttentionOps attention_bf16 = attention_ops<L, PairRows<L>, bf16>();
+
+}  // namespace fastdl::avx512bf16

@@ -1,0 +1,192 @@
+// The softmax and the last step of attention, written once over a vector level L (simd/vec.h).
+#pragma once
+#include "attention/cpu/kernel_args.h"
+#include "attention/cpu/kernel_dropout.h"
+#include "gemm/cpu/kernel.h"
+
+namespace fastdl {
+namespace {
+
+constexpr float kLog2E = 1.44269504f;
+constexpr float kInfinity = __builtin_inff(), kMaxFloat = 3.402823466e38f;
+
+// 2^x for x <= 0 (or a rounding error above): 2^n (1 + f q(f)), n = round(x), |f| <= 1/2; minimax by Lawson's
+// iteration, relative error 2e-8, exactly 1 at 0.
+template <class L>
+FASTDL_INLINE typename L::V exp2_falling(typename L::V x) {
+  x = L::max(L::set1(-150.0f), x);
+  const auto n = L::round(x);
+  const auto f = L::sub(x, n);
+  auto p = L::set1(0.0001535336196f);
+  p = L::fma(p, f, L::set1(0.001339887385f));
+  p = L::fma(p, f, L::set1(0.009618436918f));
+  p = L::fma(p, f, L::set1(0.05550332367f));
+  p = L::fma(p, f, L::set1(0.2402264774f));
+  p = L::fma(p, f, L::set1(0.6931471825f));
+  p = L::fma(p, f, L::set1(1.0f));
+  return L::scale(p, n);
+}
+
+struct NoMask {};
+
+// `lanes` consecutive elements of a mask row from p, step apart; zeros behind.
+template <class L, class Mask>
+FASTDL_INLINE typename L::V load_mask(const Mask* p, i64 step, i64 lanes) {
+  constexpr int W = L::width;
+  if (step == 1) return lanes >= W ? L::load(p) : L::load(p, L::first(static_cast<int>(lanes)));
+  float x[W] = {};
+  for (int l = 0; l < W && l < lanes; ++l) x[l] = widen(p[l * step]);
+  return L::load(x);
+}
+
+// What the products after the softmax read: float32, or bf16 from the start of the row.
+template <class L>
+struct FloatRows {
+  static FASTDL_INLINE void store(float* row, i64 j, typename L::V v) { L::store(row + j, v); }
+};
+template <class L>
+struct PairRows {
+  static FASTDL_INLINE void store(float* row, i64 j, typename L::V v) {
+    L::narrow_pairs(reinterpret_cast<bf16*>(row) + j, v);
+  }
+};
+
+// Lane i: the reduction of rows[i] over its lanes, by a tree over the transposed rows.
+template <class L, class Op>
+FASTDL_INLINE typename L::V reduce_rows(typename L::V (&rows)[L::width], const Op& op) {
+  L::transpose(rows);
+#pragma GCC unroll 4
+  for (int step = L::width / 2; step > 0; step /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < step; ++i) rows[i] = op(rows[i], rows[i + step]);
+  return rows[0];
+}
+
+template <class A, class B>
+constexpr bool is_same = false;
+template <class A>
+constexpr bool is_same<A, A> = true;
+
+// p where element j + lane of the row is kept, else 0. x & 0 also drops NaN: dropped elements of P count for nothing.
+template <class L>
+FASTDL_INLINE typename L::V drop(typename L::V p, std::uint64_t key, i64 j, std::uint64_t threshold) {
+  using Bits = typename Lanes32<L::width>::V;
+  if (threshold > 0xffffffffu) return L::zero();
+  Bits column;
+  for (unsigned l = 0; l < L::width; ++l) column[l] = l;
+  column += static_cast<unsigned>(j);
+  const Bits kept = dropout_bits<L::width>(key, column) >= static_cast<unsigned>(threshold);
+  Bits bits;
+  __builtin_memcpy(&bits, &p, sizeof bits);
+  bits &= kept;
+  __builtin_memcpy(&p, &bits, sizeof bits);
+  return p;
+}
+
+FASTDL_INLINE i64 clamped(i64 x, i64 low, i64 high) { return x < low ? low : x > high ? high : x; }
+
+// See SoftmaxArgs. Mask: NoMask, std::uint8_t (boolean), or what is added.
+template <class L, class Rows, class Mask>
+void softmax(const SoftmaxArgs& t) {
+  constexpr int W = L::width;
+  constexpr bool kMask = !is_same<Mask, NoMask>, kBoolean = is_same<Mask, std::uint8_t>;
+  using V = typename L::V;
+  const bool plain = !kMask && t.plain;
+  const auto lowest = L::set1(-kInfinity), unit = L::set1(plain ? 1.0f : kLog2E);
+  const auto factor = L::set1(plain ? t.scale * kLog2E : kLog2E);
+  const int stop = (t.end + W - 1) / W * W;
+
+  for (int group = 0; group < t.m; group += W) {
+    const int rows = t.m - group < W ? t.m - group : W;
+    i64 from[W], to[W];  // whole vectors that hold what a row sees
+    V r[W];
+    for (int i = 0; i < W; ++i) {
+      r[i] = lowest;
+      if (i >= rows) continue;
+      const i64 row = group + i;
+      const i64 first = clamped(t.see_begin + row, t.begin, t.end), last = clamped(t.see_end + row, first, t.end);
+      from[i] = first / W * W, to[i] = first == last ? from[i] : (last + W - 1) / W * W;
+      float* const s = t.s + row * t.s_row;
+      if constexpr (kMask) {
+        const Mask* const mask = static_cast<const Mask*>(t.mask) + row * t.mask_row;
+        for (i64 j = from[i]; j < to[i]; j += W) {
+          auto x = L::mul(L::load(s + j), L::set1(t.scale));
+          if (t.softcap > 0) x = L::mul(L::set1(t.softcap), tanh<L>(L::div(x, L::set1(t.softcap))));
+          const auto y = load_mask<L>(mask + j * t.mask_col, t.mask_col, t.n - j);
+          x = kBoolean ? L::select_le_zero(y, lowest, x) : L::add(x, y);
+          L::store(s + j, x);
+        }
+      } else if (!plain) {
+        for (i64 j = from[i]; j < to[i]; j += W) {
+          auto x = L::mul(L::load(s + j), L::set1(t.scale));
+          if (t.softcap > 0) x = L::mul(L::set1(t.softcap), tanh<L>(L::div(x, L::set1(t.softcap))));
+          L::store(s + j, x);
+        }
+      }
+      for (i64 j = from[i]; j < first; ++j) s[j] = -kInfinity;
+      for (i64 j = last; j < to[i]; ++j) s[j] = -kInfinity;
+      for (i64 j = from[i]; j < to[i]; j += W) r[i] = L::max(L::load(s + j), r[i]);
+    }
+    auto highest = reduce_rows<L>(r, [](V a, V b) __attribute__((always_inline)) { return L::max(a, b); });
+    if (plain) highest = L::mul(highest, factor);
+
+    float shift[W], rescale[W];
+    const auto old = t.first ? lowest : L::load(t.max + group);
+    highest = L::max(old, highest);
+    const auto base = L::max(L::set1(-kMaxFloat), highest);  // where nothing is seen yet: -Inf minus this is -Inf
+    const auto correction = exp2_falling<L>(L::mul(L::sub(old, base), unit));
+    L::store(t.max + group, highest);
+    L::store(shift, base);
+    L::store(rescale, correction);
+
+    for (int i = 0; i < rows; ++i) {
+      const i64 row = group + i;
+      float* const s = t.s + row * t.s_row;
+      const auto x0 = L::set1(shift[i]), minus = L::set1(-shift[i]);
+      const std::uint64_t key =
+          t.dropout.threshold ? dropout_row_key(t.dropout.seed, t.dropout.batch, t.dropout.head, t.dropout.row + row)
+                              : 0;
+      r[i] = L::zero();
+      for (i64 j = from[i]; j < to[i]; j += W) {
+        const auto x = L::load(s + j);
+        auto p = exp2_falling<L>(plain ? L::fma(x, factor, minus) : L::mul(L::sub(x, x0), factor));
+        r[i] = L::add(r[i], p);
+        if (t.dropout.threshold) p = drop<L>(p, key, t.dropout.col + j, t.dropout.threshold);
+        Rows::store(s, j, p);
+      }
+      for (i64 j = t.begin; j < from[i]; j += W) Rows::store(s, j, L::zero());
+      for (i64 j = to[i]; j < stop; j += W) Rows::store(s, j, L::zero());
+      if (t.first || rescale[i] == 1.0f) continue;
+      float* const o = t.o + row * t.o_row;
+      const auto c = L::set1(rescale[i]);
+      for (int j = 0; j < t.dv; j += W) L::store(o + j, L::mul(L::load(o + j), c));
+    }
+    for (int i = rows; i < W; ++i) r[i] = L::zero();
+    auto sum = reduce_rows<L>(r, [](V a, V b) __attribute__((always_inline)) { return L::add(a, b); });
+    if (!t.first) sum = L::fma(L::load(t.sum + group), correction, sum);
+    L::store(t.sum + group, sum);
+  }
+}
+
+// See AttentionFinishArgs.
+template <class L, class T>
+void attention_finish(const AttentionFinishArgs& t) {
+  for (int i = 0; i < t.m; ++i) {
+    const bool seen = !(t.sum[i] == 0.0f);
+    const auto factor = L::set1(seen ? t.factor / t.sum[i] : 0.0f);
+    T* const out = static_cast<T*>(t.out) + i * t.out_row;
+    for (int j = 0; j < t.dv; j += L::width) {
+      const Lanes<L> lanes(t.dv - j);
+      lanes.store(out + j, seen ? L::mul(lanes.load(t.o + i * t.o_row + j), factor) : L::zero());
+    }
+  }
+}
+
+template <class L, class Rows, class T>
+constexpr AttentionOps attention_ops() {
+  return {{softmax<L, Rows, NoMask>, softmax<L, Rows, std::uint8_t>, softmax<L, Rows, float>, softmax<L, Rows, T>},
+          attention_finish<L, T>};
+}
+
+}  // namespace
+}  // namespace fastdl

@@ -1,0 +1,85 @@
+// Which kernel, which blocks, how many threads. Pure: everything follows from the problem and the machine given.
+#include <algorithm>
+#include <numeric>
+
+#include "attention/attention.h"
+#include "base/check.h"
+
+namespace fastdl {
+namespace {
+
+i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
+i64 round_up(i64 a, i64 b) { return ceil_div(a, b) * b; }
+
+// Register tiles of rows in a query block: a block of K and V is read from L2 for each tile and from L3 for each block.
+constexpr i64 kStrips = 8;
+// A region costs its team a few microseconds of waking and waiting: below this much work, one thread is faster.
+constexpr double kSerialNanoseconds = 6000;
+
+double serial_nanoseconds(const AttentionDesc& d) {
+  const double scores = static_cast<double>(d.B) * d.H * (d.sequences ? d.total_q : d.Lq) * d.Lk;
+  return scores * (static_cast<double>(d.D + d.Dv) * 2 + 20) / 100;  // 100 GFLOP/s
+}
+
+// Rows this many bytes apart fall on one or two sets of an L1 way (4096 bytes) and evict each other.
+bool rows_collide(i64 stride) { return std::gcd<i64>(stride * 4, 4096) >= 2048; }
+
+const AttentionKernel* choose(const AttentionDesc& d, const Machine& machine, const char** why) {
+  *why = "highest level with a kernel";
+  for (const AttentionKernel& k : attention_kernels())
+    if (k.isa <= machine.isa && k.dtype == d.dtype) return &k;
+  fail("fastdl.scaled_dot_product_attention: no kernel");
+}
+
+}  // namespace
+
+AttentionPlan attention_plan(const AttentionDesc& d, const Machine& machine, const AttentionKernel* forced) {
+  AttentionPlan p = {};
+  p.kernel = forced ? forced : choose(d, machine, &p.why);
+  if (forced) p.why = "forced";
+  const AttentionKernel& kernel = *p.kernel;
+  if (kernel.dtype != d.dtype)
+    fail("fastdl.scaled_dot_product_attention: kernel '", kernel.name, "': expected operands of its dtype");
+  p.threads = serial_nanoseconds(d) < kSerialNanoseconds ? 1 : std::max(1, machine.threads);
+  p.strips = std::max<i64>(1, std::min(kStrips, ceil_div(d.Lq, kernel.mr)));
+  p.blocks = ceil_div(d.Lk, kernel.key_block);
+  p.key_block = round_up(std::max<i64>(1, ceil_div(d.Lk, std::max<i64>(1, p.blocks))), kernel.nr);
+  p.pack_v = d.dtype != DType::f32 || d.v.col != 1 || rows_collide(d.v.row);
+
+  constexpr i64 kSlack = 64;  // one vector: see GemmHelpers::pack
+  const i64 steps = ceil_div(d.D, kernel.k_unit);
+  const i64 k_block = p.key_block * steps * 4;
+  const i64 v_block = p.pack_v ? ceil_div(p.key_block, kernel.k_unit) * round_up(d.Dv, kernel.nr) * 4 : 0;
+  const i64 units = ceil_div(ceil_div(d.Lq, kernel.mr), p.strips) * (d.H / std::max<i64>(1, d.Hkv));
+  p.keep_k = units > 1 && (k_block + v_block) * p.blocks <= std::max(machine.l2, machine.l3 / (2 * p.threads));
+  const i64 kept = p.keep_k ? std::max<i64>(1, p.blocks) : 1;
+  p.q_bytes = round_up(p.strips * kernel.mr * steps * 4 + kSlack, 4096);
+  p.k_bytes = round_up(kept * k_block + kSlack, 4096);
+  p.v_bytes = p.pack_v ? round_up(kept * v_block + kSlack, 4096) : 0;
+  p.s_bytes = round_up(kernel.mr * (p.key_block + 16) * 4, 4096);
+  p.o_bytes = round_up(p.strips * kernel.mr * round_up(d.Dv, 16) * 4, 4096);
+  p.row_bytes = round_up(p.strips * 2 * 16 * 4 + kept, 4096);
+  return p;
+}
+
+std::vector<std::string> attention_candidates(const AttentionDesc& d, const Machine& machine,
+                                              const AttentionPlan& chosen) {
+  std::vector<std::string> lost;
+  for (const AttentionKernel& k : attention_kernels()) {
+    if (&k == chosen.kernel || k.dtype != d.dtype) continue;
+    lost.push_back(concat(k.name, ": ", k.isa > machine.isa ? concat("needs ", isa_name(k.isa)) : chosen.why));
+  }
+  return lost;
+}
+
+std::string describe(const AttentionDesc& d, const AttentionPlan& p) {
+  constexpr const char* kTypes[] = {"f32", "bf16", "f16"};
+  constexpr const char* kMasks[] = {"none", "bool", "f32", "same"};
+  return concat("attention ", kTypes[static_cast<int>(d.dtype)], " B=", d.B, " H=", d.H, "/", d.Hkv, " Lq=", d.Lq,
+                " Lk=", d.Lk, " D=", d.D, "/", d.Dv, d.sequences ? concat(" sequences=", d.sequences) : std::string(),
+                d.lo == INT64_MIN && d.hi == INT64_MAX ? "" : " window", " mask=", kMasks[static_cast<int>(d.mask)],
+                " -> ", p.kernel->name, " strips=", p.strips, " key_block=", p.key_block, p.keep_k ? " keep" : "",
+                p.pack_v ? " pack_v" : "", " threads=", p.threads, " workspace=", p.workspace_bytes(), "B: ", p.why);
+}
+
+}  // namespace fastdl

@@ -1,0 +1,275 @@
+// The attention schedule: query rows are cut into strips of one register tile's height and blocks of strips. A block
+// walks the keys that its rows see, a block of keys at a time, and each strip against a block of keys is: scores by
+// tiles against packed panels of K, softmax in L1, then O += P V by tiles. A thread takes consecutive query blocks, so
+// that what it packed of a head serves all of them; nothing is shared and no thread waits for another.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "attention/attention.h"
+#include "base/arena.h"
+#include "base/parallel.h"
+
+namespace fastdl {
+namespace {
+
+constexpr i64 kRowSlots = 16;  // floats a strip's rows take in max and sum: a whole vector
+
+const void* at(const void* p, i64 elements, DType dtype) {
+  return static_cast<const char*>(p) + elements * kItemSize[static_cast<int>(dtype)];
+}
+void* at(void* p, i64 elements, DType dtype) {
+  return static_cast<char*>(p) + elements * kItemSize[static_cast<int>(dtype)];
+}
+
+i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
+i64 round_up(i64 a, i64 b) { return ceil_div(a, b) * b; }
+
+// Scratch of a thread, cut as the plan says.
+struct Scratch {
+  float *q, *k, *v, *s, *o, *max, *sum;
+  char* packed;  // [blocks]: which key blocks of the head at hand are packed
+
+  Scratch(char* p, const AttentionPlan& plan) {
+    const auto take = [&](i64 bytes) {
+      char* const begin = p;
+      p += bytes;
+      return reinterpret_cast<float*>(begin);
+    };
+    q = take(plan.q_bytes), k = take(plan.k_bytes), v = take(plan.v_bytes), s = take(plan.s_bytes);
+    o = take(plan.o_bytes), max = take(plan.row_bytes), sum = max + plan.strips * kRowSlots;
+    packed = reinterpret_cast<char*>(sum + plan.strips * kRowSlots);
+  }
+};
+
+// Scores stay in base 2 where nothing but a positive scale comes between product and exp.
+bool plain(const AttentionDesc& d) {
+  return d.mask == MaskKind::none && !(d.softcap > 0) && d.scale > 0 && d.scale < 1e30f;
+}
+
+// The keys that rows [begin, end) of a sequence see, together.
+struct Seen {
+  i64 begin, end;
+};
+Seen seen(const AttentionDesc& d, const AttentionSpan& span, i64 begin, i64 end) {
+  constexpr i64 kFar = i64{1} << 48;  // so that nothing overflows
+  const i64 lo = std::clamp(d.lo, -kFar, kFar) + span.offset, hi = std::clamp(d.hi, -kFar, kFar) + span.offset;
+  return {std::clamp<i64>(begin + lo, 0, span.Lk), std::clamp<i64>(end + hi, 0, span.Lk)};
+}
+
+// One sequence and one key head.
+struct Head {
+  const AttentionDesc& d;
+  const AttentionPlan& p;
+  const AttentionArgs& args;
+  AttentionSpan span;
+  i64 sequence, batch;  // batch: 0 where the sequences lie in one
+  const void* k = nullptr;
+  const void* v = nullptr;
+  i64 strips, blocks;  // of queries
+
+  Head(const AttentionDesc& desc, const AttentionPlan& plan, const AttentionArgs& a, i64 seq)
+      : d(desc), p(plan), args(a), span(attention_span(desc, a, seq)), sequence(seq), batch(desc.sequences ? 0 : seq) {
+    strips = ceil_div(span.Lq, plan.kernel->mr);
+    blocks = ceil_div(strips, plan.strips);
+  }
+  i64 strip_begin(i64 strip) const { return span.Lq * strip / strips; }
+  i64 block_strip(i64 block) const { return strips * block / blocks; }
+  Seen block_seen(i64 block) const {
+    return seen(d, span, strip_begin(block_strip(block)), strip_begin(block_strip(block + 1)));
+  }
+  // In units of one row against 16 keys; never 0.
+  i64 block_cost(i64 block) const {
+    const Seen s = block_seen(block);
+    const i64 rows = strip_begin(block_strip(block + 1)) - strip_begin(block_strip(block));
+    return rows * (std::max<i64>(0, s.end - s.begin) / 16 + 1);
+  }
+  i64 cost() const {
+    i64 sum = 0;
+    for (i64 i = 0; i < blocks; ++i) sum += block_cost(i);
+    return sum;
+  }
+};
+
+// Packed panels of keys [begin, begin + n): K as [panel][steps][nr], V as [panel of Dv][steps][nr].
+void pack_keys(const Head& h, i64 begin, i64 n, float* k_out, float* v_out) {
+  const AttentionDesc& d = h.d;
+  const AttentionKernel& kernel = *h.p.kernel;
+  const i64 nr = kernel.nr, steps = ceil_div(d.D, kernel.k_unit), v_steps = ceil_div(h.p.key_block, kernel.k_unit);
+  for (i64 j = 0; j < n; j += nr)
+    kernel.helpers->pack(at(h.k, (begin + j) * d.k.row, d.dtype), d.k.col, d.k.row, d.D,
+                         static_cast<int>(std::min(nr, n - j)), kernel.nr, k_out + j * steps);
+  for (i64 j = 0; h.p.pack_v && j < d.Dv; j += nr)
+    kernel.helpers->pack(at(h.v, begin * d.v.row + j * d.v.col, d.dtype), d.v.row, d.v.col, n,
+                         static_cast<int>(std::min(nr, d.Dv - j)), kernel.nr, v_out + j * v_steps);
+}
+
+// Query rows [begin, begin + m) against the keys [key, key + n) of a block: what they add to sum, max and o.
+struct StripBlock {
+  i64 begin;
+  int m;
+  i64 key;
+  int n;
+  const float* q;  // [steps][m]
+  const float* k;
+  const float* v;  // packed, or null
+  float *s, *max, *sum, *o;
+  i64 head;
+  bool first;
+};
+
+// Whether the strip sees anything of the block.
+bool run_strip(const Head& h, const StripBlock& x) {
+  const AttentionDesc& d = h.d;
+  const AttentionKernel& kernel = *h.p.kernel;
+  const Seen some = seen(d, h.span, x.begin, x.begin + x.m);
+  const i64 nr = kernel.nr, steps = ceil_div(d.D, kernel.k_unit), v_steps = ceil_div(h.p.key_block, kernel.k_unit);
+  const i64 begin = std::max<i64>(0, some.begin - x.key) / nr * nr, end = std::min<i64>(x.n, some.end - x.key);
+  if (begin >= end) return false;
+  const i64 s_row = h.p.key_block + 16, o_row = round_up(d.Dv, 16);
+
+  TileArgs t = {};
+  t.a = x.q, t.a_row = 1, t.a_col = x.m, t.b_row = nr, t.b_col = 1, t.c_row = s_row, t.k = steps, t.m = x.m;
+  for (i64 j = begin; j < end; j += nr) {
+    t.b = x.k + j * steps, t.c = x.s + j, t.n = static_cast<int>(std::min(nr, round_up(end - j, 16)));
+    kernel.tile(t);
+  }
+
+  constexpr i64 kFar = i64{1} << 48;
+  SoftmaxArgs f = {};
+  f.s = x.s, f.s_row = s_row, f.m = x.m, f.n = x.n;
+  f.begin = static_cast<int>(begin), f.end = static_cast<int>(end);
+  f.see_begin = std::clamp(d.lo, -kFar, kFar) + h.span.offset + x.begin - x.key;
+  f.see_end = std::clamp(d.hi, -kFar, kFar) + h.span.offset + x.begin + 1 - x.key;
+  f.scale = d.scale, f.softcap = d.softcap, f.plain = plain(d);
+  if (d.mask != MaskKind::none) {
+    const DType dtype = d.mask == MaskKind::f32 ? DType::f32 : d.dtype;
+    const i64 offset =
+        h.batch * d.mask_step.batch + x.head * d.mask_step.head + x.begin * d.mask_step.row + x.key * d.mask_step.col;
+    f.mask =
+        d.mask == MaskKind::boolean ? static_cast<const char*>(h.args.mask) + offset : at(h.args.mask, offset, dtype);
+    f.mask_row = d.mask_step.row, f.mask_col = d.mask_step.col;
+  }
+  f.max = x.max, f.sum = x.sum, f.o = x.o, f.o_row = o_row, f.dv = static_cast<int>(d.Dv), f.first = x.first;
+  f.dropout = {d.seed, h.sequence, x.head, x.begin, x.key, dropout_threshold(d.dropout_p)};
+  kernel.ops->softmax[static_cast<int>(d.mask)](f);
+
+  t = {};
+  t.a = x.s + begin / kernel.k_unit, t.a_row = s_row, t.a_col = 1;
+  t.c_row = o_row, t.m = x.m, t.accumulate = !x.first, t.b_col = 1;
+  t.k = ceil_div(end - begin, kernel.k_unit);
+  for (i64 j = 0; j < d.Dv; j += nr) {
+    if (x.v) {
+      t.b = x.v + j * v_steps + begin / kernel.k_unit * nr, t.b_row = nr;
+      t.n = static_cast<int>(std::min(nr, o_row - j));
+    } else {
+      t.b = static_cast<const float*>(h.v) + (x.key + begin) * d.v.row + j, t.b_row = d.v.row;
+      t.n = static_cast<int>(std::min(nr, d.Dv - j));
+    }
+    t.c = x.o + j;
+    kernel.tile(t);
+  }
+  return true;
+}
+
+// Block `block` of query head `head`.
+void run_block(const Head& h, i64 head, i64 block, const Scratch& scratch) {
+  const AttentionDesc& d = h.d;
+  const AttentionPlan& p = h.p;
+  const AttentionKernel& kernel = *p.kernel;
+  const i64 first = h.block_strip(block), strips = h.block_strip(block + 1) - first;
+  const i64 steps = ceil_div(d.D, kernel.k_unit), o_row = round_up(d.Dv, 16);
+  const i64 k_block = p.key_block * steps;
+  const i64 v_block = ceil_div(p.key_block, kernel.k_unit) * round_up(d.Dv, kernel.nr);
+  const i64 q_head = h.batch * d.q.batch + head * d.q.head;
+  for (i64 i = 0; i < strips; ++i) {
+    const i64 begin = h.strip_begin(first + i), m = h.strip_begin(first + i + 1) - begin;
+    kernel.helpers->pack(at(h.args.q, q_head + (h.span.q_begin + begin) * d.q.row, d.dtype), d.q.col, d.q.row, d.D,
+                         static_cast<int>(m), static_cast<int>(m), scratch.q + i * kernel.mr * steps);
+  }
+  std::fill_n(scratch.max, strips * kRowSlots, -INFINITY);
+  std::fill_n(scratch.sum, strips * kRowSlots, 0.0f);
+
+  const Seen range = h.block_seen(block);
+  std::uint64_t started = 0;
+  for (i64 kb = range.begin / p.key_block; kb * p.key_block < range.end; ++kb) {
+    const i64 key = kb * p.key_block, n = std::min(p.key_block, h.span.Lk - key), slot = p.keep_k ? kb : 0;
+    float* const k = scratch.k + slot * k_block;
+    float* const v = p.pack_v ? scratch.v + slot * v_block : nullptr;
+    if (!p.keep_k || !scratch.packed[kb]) {
+      pack_keys(h, key, n, k, v);
+      if (p.keep_k) scratch.packed[kb] = 1;
+    }
+    for (i64 i = 0; i < strips; ++i) {
+      const i64 begin = h.strip_begin(first + i);
+      StripBlock x = {};
+      x.begin = begin, x.m = static_cast<int>(h.strip_begin(first + i + 1) - begin), x.key = key;
+      x.n = static_cast<int>(n), x.q = scratch.q + i * kernel.mr * steps, x.k = k, x.v = v, x.s = scratch.s;
+      x.max = scratch.max + i * kRowSlots, x.sum = scratch.sum + i * kRowSlots;
+      x.o = scratch.o + i * kernel.mr * o_row, x.head = head, x.first = !(started >> i & 1);
+      if (run_strip(h, x)) started |= std::uint64_t{1} << i;
+    }
+  }
+
+  const double unit = plain(d) ? 0.6931471805599453 : 1.0;
+  for (i64 i = 0; i < strips; ++i) {
+    const i64 begin = h.strip_begin(first + i), m = h.strip_begin(first + i + 1) - begin;
+    const float* const max = scratch.max + i * kRowSlots;
+    const float* const sum = scratch.sum + i * kRowSlots;
+    AttentionFinishArgs f = {};
+    f.o = scratch.o + i * kernel.mr * o_row, f.o_row = o_row, f.sum = sum;
+    f.factor = d.dropout_p < 1 ? static_cast<float>(1 / (1 - d.dropout_p)) : 0.0f;
+    f.out = at(h.args.out, h.batch * d.out.batch + head * d.out.head + (h.span.q_begin + begin) * d.out.row, d.dtype);
+    f.out_row = d.out.row, f.m = static_cast<int>(m), f.dv = static_cast<int>(d.Dv);
+    kernel.ops->finish(f);
+    if (!h.args.lse) continue;
+    const i64 rows = d.sequences ? d.total_q : d.Lq;
+    float* const lse = h.args.lse + (h.batch * d.H + head) * rows + h.span.q_begin + begin;
+    for (i64 r = 0; r < m; ++r)
+      lse[r] = sum[r] == 0 ? -INFINITY : static_cast<float>(max[r] * unit + std::log(static_cast<double>(sum[r])));
+  }
+}
+
+// Runs the query blocks whose work begins within [begin, end) of all work in order: sequences, heads, blocks.
+void run_share(const AttentionDesc& d, const AttentionPlan& p, const AttentionArgs& args, i64 begin, i64 end,
+               const Scratch& scratch) {
+  i64 work = 0;
+  const i64 group = d.H / d.Hkv;
+  for (i64 s = 0; s < (d.sequences ? d.sequences : d.B) && work < end; ++s) {
+    Head h(d, p, args, s);
+    const i64 cost = h.cost();
+    i64 packed = -1;  // the key head that scratch holds
+    for (i64 head = 0; head < d.H; ++head) {
+      if (work + cost <= begin || work >= end) {
+        work += cost;
+        continue;
+      }
+      const i64 kv = head / group;
+      if (packed != kv) {
+        h.k = at(args.k, h.batch * d.k.batch + kv * d.k.head + h.span.k_begin * d.k.row, d.dtype);
+        h.v = at(args.v, h.batch * d.v.batch + kv * d.v.head + h.span.k_begin * d.v.row, d.dtype);
+        if (p.keep_k) std::memset(scratch.packed, 0, static_cast<std::size_t>(p.blocks));
+        packed = kv;
+      }
+      for (i64 block = 0; block < h.blocks; ++block) {
+        if (work >= begin && work < end) run_block(h, head, block, scratch);
+        work += h.block_cost(block);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void attention_run(const AttentionDesc& d, const AttentionPlan& p, const AttentionArgs& args) {
+  i64 work = 0;
+  for (i64 s = 0; s < (d.sequences ? d.sequences : d.B); ++s) work += Head(d, p, args, s).cost() * d.H;
+  if (work == 0 || d.Dv == 0) return;
+  ArenaLease memory(p.workspace_bytes());
+  parallel(p.threads, [&](int thread, int threads) {
+    const Scratch scratch(memory.data() + thread * p.per_thread_bytes(), p);
+    run_share(d, p, args, work * thread / threads, work * (thread + 1) / threads, scratch);
+  });
+}
+
+}  // namespace fastdl
