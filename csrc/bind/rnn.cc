@@ -85,11 +85,8 @@ class Call {
       const i64 n = sizes_[static_cast<std::size_t>(i)];
       if (n < 1 || (i && n > sizes_[static_cast<std::size_t>(i - 1)]))
         fail(op_, ": argument 'batch_sizes': expected positive sizes that do not rise, got ", n, " at step ", i);
-      if (n > t.size(0) - args.steps.rows) {
-        args.steps.rows = -1;
-        break;
-      }
-      args.steps.rows += n;
+      i64& rows = args.steps.rows;  // -1: more than there are
+      rows = rows < 0 || n > t.size(0) - rows ? -1 : rows + n;
     }
     if (args.steps.rows != t.size(0))
       fail(op_, ": argument 'batch_sizes': expected sizes that sum to the ", t.size(0), " rows of ", name);
