@@ -69,7 +69,7 @@ class Problem:
         self.c0 = draw(B, H) if self.states and self.mode == "lstm" else None
         self.dy, self.dh_n = draw(*lead, P), draw(B, P)
         self.dc_n = draw(B, H) if self.mode == "lstm" else None
-        self.sizes = None if self.batch_sizes is None else torch.tensor(self.batch_sizes)
+        self.sizes = None if self.batch_sizes is None else torch.tensor(self.batch_sizes, dtype=torch.int64)
 
     def reference(self):
         """Results and gradients in float64: y, h_n, c_n, then d of x, h0, c0, w, b (of the recurrent side), r."""

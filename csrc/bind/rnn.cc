@@ -85,11 +85,8 @@ class Call {
       const i64 n = sizes_[static_cast<std::size_t>(i)];
       if (n < 1 || (i && n > sizes_[static_cast<std::size_t>(i - 1)]))
         fail(op_, ": argument 'batch_sizes': expected positive sizes that do not rise, got ", n, " at step ", i);
-      if (n > t.size(0) - args.steps.rows) {
-        args.steps.rows = -1;
-        break;
-      }
-      args.steps.rows += n;
+      i64& rows = args.steps.rows;  // -1: more than there are
+      rows = rows < 0 || n > t.size(0) - rows ? -1 : rows + n;
     }
     if (args.steps.rows != t.size(0))
       fail(op_, ": argument 'batch_sizes': expected sizes that sum to the ", t.size(0), " rows of ", name);
@@ -104,6 +101,7 @@ class Call {
       wrong(w, "w_hh", concat("[", rows, ", hidden or projected size]"));
     desc.P = w.size(1);
     desc.projected = !w_hr.is_none();
+    desc.w_rows = w.stride(1) == 1 || w.size(1) == 1;
     args.w = w.data, args.w_row = w.stride(0), args.w_col = w.stride(1);
     if (desc.projected) {
       if (desc.cell != RnnCell::lstm)
@@ -176,7 +174,7 @@ class Call {
       if (!a.output) continue;
       require_writable(a.view, op_);
       for (const Argument& b : arguments_)
-        if (&a != &b) require_apart(a.view, b.view, op_, b.name, a.name);
+        if (&a != &b && !in_place(a, b)) require_apart(a.view, b.view, op_, b.name, a.name);
     }
     desc.backward = backward;
     py::gil_scoped_release release;
@@ -189,6 +187,11 @@ class Call {
     const char* name;
     bool output;
   };
+  // The gates may be the first part of saved: each element is read before it is replaced.
+  static bool in_place(const Argument& a, const Argument& b) {
+    const std::string x = a.name, y = b.name;
+    return x == "saved" && y == "x_gates" && a.view.data == b.view.data;
+  }
 
   TensorView add(py::handle object, const char* name, bool output = false) {
     const TensorView t = view(object, op_, name);
@@ -308,6 +311,7 @@ py::dict plan_shape(i64 T, i64 B, i64 H, i64 P, const std::string& mode, bool ba
   out["backward"] = backward;
   out["kernel"] = p.kernel->name;
   out["product"] = p.product->name;
+  out["direct"] = p.direct ? py::object(py::str(p.direct->name)) : py::object(py::none());
   out["isa"] = isa_name(p.kernel->isa);
   out["mr"] = p.kernel->mr;
   out["nr"] = p.kernel->nr;

@@ -24,12 +24,14 @@ struct RnnDesc {
   i64 T, B, H, P;  // B: rows of the largest step
   bool projected = false;
   bool backward = false;
+  bool w_rows = true;  // rows of W_hh are contiguous
   DType dtype = DType::f32;
 };
 
 struct RnnPlan {
   const RnnKernel* kernel;
   const GemmKernel* product;  // backward products and the projection: panels [N/nr][K][nr]
+  const GemmKernel* direct;   // multiplies with W_hh where it lies; null: packed
   int threads;
   i64 row_block;  // rows whose gates wait for the cell together
   // Scratch, shared: packed W_hh, packed W_hr, h or the gradients of the gates (both twice where one barrier a step
@@ -58,7 +60,7 @@ struct RnnArgs {
   RnnSteps steps;
   bool relu = false;
   RnnRows y;      // [T,B,P]
-  void* saved;    // [rows, rnn_saved_width], or null: inference
+  void* saved;    // [rows, G*H], then [rows, H]: see rnn_saved_width; or null: inference. x may be its first part
   const void* x;  // [rows, G*H], contiguous
   const void* w;  // W_hh(i,k) = w[i*w_row + k*w_col]
   i64 w_row, w_col;
@@ -92,7 +94,8 @@ struct RnnGradients {
   i64 dc0_row;
 };
 
-// Elements that the backward pass needs of a row: lstm i f g o c, gru r z n and h W_n^T + b_n, plain none (y will do).
+// Elements that the backward pass needs of a row: the gates as x has them, and behind those of all rows lstm c, gru
+// h W_n^T + b_n; plain none (y will do).
 i64 rnn_saved_width(RnnCell cell, i64 H);
 
 const std::vector<RnnKernel>& rnn_kernels();

@@ -103,8 +103,8 @@ void update(const RnnUpdateArgs& a) {
     for (int g = 0; g < kCellGates; ++g) bias[g] = E::load(a.bias + g * kUnits + j);
     for (int i = 0; i < a.m; ++i) {
       const float* sums = a.sums + i * kCellGates * kUnits + j;
-      const T* x = static_cast<const T*>(a.x) + i * a.x_row + j;
-      T* saved = a.saved ? static_cast<T*>(a.saved) + i * a.saved_row + j : nullptr;
+      const T* x = static_cast<const T*>(a.x) + i * a.gates_row + j;
+      T* saved = a.saved ? static_cast<T*>(a.saved) + i * a.gates_row + j : nullptr;
       T* y = a.y ? static_cast<T*>(a.y) + i * a.y_row + j : nullptr;
       S* next = static_cast<S*>(a.h_next) + i * a.h_row + j;
       const auto recurrent = [&](int g) { return E::add(E::load(sums + g * kUnits), bias[g]); };
@@ -112,19 +112,22 @@ void update(const RnnUpdateArgs& a) {
       const auto save = [&](int k, typename E::V v) {
         if (saved) lanes.store(saved + k * a.H, v);
       };
+      const auto save_state = [&](typename E::V v) {
+        if (saved) lanes.store(static_cast<T*>(a.saved_state) + i * a.H + j, v);
+      };
       if constexpr (kCell == RnnCell::lstm) {
         const auto in = logistic<E>(gate(0)), forget = logistic<E>(gate(1));
         const auto cell = tanh<E>(gate(2)), out = logistic<E>(gate(3));
         float* c = a.c + i * a.c_row + j;
         const auto c_next = E::fma(forget, lanes.load(c), E::mul(in, cell));
         lanes.store(c, c_next);
-        save(0, in), save(1, forget), save(2, cell), save(3, out), save(4, c_next);
+        save(0, in), save(1, forget), save(2, cell), save(3, out), save_state(c_next);
         store_state<E>(lanes, E::mul(out, tanh<E>(c_next)), y, next);
       } else if constexpr (kCell == RnnCell::gru) {
         const auto reset = logistic<E>(gate(0)), keep = logistic<E>(gate(1)), r = recurrent(2);
         const auto fresh = tanh<E>(E::fma(reset, r, lanes.load(x + 2 * a.H)));
         const auto h = lanes.load(static_cast<const S*>(a.h) + i * a.h_row + j);
-        save(0, reset), save(1, keep), save(2, fresh), save(3, r);
+        save(0, reset), save(1, keep), save(2, fresh), save_state(r);
         store_state<E>(lanes, E::fma(keep, E::sub(h, fresh), fresh), y, next);
       } else {
         const auto z = gate(0);
@@ -139,7 +142,8 @@ void grad(const RnnGradArgs& a) {
   constexpr int W = E::width;
   const auto one = E::set1(1.0f);
   for (int i = 0; i < a.m; ++i) {
-    const T* saved = static_cast<const T*>(a.saved) + i * a.saved_row;
+    const T* saved = a.saved ? static_cast<const T*>(a.saved) + i * a.gates_row : nullptr;
+    const T* state = a.saved ? static_cast<const T*>(a.saved_state) + i * a.H : nullptr;
     const T* before = a.before ? static_cast<const T*>(a.before) + i * a.before_row : nullptr;
     T* const d_gates = static_cast<T*>(a.d_gates) + i * a.gates_row;
     S* const recurrent = static_cast<S*>(a.recurrent) + i * a.product_row;
@@ -162,7 +166,7 @@ void grad(const RnnGradArgs& a) {
       if (a.dy) dh = E::add(dh, lanes.load(static_cast<const T*>(a.dy) + i * a.dy_row + j));
       const auto previous = before ? lanes.load(before + j) : E::zero();
       if constexpr (kCell == RnnCell::lstm) {
-        const auto in = load(0), forget = load(1), cell = load(2), out = load(3), t = tanh<E>(load(4));
+        const auto in = load(0), forget = load(1), cell = load(2), out = load(3), t = tanh<E>(lanes.load(state + j));
         float* const dc_at = a.dc + i * a.dc_row + j;
         const auto dc = E::add(lanes.load(dc_at), through_tanh(E::mul(dh, out), t));
         put(0, through_sigmoid(E::mul(dc, cell), in));
@@ -170,16 +174,16 @@ void grad(const RnnGradArgs& a) {
         put(2, through_tanh(E::mul(dc, in), cell));
         put(3, through_sigmoid(E::mul(dh, t), out));
         lanes.store(dc_at, E::mul(dc, forget));
-        if (a.hidden) lanes.store(static_cast<T*>(a.hidden) + i * a.hidden_row + j, E::mul(out, t));
+        if (a.hidden) lanes.store(static_cast<T*>(a.hidden) + i * a.H + j, E::mul(out, t));
       } else if constexpr (kCell == RnnCell::gru) {
-        const auto reset = load(0), keep = load(1), fresh = load(2), r = load(3);
+        const auto reset = load(0), keep = load(1), fresh = load(2), r = lanes.load(state + j);
         const auto d_fresh = through_tanh(E::mul(dh, E::sub(one, keep)), fresh);
         put(0, through_sigmoid(E::mul(d_fresh, r), reset));
         put(1, through_sigmoid(E::mul(dh, E::sub(previous, fresh)), keep));
         const auto d_r = E::mul(d_fresh, reset);
         lanes.store(d_gates + 2 * a.H + j, d_fresh);
         lanes.store(recurrent + 2 * a.H + j, d_r);
-        lanes.store(static_cast<T*>(a.d_recurrent) + i * a.recurrent_row + j, d_r);
+        lanes.store(static_cast<T*>(a.d_recurrent) + i * a.H + j, d_r);
         lanes.store(dh_at, E::mul(dh, keep));
       } else {
         const auto h = lanes.load(static_cast<const T*>(a.y) + i * a.y_row + j);

@@ -15,8 +15,8 @@ constexpr int kGates[] = {4, 3, 1};  // by RnnCell
 struct RnnUpdateArgs {
   const float* sums;  // [m][gates][units], h W^T
   const float* bias;  // [gates][units]
-  const void* x;      // x(i, gate, j) = x[i*x_row + gate*H + j]
-  i64 x_row, H;
+  const void* x;      // x(i, gate, j) = x[i*gates_row + gate*H + j]
+  i64 gates_row, H;
   float* c;  // [m, n], lstm: updated in place
   i64 c_row;
   const void* h;  // [m, n], gru: the state before
@@ -24,8 +24,8 @@ struct RnnUpdateArgs {
   i64 h_row;
   void* y;  // [m, n], or null: h rounded to the dtype, h_next then holds what y does
   i64 y_row;
-  void* saved;  // lstm: i f g o c, gru: r z n and h W_n^T + b_n, H apart; or null
-  i64 saved_row;
+  void* saved;        // or null; as x, which it may be: lstm i f g o, gru r z n
+  void* saved_state;  // [m, n], H apart: lstm c, gru h W_n^T + b_n
   int m, n;
   bool relu;
 };
@@ -39,7 +39,7 @@ struct RnnGradArgs {
   float* dc;  // [m, n], lstm: of c from later steps, becomes that of the step before
   i64 dc_row;
   const void* saved;  // as in RnnUpdateArgs
-  i64 saved_row;
+  const void* saved_state;
   const void* before;  // [m, n], or null for zeros: lstm c, gru h of the step before
   i64 before_row;
   const void* y;  // [m, n], plain: h
@@ -50,8 +50,7 @@ struct RnnGradArgs {
   i64 recurrent_row;
   void* recurrent;  // the gradients of h W^T once more, in the form that the products read
   i64 product_row;
-  void* hidden;  // [m, n], lstm: sigmoid(o) tanh(c), or null
-  i64 hidden_row;
+  void* hidden;  // [m, n], H apart, lstm: sigmoid(o) tanh(c), or null
   int m, n;
   bool relu;
 };

@@ -66,23 +66,37 @@ struct States {  // float32
   float* at(i64 i, i64 j) const { return data + i * row + j; }
 };
 
-// c[m, n] (+)= a[m, steps] * panels; columns of c from a panel's first on. kc in floats of a panel.
-void run_product(const GemmKernel& kernel, const Operand& a, i64 m, i64 steps, const float* panels, i64 n,
-                 const States& c, i64 column, bool accumulate) {
-  if (m == 0 || n == 0) return;
-  const i64 kc = kernel.kc / kernel.k_unit, tiles = (m + kernel.mr - 1) / kernel.mr, rows = (m + tiles - 1) / tiles;
+// Tile rows of m, cut evenly: tile i is [begin(i), begin(i + 1)).
+struct RowTiles {
+  i64 m, count;
+  RowTiles(i64 rows, i64 most) : m(rows), count((rows + most - 1) / most) {}
+  i64 begin(i64 i) const { return m * i / count; }
+};
+
+// Panels [n/nr][steps][nr], or float32 rows as they lie in memory.
+struct Panels {
+  const float* data;
+  i64 panel, row;
+};
+
+// c[m, n] (+)= a[m, steps] * b; columns of c from a panel's first on.
+void run_product(const GemmKernel& kernel, const Operand& a, i64 m, i64 steps, const Panels& b, i64 n, const States& c,
+                 i64 column, bool accumulate) {
+  const RowTiles tiles(m, kernel.mr);
+  const i64 kc = kernel.kc / kernel.k_unit;
   TileArgs t = {};
-  t.a_row = a.row, t.a_col = 1, t.b_row = kernel.nr, t.b_col = 1, t.c_row = c.row;
+  t.a_row = a.row, t.a_col = 1, t.b_row = b.row, t.b_col = 1, t.c_row = c.row;
   for (i64 j = 0; j < n; j += kernel.nr) {
     t.n = static_cast<int>(std::min<i64>(kernel.nr, n - j));
     for (i64 k = 0; k < steps; k += kc) {
       t.k = std::min(kc, steps - k);
-      t.b = panels + j * steps + k * kernel.nr;
+      t.b = b.data + j / kernel.nr * b.panel + k * b.row;
       t.accumulate = accumulate || k > 0;
-      for (i64 i = 0; i < m; i += rows) {
-        t.m = static_cast<int>(std::min(rows, m - i));
-        t.a = a.data + i * a.row + k;
-        t.c = c.at(i, column + j);
+      for (i64 i = 0; i < tiles.count; ++i) {
+        const i64 row = tiles.begin(i);
+        t.m = static_cast<int>(tiles.begin(i + 1) - row);
+        t.a = a.data + row * a.row + k;
+        t.c = c.at(row, column + j);
         kernel.tile(t);
       }
     }
@@ -128,12 +142,15 @@ struct Forward {
     state = {scratch.state, rnn_padded(d.P)};
   }
 
+  Panels panels(const float* packed, i64 column, i64 depth) const {
+    return {packed + column * depth, p.product->nr * depth, p.product->nr};
+  }
   i64 block_floats() const { return kernel.columns() * steps; }
 
   void prepare(const Range& units, const Range& columns, const Range& rows) {
     for (i64 u = units.begin; u < units.end; u += kernel.units()) {
       const i64 block = u / kernel.units();
-      fn.pack(args.w, args.w_row, args.w_col, d.H, d.P, u, scratch.w + block * block_floats());
+      if (!p.direct) fn.pack(args.w, args.w_row, args.w_col, d.H, d.P, u, scratch.w + block * block_floats());
       float* bias = scratch.bias + block * kernel.columns();
       std::memset(bias, 0, static_cast<std::size_t>(kernel.columns()) * sizeof(float));
       for (i64 g = 0; args.bias && g < kernel.gates(); ++g) {
@@ -163,7 +180,18 @@ struct Forward {
 
   // Gates and the cell of one block of hidden units, m rows from row i of the step on.
   void run_block(const Clock& clock, const Operand& before, const Operand& after, i64 unit, i64 i, i64 m, float* sums) {
-    const i64 tiles = (m + kernel.mr - 1) / kernel.mr, rows = (m + tiles - 1) / tiles, kc = kernel.kc / kernel.k_unit;
+    if (p.direct) {
+      run_dots(before, unit, i, m, sums);
+    } else {
+      run_panels(before, unit, i, m, sums);
+    }
+    update(clock, before, after, unit, i, m, sums);
+  }
+
+  // sums[m][gates][units] = h W^T of one block, from its panels.
+  void run_panels(const Operand& before, i64 unit, i64 i, i64 m, float* sums) {
+    const RowTiles tiles(m, kernel.mr);
+    const i64 kc = kernel.kc / kernel.k_unit;
     const float* w = scratch.w + unit / kernel.units() * block_floats();
     TileArgs t = {};
     t.a_row = before.row, t.a_col = 1, t.b_row = kernel.nr, t.b_col = 1, t.c_row = kernel.columns(), t.n = kernel.nr;
@@ -172,24 +200,52 @@ struct Forward {
         t.k = std::min(kc, steps - k);
         t.b = w + (panel * steps + k) * kernel.nr;
         t.accumulate = k > 0;
-        for (i64 r = 0; r < m; r += rows) {
-          t.m = static_cast<int>(std::min(rows, m - r));
-          t.a = before.data + (i + r) * before.row + k;
-          t.c = sums + r * t.c_row + panel * kernel.nr;
+        for (i64 r = 0; r < tiles.count; ++r) {
+          const i64 row = tiles.begin(r);
+          t.m = static_cast<int>(tiles.begin(r + 1) - row);
+          t.a = before.data + (i + row) * before.row + k;
+          t.c = sums + row * t.c_row + panel * kernel.nr;
           fn.tile(t);
         }
       }
     }
+  }
+
+  // The same from W where it lies.
+  void run_dots(const Operand& before, i64 unit, i64 i, i64 m, float* sums) {
+    const GemmKernel& dot = *p.direct;
+    const i64 n = std::min<i64>(kernel.units(), d.H - unit);
+    TileArgs t = {};
+    t.a_row = before.row * kernel.k_unit, t.a_col = 1, t.b_row = 1, t.b_col = args.w_row, t.c_row = kernel.columns();
+    t.k = d.P;
+    for (i64 g = 0; g < kernel.gates(); ++g) {
+      for (i64 j = 0; j < n; j += dot.nr) {
+        t.b = at(args.w, (g * d.H + unit + j) * args.w_row, d.dtype);
+        t.n = static_cast<int>(std::min<i64>(dot.nr, n - j));
+        for (i64 row = 0; row < m; row += dot.mr) {
+          t.m = static_cast<int>(std::min<i64>(dot.mr, m - row));
+          t.a = before.at(i + row, 0);
+          t.c = sums + row * t.c_row + g * kernel.units() + j;
+          dot.tile(t);
+        }
+      }
+    }
+  }
+
+  void update(const Clock& clock, const Operand& before, const Operand& after, i64 unit, i64 i, i64 m,
+              const float* sums) {
     RnnUpdateArgs u = {};
     u.sums = sums, u.bias = scratch.bias + unit / kernel.units() * kernel.columns();
-    u.x = at(args.x, (clock.row + i) * gates + unit, d.dtype), u.x_row = gates, u.H = d.H;
+    u.x = at(args.x, (clock.row + i) * gates + unit, d.dtype), u.gates_row = gates, u.H = d.H;
     u.c = c.at(i, unit), u.c_row = c.row;
     u.h = before.at(i, unit), u.h_next = (d.projected ? hidden : after).at(i, unit);
     u.h_row = (d.projected ? hidden : after).row * kernel.k_unit;
     if (!d.projected) u.y = at(row_of(args.y, args.steps, clock.t, clock.row, d.dtype), i * args.y.row + unit, d.dtype);
     u.y_row = args.y.row;
-    u.saved_row = rnn_saved_width(d.cell, d.H);
-    if (args.saved) u.saved = at(args.saved, (clock.row + i) * u.saved_row + unit, d.dtype);
+    if (args.saved) {
+      u.saved = at(args.saved, (clock.row + i) * gates + unit, d.dtype);
+      u.saved_state = at(args.saved, args.steps.rows * gates + (clock.row + i) * d.H + unit, d.dtype);
+    }
     u.m = static_cast<int>(m), u.n = static_cast<int>(std::min<i64>(kernel.units(), d.H - unit)), u.relu = args.relu;
     fn.update(u);
   }
@@ -209,7 +265,7 @@ struct Forward {
           run_block(clock, before, after, u, i, std::min(p.row_block, m - i), sums);
       if (d.projected) {
         barrier.wait(threads);
-        run_product(*p.product, hidden, m, hidden_steps, scratch.r + columns.begin * hidden_steps, columns.size(),
+        run_product(*p.product, hidden, m, hidden_steps, panels(scratch.r, columns.begin, hidden_steps), columns.size(),
                     state, columns.begin, false);
         void* y = row_of(args.y, args.steps, clock.t, clock.row, d.dtype);
         for (i64 i = 0; i < m && columns.size() > 0; ++i) {
@@ -262,10 +318,18 @@ struct Backward {
     dc = {scratch.c, rnn_padded(d.H)};
   }
 
+  Panels panels(const float* packed, i64 column, i64 depth) const {
+    return {packed + column * depth, p.product->nr * depth, p.product->nr};
+  }
+  Panels weights(i64 column) const {
+    if (p.direct) return {static_cast<const float*>(args.w) + column, p.product->nr, args.w_row};
+    return panels(scratch.w, column, steps);
+  }
+
   static void clear(void* p, i64 floats) { std::memset(p, 0, static_cast<std::size_t>(floats) * sizeof(float)); }
 
   void prepare(const Range& units, const Range& columns, const Range& rows) {
-    if (columns.size() > 0)
+    if (columns.size() > 0 && !p.direct)
       gemm_pack_b(at(args.w, columns.begin * args.w_col, d.dtype), args.w_row, args.w_col, gates, columns.size(),
                   *p.product, scratch.w + columns.begin * steps);
     if (d.projected && units.size() > 0)
@@ -294,17 +358,17 @@ struct Backward {
       a.dy = at(row_of(g.dy, args.steps, clock.t, clock.row, d.dtype), i * g.dy.row + u, d.dtype);
     a.dy_row = g.dy.row;
     a.dc = dc.at(i, u), a.dc_row = dc.row;
-    a.saved_row = rnn_saved_width(d.cell, d.H);
-    if (a.saved_row) a.saved = at(args.saved, row * a.saved_row + u, d.dtype);
+    if (d.cell != RnnCell::plain) {
+      a.saved = at(args.saved, row * gates + u, d.dtype);
+      a.saved_state = at(args.saved, args.steps.rows * gates + row * d.H + u, d.dtype);
+    }
     a.before = before, a.before_row = before_row;
     a.y = at(row_of(args.y, args.steps, clock.t, clock.row, d.dtype), i * args.y.row + u, d.dtype);
     a.y_row = args.y.row;
     a.d_gates = at(g.d_gates, row * gates + u, d.dtype), a.gates_row = gates, a.H = d.H;
     if (g.d_recurrent) a.d_recurrent = at(g.d_recurrent, row * d.H + u, d.dtype);
-    a.recurrent_row = d.H;
     a.recurrent = out.at(i, u), a.product_row = out.row * kernel.k_unit;
     if (g.hidden) a.hidden = at(g.hidden, row * d.H + u, d.dtype);
-    a.hidden_row = d.H;
     a.m = static_cast<int>(m), a.n = static_cast<int>(units.size()), a.relu = args.relu;
     fn.grad(a);
   }
@@ -327,19 +391,19 @@ struct Backward {
                    at(g.d_hidden, (clock.row + i) * d.P + columns.begin, d.dtype));
         }
         barrier.wait(threads);
-        run_product(*p.product, d_h, m, state_steps, scratch.r + units.begin * state_steps, units.size(), d_hidden,
-                    units.begin, false);
+        run_product(*p.product, d_h, m, state_steps, panels(scratch.r, units.begin, state_steps), units.size(),
+                    d_hidden, units.begin, false);
       }
       // The step before in time; rows that it has not begin with the initial state.
       Clock before = clock;
       before.advance();
       const i64 shared = s + 1 < d.T ? std::min(m, before.size()) : 0;
-      const i64 width = rnn_saved_width(d.cell, d.H), u = units.begin;
+      const i64 u = units.begin;
       const bool lstm = d.cell == RnnCell::lstm;
       if (shared > 0) {
-        const void* from = lstm ? at(args.saved, before.row * width + 4 * d.H + u, d.dtype)
+        const void* from = lstm ? at(args.saved, args.steps.rows * gates + before.row * d.H + u, d.dtype)
                                 : at(row_of(args.y, args.steps, before.t, before.row, d.dtype), u, d.dtype);
-        run_cell(clock, out, units, 0, shared, from, lstm ? width : args.y.row);
+        run_cell(clock, out, units, 0, shared, from, lstm ? d.H : args.y.row);
       }
       const void* initial = lstm ? args.c0 : args.h0;
       const i64 initial_row = lstm ? args.c0_row : args.h0_row;
@@ -347,7 +411,7 @@ struct Backward {
       run_cell(clock, out, units, shared, m - shared, initial, initial_row);
       barrier.wait(threads);
       if (s + 1 < d.T || g.dh0)
-        run_product(*p.product, out, m, steps, scratch.w + columns.begin * steps, columns.size(), dh, columns.begin,
+        run_product(*p.product, out, m, steps, weights(columns.begin), columns.size(), dh, columns.begin,
                     d.cell == RnnCell::gru);
       clock = before;
     }
