@@ -11,11 +11,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.nn.modules import rnn as stock
 from torch.nn.utils.rnn import PackedSequence
 
 from fastdl.nn.swapped import Swapped
-from fastdl.ops.rnn import cell, layers
+from fastdl.ops.rnn import cell, layers, plain_cell
 from fastdl.ops.rnn_shapes import Config
 
 
@@ -241,6 +242,12 @@ class _Cell(_ScriptedAsStock):
         no pair; RuntimeError for shapes and dtypes that do not fit, those of the parameters included.
         """
         op, mode = self._op, self._mode()
+        if hx is not None and not is_compiling() and not torch.is_grad_enabled():
+            pair = hx if mode == "lstm" else (hx, None)
+            if type(pair) in (tuple, list) and len(pair) == 2:
+                out = plain_cell(mode, self.hidden_size, input, pair[0], pair[1], self._parameters)
+                if out is not None:
+                    return out
         _require_tensor(op, "input", input)
         ndim = input.dim()
         if ndim not in (1, 2):

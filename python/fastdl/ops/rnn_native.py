@@ -69,7 +69,7 @@ def rnn_layer(
             h_n[d],
             c_n[d] if mode == "lstm" else None,
             None if rows is None else rows[d],
-            gemm_native.linear(input, w.ih, w.bias_ih),
+            _input_gates(input, w, None if rows is None else rows[d]),
             None if h0 is None else _unit(h0[d]),
             None if c0 is None else _unit(c0[d]),
             w.hh,
@@ -80,6 +80,17 @@ def rnn_layer(
             reverse=d == 1,
         )
     return y, h_n, c_n, saved
+
+
+def _input_gates(input: Tensor, w: Weights, saved: Tensor | None) -> Tensor:
+    """x_t W_ih^T + b_ih of all steps; where gates are to be saved, in their place, which they leave step by step."""
+    GH = w.ih.shape[0]
+    if saved is None or saved.shape[-1] < GH:
+        return gemm_native.linear(input, w.ih, w.bias_ih)
+    lead = input.shape[:-1]
+    gates = saved.view(-1)[: lead.numel() * GH].view(*lead, GH)
+    _C.linear(gates, input, w.ih, w.bias_ih)
+    return gates
 
 
 # --- backward -----------------------------------------------------------------------------------------------------
