@@ -120,7 +120,7 @@ FORMS = {
 @every_layer
 def test_layers(kind, bidirectional, form, states):
     T, B = 5, 4
-    for num_layers, bias, batch_first in ((1, True, False), (2, False, True), (3, True, True)):
+    for num_layers, bias, batch_first in ((1, False, True), (2, True, False)):
         stock = layer_of(kind, num_layers=num_layers, bias=bias, batch_first=batch_first, bidirectional=bidirectional)
         input = torch.randn(T, INPUT) if form == "unbatched" else torch.randn(T, B, INPUT)
         if batch_first and form != "unbatched":
@@ -341,7 +341,7 @@ def test_exceptions_are_torchs(case):
 @pytest.mark.parametrize("kind", ["gru", "rnn_tanh"])
 def test_bad_states_of_the_others(kind):
     layer = fastdl.optimize(layer_of(kind))
-    with pytest.raises(TypeError, match="argument 'hx': expected a torch.Tensor, got tuple"):
+    with pytest.raises(TypeError, match=r"argument 'hx': expected a torch.Tensor, got tuple"):
         layer(X, (H, H))
     with pytest.raises(RuntimeError, match=r"argument 'hx': expected \[1, 3, 9\]"):
         layer(X, H[..., :5])
@@ -651,12 +651,13 @@ def test_functional_call_uses_the_given_parameters():
 # --- explain, freeze ----------------------------------------------------------------------------------------------
 def test_explain():
     model = fastdl.optimize(Tagger())
-    rows = {row.fqn: row for row in fastdl.explain(model, IDS).rows}
+    explained = fastdl.explain(model, IDS).rows
+    rows = {row.fqn: row for row in explained}
     assert rows["lstm"].status == "fastdl"
     assert rows["lstm"].kernel in {row["name"] for row in _C.kernels("rnn")}
     assert "isinstance" in rows["lstm"].reason
     assert rows["cell"].kernel in {row["name"] for row in _C.kernels("rnn")}
-    assert rows["cell"].calls == 4
+    assert sum(row.calls for row in explained if row.fqn == "cell") == 4
     assert rows["gru"].dtype == "float32"
     assert fastdl.explain(model.double(), IDS).rows[0].kernel == "reference"
     assert "isinstance" in fastdl.explain(fastdl.optimize(Tagger())).rows[0].reason

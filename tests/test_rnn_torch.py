@@ -504,7 +504,7 @@ class Wrapped(torch.Tensor):
 
 
 def test_subclasses_are_left_to_torch():
-    ours, stock = pair(nn.GRU, 4, 5)
+    ours, _ = pair(nn.GRU, 4, 5)
     x = torch.randn(3, 2, 4)
     assert isinstance(ours(x.as_subclass(Wrapped))[0], Wrapped)
     assert dict(calls.handbacks) == {("gru", "input is a Wrapped"): 1}
