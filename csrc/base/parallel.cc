@@ -10,6 +10,13 @@
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
 #endif
+#if defined(__linux__)
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#else
+#include <thread>
+#endif
 #if defined(__x86_64__)
 #include <xmmintrin.h>
 #endif
@@ -70,6 +77,67 @@ void parallel(int threads, void (*body)(void*, int, int), void* context) {
   }
 #endif
   for (int t = 0; t < threads; ++t) body(context, t, threads);
+}
+
+void parallel_together(int threads, void (*body)(void*, int, int), void* context) {
+#if defined(_OPENMP)
+  if (threads > 1) {
+    const FloatState state = float_state();
+#pragma omp parallel num_threads(threads)
+    {
+      const FloatState own = float_state();
+      set_float_state(state);
+      body(context, omp_get_thread_num(), omp_get_num_threads());
+      set_float_state(own);
+    }
+    return;
+  }
+#endif
+  body(context, 0, 1);
+}
+
+namespace {
+
+void spin_pause() {
+#if defined(__x86_64__)
+  _mm_pause();
+#endif
+}
+
+// Until *word differs from `seen`, or for no reason.
+void sleep_while(std::atomic<int>* word, int seen) {
+#if defined(__linux__)
+  syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, seen, nullptr, nullptr, 0);
+#else
+  if (word->load() == seen) std::this_thread::yield();
+#endif
+}
+void wake_all([[maybe_unused]] std::atomic<int>* word) {
+#if defined(__linux__)
+  syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, 1 << 30, nullptr, nullptr, 0);
+#endif
+}
+
+constexpr int kSpins = 200;  // pauses of some 40 cycles: a few microseconds
+
+}  // namespace
+
+void Barrier::wait(int threads) {
+  if (threads <= 1) return;
+  const int round = round_.load(std::memory_order_relaxed);  // cannot move on before this thread has arrived
+  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads) {
+    arrived_.store(0, std::memory_order_relaxed);
+    round_.store(round + 1);  // sequentially consistent with sleepers_: a sleeper sees it, or is seen
+    if (sleepers_.load() > 0) wake_all(&round_);
+    return;
+  }
+  for (int i = 0; i < kSpins; ++i) {
+    if (round_.load(std::memory_order_acquire) != round) return;
+    spin_pause();
+  }
+  sleepers_.fetch_add(1);
+  while (round_.load() == round) sleep_while(&round_, round);
+  sleepers_.fetch_sub(1);
 }
 
 }  // namespace fastdl

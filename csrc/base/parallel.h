@@ -1,6 +1,7 @@
 // Parallel regions on the process's one OpenMP runtime (torch's). A region is serial or the caller's full team:
 // libgomp rebuilds its team when the size changes, at 80 us a region against 0.7 us for a hot one.
 #pragma once
+#include <atomic>
 
 namespace fastdl {
 
@@ -21,5 +22,26 @@ template <class Body>
 void parallel(int threads, Body&& body) {
   parallel(threads, [](void* b, int thread, int n) { (*static_cast<Body*>(b))(thread, n); }, &body);
 }
+
+// As parallel, for bodies that wait for each other: each of the n <= threads that the runtime grants gets one call,
+// body(context, thread, n), and all of them run at once.
+void parallel_together(int threads, void (*body)(void*, int, int), void* context);
+
+template <class Body>
+void parallel_together(int threads, Body&& body) {
+  parallel_together(threads, [](void* b, int thread, int n) { (*static_cast<Body*>(b))(thread, n); }, &body);
+}
+
+// Where the threads of parallel_together meet. Waiting spins for a few microseconds, then sleeps, so that a team with
+// more threads than CPUs does not burn the time of those it waits for. What was written before is seen behind it.
+class Barrier {
+ public:
+  void wait(int threads);
+
+ private:
+  alignas(64) std::atomic<int> arrived_{0};
+  alignas(64) std::atomic<int> round_{0};  // the word that sleepers watch
+  std::atomic<int> sleepers_{0};
+};
 
 }  // namespace fastdl

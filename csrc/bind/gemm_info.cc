@@ -13,6 +13,7 @@
 #include "bind/bind.h"
 #include "bind/gemm_problem.h"
 #include "gemm/gemm.h"
+#include "rnn/rnn.h"
 
 namespace py = pybind11;
 
@@ -113,12 +114,6 @@ py::dict plan_matmul(py::handle out, py::handle a, py::handle b, const std::stri
                       op);
 }
 
-bool parse_dtype(const std::string& name, DType* dtype) {
-  for (DType d : {DType::f32, DType::bf16, DType::f16})
-    if (name == torch_name(d)) return *dtype = d, true;
-  return false;
-}
-
 bool parse_precision(const std::string& name, Precision* precision) {
   for (Precision p : {Precision::fma, Precision::ieee, Precision::tf32, Precision::bf16})
     if (name == precision_name(p)) return *precision = p, true;
@@ -134,8 +129,7 @@ py::dict plan_shape(i64 M, i64 N, i64 K, i64 batch, Strides a, Strides b, bool p
     fail(op, ": expected sizes of at least 0, got M=", M, " N=", N, " K=", K, " batch=", batch);
   GemmDesc d = {};
   d.M = M, d.N = N, d.K = K, d.batch = batch, d.pairs = 1;
-  d.dtype = DType::f32;
-  if (!dtype.empty() && !parse_dtype(dtype, &d.dtype)) fail(op, ": argument 'dtype': no dtype '", dtype, "'");
+  d.dtype = dtype_named(dtype, op);
   if (!parse_precision(precision, &d.precision)) fail(op, ": argument 'precision': no precision '", precision, "'");
   std::tie(d.a_row, d.a_col) = a.value_or(std::pair<i64, i64>(K, 1));
   std::tie(d.b_row, d.b_col) = b.value_or(std::pair<i64, i64>(N, 1));
@@ -151,19 +145,11 @@ py::dict plan_shape(i64 M, i64 N, i64 K, i64 batch, Strides a, Strides b, bool p
 
 // What every table says of a row.
 template <class Kernel>
-py::dict kernel_row(const Kernel& k, const char* kind) {
-  const CpuInfo& cpu = cpu_info();
-  py::dict row;
-  row["name"] = k.name;
-  row["isa"] = isa_name(k.isa);
-  row["dtype"] = torch_name(k.dtype);
+py::dict tiled_row(const Kernel& k, const char* kind) {
+  py::dict row = kernel_row(k.name, k.isa, k.dtype);
   row["kind"] = kind;
   row["mr"] = k.mr;
   row["nr"] = k.nr;
-  row["available"] = k.isa <= cpu.isa;
-  row["reason"] = k.isa <= cpu.isa       ? std::string()
-                  : isa_supported(k.isa) ? concat("FASTDL_ISA=", cpu.cap)
-                                         : concat("this machine has no ", isa_name(k.isa));
   return row;
 }
 
@@ -171,7 +157,7 @@ py::list kernel_rows(const std::string& op) {
   py::list out;
   if (op == "gemm") {
     for (const GemmKernel& k : gemm_kernels()) {
-      py::dict row = kernel_row(k, k.kind == GemmKind::kTile ? "tile" : "dot");
+      py::dict row = tiled_row(k, k.kind == GemmKind::kTile ? "tile" : "dot");
       row["precision"] = precision_name(k.precision);
       row["k_unit"] = k.k_unit;
       row["k_step"] = k.k_step;
@@ -180,17 +166,32 @@ py::list kernel_rows(const std::string& op) {
     }
   } else if (op == "attention") {
     for (const AttentionKernel& k : attention_kernels()) {
-      py::dict row = kernel_row(k, kind_name(k.kind));
+      py::dict row = tiled_row(k, kind_name(k.kind));
       row["key_block"] = k.key_block;
       out.append(row);
     }
+  } else if (op == "rnn") {
+    return rnn_kernel_rows();
   } else {
-    fail("fastdl.kernels: argument 'op': expected 'gemm' or 'attention', got '", op, "'");
+    fail("fastdl.kernels: argument 'op': expected 'gemm', 'attention' or 'rnn', got '", op, "'");
   }
   return out;
 }
 
 }  // namespace
+
+py::dict kernel_row(const char* name, Isa isa, DType dtype) {
+  const CpuInfo& cpu = cpu_info();
+  py::dict row;
+  row["name"] = name;
+  row["isa"] = isa_name(isa);
+  row["dtype"] = torch_name(dtype);
+  row["available"] = isa <= cpu.isa;
+  row["reason"] = isa <= cpu.isa       ? std::string()
+                  : isa_supported(isa) ? concat("FASTDL_ISA=", cpu.cap)
+                                       : concat("this machine has no ", isa_name(isa));
+  return row;
+}
 
 void bind_gemm_info(py::module_& m) {
   using namespace py::literals;
@@ -199,11 +200,13 @@ void bind_gemm_info(py::module_& m) {
     py::dict out;
     for (const GemmKernel& k : gemm_kernels()) out[k.name] = gemm_calls(k);
     for (const AttentionKernel& k : attention_kernels()) out[k.name] = attention_calls(k);
+    for (const RnnKernel& k : rnn_kernels()) out[k.name] = rnn_calls(k);
     return out;
   });
   m.def("reset_counters", [] {
     gemm_reset_calls();
     attention_reset_calls();
+    rnn_reset_calls();
   });
   m.def("recomputed", gemm_repaired);
   m.def("gemm_plan", plan_shape, "M"_a, "N"_a, "K"_a, py::kw_only(), "batch"_a = 1, "a_strides"_a = py::none(),
@@ -217,8 +220,7 @@ void bind_gemm_info(py::module_& m) {
   m.def(
       "pack_kernel",
       [](const std::string& name) {
-        DType dtype;
-        if (!parse_dtype(name, &dtype)) fail("fastdl.pack_kernel: argument 'dtype': no dtype '", name, "'");
+        const DType dtype = dtype_named(name, "fastdl.pack_kernel");
         return gemm_pack_kernel(cpu_info().isa, dtype, asked_precision(dtype)).name;
       },
       "dtype"_a = "float32");

@@ -51,6 +51,16 @@ i64 extent(const TensorView& t) {
   return last + 1;
 }
 
+dlpack::Tensor borrow(py::handle object, const char* op, const char* argument) {
+  if (!PyObject_TypeCheck(object.ptr(), g_tensor_type))
+    throw TypeMismatch(
+        concat(op, ": argument '", argument, "': expected a torch.Tensor, got ", Py_TYPE(object.ptr())->tp_name));
+  dlpack::Tensor t;
+  if (g_api->tensor_from_object(object.ptr(), &t) != 0)
+    fail(op, ": argument '", argument, "': expected a tensor with memory on cpu, got: ", take_error());
+  return t;
+}
+
 }  // namespace
 
 i64 TensorView::numel() const {
@@ -63,12 +73,7 @@ namespace {
 
 // A CPU tensor with memory, of any dtype; `expected` completes "expected a ... tensor on cpu".
 dlpack::Tensor raw_view(py::handle object, const char* op, const char* argument, const char* expected) {
-  if (!PyObject_TypeCheck(object.ptr(), g_tensor_type))
-    throw TypeMismatch(
-        concat(op, ": argument '", argument, "': expected a torch.Tensor, got ", Py_TYPE(object.ptr())->tp_name));
-  dlpack::Tensor t;
-  if (g_api->tensor_from_object(object.ptr(), &t) != 0)
-    fail(op, ": argument '", argument, "': expected a tensor with memory on cpu, got: ", take_error());
+  dlpack::Tensor t = borrow(object, op, argument);
   if (t.device.type != dlpack::kCpu && t.device.type != dlpack::kCudaHost)
     fail(op, ": argument '", argument, "': expected a ", expected, " tensor on cpu, got ", dtype_string(t.dtype),
          " on device type ", t.device.type);
@@ -116,6 +121,23 @@ std::vector<i64> read_integers(py::handle object, const char* op, const char* ar
   for (std::size_t i = 0; i < out.size(); ++i)
     out[i] = t.dtype.bits == 32 ? static_cast<const std::int32_t*>(t.data)[i] : static_cast<const i64*>(t.data)[i];
   return out;
+}
+
+IndexView index_view(py::handle object, const char* op, const char* argument) {
+  const dlpack::Tensor t = borrow(object, op, argument);
+  const bool fits = t.device.type == dlpack::kCpu && t.dtype.code == dlpack::kInt && t.dtype.bits == 64 &&
+                    t.dtype.lanes == 1 && t.ndim == 1 && (t.data || t.shape[0] == 0);
+  if (!fits)
+    fail(op, ": argument '", argument, "': expected a 1-D int64 tensor on cpu, got ", t.ndim, "-D ",
+         dtype_string(t.dtype));
+  return {reinterpret_cast<const i64*>(static_cast<const char*>(t.data) + t.byte_offset), t.shape[0], t.strides[0]};
+}
+
+DType dtype_named(const std::string& name, const char* op) {
+  for (DType d : {DType::f32, DType::bf16, DType::f16})
+    if (name == torch_name(d)) return d;
+  if (!name.empty()) fail(op, ": argument 'dtype': no dtype '", name, "'");
+  return DType::f32;
 }
 
 const char* torch_name(DType dtype) {

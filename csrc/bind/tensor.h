@@ -33,6 +33,14 @@ std::string shape_string(const TensorView& t);
 // Throws Error unless t is of this dtype; `why` completes "expected float32, ...".
 void require_dtype(const TensorView& t, DType dtype, const char* why, const char* op, const char* argument);
 const char* torch_name(DType dtype);
+DType dtype_named(const std::string& name, const char* op);  // argument 'dtype'; "" is float32
+
+// A 1-D int64 CPU tensor, borrowed for the call.
+struct IndexView {
+  const i64* data;
+  i64 size, stride;
+};
+IndexView index_view(pybind11::handle object, const char* op, const char* argument);
 // Throws Error unless writing `out` touches each of its elements once.
 void require_writable(const TensorView& out, const char* op);
 // Throws Error when the memory ranges of `out`, an argument named `written`, and of `in`, named `argument`, meet.

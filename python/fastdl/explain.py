@@ -138,20 +138,26 @@ def _layer_rows(fqn: str, module: nn.Module, watched: _Watched | None, runner: s
     entered = watched.entered[module] if watched else 0
     made = [(c, n) for (m, c), n in watched.made.items() if m is module] if watched else []
     weight = getattr(module, getattr(module, "packed_weight", None) or "weight", None)
+    weight = next(module.parameters(recurse=False), None) if weight is None else weight
     dtype = str(getattr(weight, "dtype", "")).removeprefix("torch.")
     reason = unswappable(module)
     if not isinstance(module, Swapped):
         status = "forward overridden" if reason == FORWARD_OVERRIDDEN else "not swapped"
         reason = reason or "optimize() was not applied to it, or filter_fn kept it"
         return [Row(fqn, name, status, "torch", "", dtype, reason, entered)]
+    if reason is None and not isinstance(module, module.stock_class):
+        stock = module.stock_class.__name__
+        note = f"isinstance(module, torch.nn.{stock}) is False while swapped: what looks for that passes it by"
+    else:
+        note = reason or ""
     if made:
         status = "fastdl, frozen" if module._pack is not None else "fastdl"
         several = len({c.op for c, _ in made}) > 1
-        return [_call_row(fqn, f"{name}: {c.op}" if several else name, c, n, status, reason or "") for c, n in made]
+        return [_call_row(fqn, f"{name}: {c.op}" if several else name, c, n, status, note) for c, n in made]
     if reason is not None:
         return [Row(fqn, name, "forward overridden", "torch", "", dtype, reason, entered)]
     if watched is None:
-        return [Row(fqn, name, "fastdl", UNKNOWN, "", dtype, "", 0)]
+        return [Row(fqn, name, "fastdl", UNKNOWN, "", dtype, note, 0)]
     if entered:
         return [Row(fqn, name, "fastdl", "those of the layers inside", "", dtype, "", entered)]
     if runner is not None:

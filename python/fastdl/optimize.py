@@ -10,9 +10,15 @@ from typing import TypeVar
 from torch import nn
 
 from fastdl.nn import (
+    GRU,
+    LSTM,
+    RNN,
+    GRUCell,
     Linear,
+    LSTMCell,
     MultiheadAttention,
     NonDynamicallyQuantizableLinear,
+    RNNCell,
     TransformerDecoderLayer,
     TransformerEncoderLayer,
 )
@@ -32,6 +38,12 @@ REGISTRY: dict[type[nn.Module], type[Swapped]] = {
         MultiheadAttention,
         TransformerEncoderLayer,
         TransformerDecoderLayer,
+        LSTM,
+        GRU,
+        RNN,
+        LSTMCell,
+        GRUCell,
+        RNNCell,
     )
 }
 

@@ -40,10 +40,67 @@ ATTENTION, MODULES, INSIDE = (
     "tests/test_attention_modules.py",
     "tests/test_attention_torch.py",
 )
+RNN_MODULES, RNN_INSIDE = "tests/test_rnn_modules.py", "tests/test_rnn_torch.py"
 OPS = "python/fastdl/ops/"
 NATIVE, ATTENTION_RUN = "tests/test_attention_native.py", "csrc/attention/cpu/run.cc"
 ATTENTION_KERNEL, DECODE = "csrc/attention/cpu/kernel.h", "csrc/attention/cpu/decode.cc"
 MUTATIONS = [
+    Mutation(
+        "weight gradient of a reverse direction with the states of a forward one",
+        OPS + "rnn_native.py",
+        "        before = y[1:] if reverse else y[:-1]\n",
+        "        before = y[:-1]\n",
+        f"{RNN_MODULES} -k 'test_layers and batched and bidirectional'",
+    ),
+    Mutation(
+        "weight gradient without the first state",
+        OPS + "rnn_native.py",
+        "        if h0 is not None:\n            parts = ",
+        "        if False:\n            parts = ",
+        f"{RNN_MODULES} -k 'test_layers and batched and states'",
+    ),
+    Mutation(
+        "states before a packed step taken from its own",
+        OPS + "rnn_native.py",
+        "torch.repeat_interleave(batch_sizes[:-1], batch_sizes[1:])",
+        "torch.repeat_interleave(batch_sizes[1:], batch_sizes[1:])",
+        f"{RNN_MODULES} -k 'test_layers and packed'",
+    ),
+    Mutation(
+        "recurrent bias of a GRU with the gradient of the other",
+        OPS + "rnn_native.py",
+        "        if need_b_hh and gates.recurrent is not None:",
+        "        if False:",
+        f"{RNN_MODULES} -k 'test_layers and gru'",
+    ),
+    Mutation(
+        "packed states left in the order of length",
+        "python/fastdl/nn/recurrent.py",
+        "        h_n = _permuted(h_n, unsorted_indices)\n",
+        "",
+        f"{RNN_MODULES} -k 'test_layers and unsorted'",
+    ),
+    Mutation(
+        "shapes of parameters not looked at",
+        OPS + "rnn_shapes.py",
+        "    return [x.shape for x in parameters] == expected",
+        "    return True",
+        f"{RNN_MODULES} -k test_wrongly_shaped_parameters",
+    ),
+    Mutation(
+        "second gate's derivative in the reference of GRU",
+        OPS + "rnn_reference.py",
+        "dz = dh * (s.h_before - n) * z * (1 - z)",
+        "dz = dh * (s.h_before - n) * z",
+        f"{RNN_INSIDE} -k test_gradcheck",
+    ),
+    Mutation(
+        "mapped batch unfolded the wrong way round",
+        OPS + "rnn_library.py",
+        "x.transpose(0, 1).flatten(1, 2)",
+        "x.transpose(0, 1).transpose(1, 2).flatten(1, 2)",
+        f"{RNN_INSIDE} -k test_vmap",
+    ),
     Mutation(
         "softcap without its derivative",
         OPS + "attention_reference.py",

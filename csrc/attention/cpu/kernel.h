@@ -27,24 +27,6 @@ FASTDL_INLINE typename L::V exp2_falling(typename L::V x) {
   return L::scale(p, n);
 }
 
-// tanh(x) = e / (e + 2), e = exp(2x) - 1 without cancellation: 2^n (exp(r) - 1) + (2^n - 1).
-template <class L>
-FASTDL_INLINE typename L::V tanh(typename L::V x) {
-  x = L::min(L::set1(60.0f), L::max(L::set1(-60.0f), L::add(x, x)));
-  const auto n = L::round(L::mul(x, L::set1(kLog2E)));
-  auto r = L::fma(n, L::set1(-0.693359375f), x);
-  r = L::fma(n, L::set1(2.12194440e-4f), r);
-  auto q = L::set1(0.001381461275741458f);  // as exp in simd/math.h
-  q = L::fma(q, r, L::set1(0.008368710055947304f));
-  q = L::fma(q, r, L::set1(0.04166838899254799f));
-  q = L::fma(q, r, L::set1(0.1666652113199234f));
-  q = L::fma(q, r, L::set1(0.4999999403953552f));
-  q = L::fma(L::mul(q, r), r, r);
-  const auto one = L::set1(1.0f), power = L::scale(one, n);
-  const auto e = L::fma(q, power, L::sub(power, one));
-  return L::div(e, L::add(e, L::set1(2.0f)));
-}
-
 struct NoMask {};
 
 // `lanes` consecutive elements of a mask row from p, step apart; zeros behind.

@@ -14,6 +14,9 @@ else:
     import tomli as tomllib
 
 
+_UNSAID = {"batch": 1, "layers": 1, "directions": 1, "proj": 0}  # what a name leaves out
+
+
 @dataclass(frozen=True)
 class Shape:
     """One layer of one model: where it comes from, and the sizes an operation needs (`dims`, by field name)."""
@@ -31,7 +34,7 @@ class Shape:
     @property
     def name(self) -> str:
         """Unique within a family: "Llama-3-8B mlp up 512x14336x4096"."""
-        sizes = "x".join(str(value) for key, value in self.dims.items() if not (key == "batch" and value == 1))
+        sizes = "x".join(str(value) for key, value in self.dims.items() if _UNSAID.get(key) != value)
         return " ".join(part for part in (self.model, self.layer, sizes) if part)
 
 
@@ -65,7 +68,18 @@ def _attention(row: dict[str, Any]) -> list[Shape]:
     return shapes
 
 
-_EXPAND = {"gemm": _gemm, "attention": _attention}
+def _rnn(row: dict[str, Any]) -> list[Shape]:
+    head = (row["model"], row["layer"], tuple(row["families"]), tuple(row.get("tags", ())))
+    options = {name: row.get(name, default) for name, default in (("proj", 0), ("layers", 1), ("directions", 1))}
+    shapes = []
+    for T in row["T"] if isinstance(row["T"], list) else [row["T"]]:
+        for width in row["I"] if isinstance(row["I"], list) else [row["I"]]:
+            sizes = {"T": T, "B": row["B"], "I": width, "H": row.get("H", width)}
+            shapes.append(Shape(*head, sizes | options))
+    return shapes
+
+
+_EXPAND = {"gemm": _gemm, "attention": _attention, "rnn": _rnn}
 
 
 @cache
@@ -77,7 +91,7 @@ def _load(operation: str) -> tuple[Shape, ...]:
 
 
 def load(operation: str, family: str = "", tag: str = "") -> list[Shape]:
-    """Shapes of an operation ("gemm", "attention") in file order, all or those of one family and with one tag.
+    """Shapes of an operation ("gemm", "attention", "rnn") in file order, all or those of one family and with one tag.
 
     Raises ValueError for an operation without shapes.
     """

@@ -2,12 +2,19 @@
 
 from fastdl.nn.attention import MultiheadAttention
 from fastdl.nn.linear import Linear, NonDynamicallyQuantizableLinear
+from fastdl.nn.recurrent import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from fastdl.nn.transformer import TransformerDecoderLayer, TransformerEncoderLayer
 
 __all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "GRUCell",
+    "LSTMCell",
     "Linear",
     "MultiheadAttention",
     "NonDynamicallyQuantizableLinear",
+    "RNNCell",
     "TransformerDecoderLayer",
     "TransformerEncoderLayer",
 ]

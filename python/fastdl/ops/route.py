@@ -39,19 +39,23 @@ class Operation:
     optional: tuple[str, ...] = ()  # arguments that may be None
     own_dtype: tuple[str, ...] = ()  # arguments whose dtype may differ from the others'; `unsupported` checks them
     autocast: bool = False  # whether torch.autocast casts its tensors
+    cast: Callable[..., Any] | None = None  # (args, dtype, *constants) -> args as autocast casts them; None: all alike
+    several: bool = False  # whether all of several results are wanted, or the first
 
 
-def call(op: Operation, *args: Tensor | None, constants: tuple[Any, ...] = ()) -> Tensor:
+def call(op: Operation, *args: Any, constants: tuple[Any, ...] = (), more: tuple[str, ...] = ()) -> Any:
     """Run op on tensors of any kind: by fastdl, with autograd where needed, or by torch with the reason recorded.
 
-    `constants` follow the tensors as further arguments; nothing is asked of them. Of several results the first counts.
+    `constants` follow the tensors as further arguments; nothing is asked of them. `more` names the tensors beyond
+    op.arguments.
     """
-    tensors = _given(op, args)
+    tensors = _given(op, args, more)
     reason = handback_reason(op.name, tensors)
     if reason is None:
         if op.autocast and torch.is_autocast_enabled("cpu"):
-            args = _cast(args, torch.get_autocast_dtype("cpu"))
-            tensors = _given(op, args)
+            dtype = torch.get_autocast_dtype("cpu")
+            args = _cast(args, dtype) if op.cast is None else op.cast(args, dtype, *constants)
+            tensors = _given(op, args, more)
         reason = _reason_from_dtype(op, tensors) or op.unsupported(*args, *constants)
     before = _recomputed()
     if reason is not None:
@@ -61,13 +65,13 @@ def call(op: Operation, *args: Tensor | None, constants: tuple[Any, ...] = ()) -
         out = op.function.apply(*args, *constants)
     else:
         out = op.overload(*args, *constants)
-    out = out[0] if isinstance(out, tuple) else out
+    first = out[0] if isinstance(out, tuple) else out
     if not is_compiling() and calls.observer is not None:
         traced = any(isinstance(x, _TRACING_TYPES) for x in tensors.values())
-        kernel = "torch" if reason else "no kernel: traced" if traced else op.plan(out, *args, *constants)
+        kernel = "torch" if reason else "no kernel: traced" if traced else op.plan(first, *args, *constants)
         shapes = tuple(tuple(x.shape) for x in tensors.values())
-        calls.observer(calls.Call(op.name, kernel, shapes, out.dtype, reason or "", _recomputed() - before))
-    return out
+        calls.observer(calls.Call(op.name, kernel, shapes, first.dtype, reason or "", _recomputed() - before))
+    return out if op.several else first
 
 
 @calls.run_while_tracing
@@ -75,8 +79,8 @@ def _recomputed() -> int:
     return _C.recomputed()
 
 
-def _given(op: Operation, args: tuple[Tensor | None, ...]) -> dict[str, Tensor]:
-    given = zip(op.arguments, args, strict=True)
+def _given(op: Operation, args: tuple[Tensor | None, ...], more: tuple[str, ...]) -> dict[str, Tensor]:
+    given = zip(op.arguments + more, args, strict=True)
     return {name: x for name, x in given if x is not None or name not in op.optional}
 
 
