@@ -193,6 +193,24 @@ def test_guard_pages_do_kill(run_python):
     run_python("guard_pages.py", "--touch", status=-signal.SIGSEGV)
 
 
+@pytest.mark.parametrize(
+    "row", [row for row in ROWS if row["kind"] == "rnn" and row["dtype"] == "float32"], ids=lambda r: r["name"]
+)
+def test_tanh_is_within_its_error(row):
+    """Relative error below 3 * 2^-24 (one more rounding without FMA) over all magnitudes; odd, exact ends, NaN kept."""
+    if not row["available"]:
+        pytest.skip(row["reason"])
+    ends = torch.tensor([0.0, math.inf, -math.inf, math.nan, 1e4, -1e4])
+    x = torch.cat([torch.linspace(-12, 12, 40000), torch.logspace(-37, 1, 40000 - len(ends)), ends])
+    y = torch.empty(1, 1250, 64)
+    gates, w = x.view_as(y), torch.zeros(64, 64)
+    _C.rnn(y, None, None, None, gates, None, None, w, None, None, mode="rnn_tanh", kernel=row["name"])
+    y, expected = y.flatten(), torch.tanh(x.double())
+    error = ((y - expected) / expected)[: -len(ends)].abs().max().item()
+    assert error <= (3 if row["isa"] != "scalar" else 4) * 2**-24, error * 2**24
+    assert y[-6:-3].tolist() == [0, 1, -1] and y[-2:].tolist() == [1, -1] and bool(y[-3].isnan())
+
+
 # --- shapes and layouts -----------------------------------------------------------------------------------------------
 @every_mode
 def test_every_batch_and_width(mode):
@@ -356,7 +374,7 @@ def test_levels_and_sizes_decide():
             row[k] for k in ("name", "units", "mr", "nr")
         )
         assert all(row["name"] not in line.split(":")[0].split() for line in plan["candidates"])
-    with pytest.raises(RuntimeError, match=r"lstm_f32.*expected float32"):
+    with pytest.raises(RuntimeError, match=r"lstm_f32.*expected lstm in f32, got lstm in bf16"):
         _C.rnn_plan(3, 3, 9, kernel=next(r["name"] for r in ROWS if r["name"].startswith("lstm_f32")), dtype="bfloat16")
 
 

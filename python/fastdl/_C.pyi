@@ -19,7 +19,7 @@ class KernelRow(TypedDict):
     dtype: str  # of the operands in memory: "float32", "bfloat16" or "float16"
     precision: str  # of products: "fma", "ieee", "tf32" or "bf16"; the last three are float32 split into bfloat16
     kind: str  # gemm: "tile": C tile += packed or strided A x panel of B; "dot": both operands contiguous along K
-    # attention: "tile": packed panels of K; "decode": few query rows, K and V in place
+    # attention: "tile": packed panels of K; "decode": few query rows, K and V in place; rnn: the cell
     k_unit: int  # elements along K in a float of a packed panel
     k_step: int  # packed panels are padded to a multiple of this many elements along K
     planes: int  # parts that each operand is split into
@@ -79,7 +79,7 @@ def recomputed() -> int:
 
 # --- GEMM -----------------------------------------------------------------------------------------------------
 def kernels(op: str) -> list[KernelRow]:
-    """The kernel table of an operation ("gemm", "attention"), every row of this build."""
+    """The kernel table of an operation ("gemm", "attention", "rnn"), every row of this build."""
 
 def gemm_plan(
     M: int,
@@ -258,3 +258,77 @@ def attention_plan(
 
 def attention_keep(out: Tensor, *, dropout_p: float, seed: int) -> None:
     """Fill out[B, H, Lq, Lk], bool and contiguous, with the elements that dropout keeps under this seed."""
+
+# --- recurrent layers -----------------------------------------------------------------------------------------
+def rnn(
+    y: Tensor,
+    h_n: Tensor | None,
+    c_n: Tensor | None,
+    saved: Tensor | None,
+    x_gates: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    w_hh: Tensor,
+    b_hh: Tensor | None,
+    w_hr: Tensor | None,
+    *,
+    mode: str,
+    batch_sizes: Tensor | None = None,
+    reverse: bool = False,
+    kernel: str = "",
+    threads: int = 0,
+) -> None:
+    """One layer in one direction over a sequence: gates = x_gates + h @ w_hh^T + b_hh, then the cell of torch's.
+
+    mode: lstm, gru, rnn_tanh or rnn_relu. x_gates = x @ w_ih^T + b_ih [T, B, gates*H], contiguous; y [T, B, P] with
+    any strides but a unit one in the last dimension; h0, h_n [B, P], c0, c_n [B, H]. batch_sizes (int64, positive, not
+    rising): packed, x_gates and y are [rows, ...]. w_hr [P, H]: projected, lstm only. None: zeros, or not wanted.
+    saved, of rnn_saved_shape and contiguous, gets what rnn_backward needs; x_gates may be its beginning.
+    """
+
+def rnn_backward(
+    d_gates: Tensor,
+    dh0: Tensor | None,
+    dc0: Tensor | None,
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
+    saved: Tensor | None,
+    y: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    w_hh: Tensor,
+    b_hh: Tensor | None,
+    w_hr: Tensor | None,
+    *,
+    mode: str,
+    batch_sizes: Tensor | None = None,
+    reverse: bool = False,
+    d_recurrent: Tensor | None = None,
+    d_hidden: Tensor | None = None,
+    hidden: Tensor | None = None,
+    kernel: str = "",
+    threads: int = 0,
+) -> None:
+    """The gradients of x_gates, h0 and c0; those of the weights are products of what this writes.
+
+    gru: d_recurrent [..., H], the gradient of h @ w_n^T + b_n. Projected: d_hidden [..., P], the whole gradient of h,
+    and hidden [..., H], what was projected. All contiguous, as are d_gates and saved.
+    """
+
+def rnn_saved_shape(mode: str, rows: int, B: int, H: int, P: int) -> tuple[int, int]: ...
+def rnn_plan(
+    T: int,
+    B: int,
+    H: int,
+    P: int = 0,
+    *,
+    mode: str = "lstm",
+    backward: bool = False,
+    isa: str = "",
+    threads: int = 0,
+    kernel: str = "",
+    dtype: str = "float32",
+) -> dict[str, Any]:
+    """The plan for these sizes (P > 0: projected), on any level: kernel, product, direct (W_hh read in place, or None),
+    units, row_block, threads, workspace_bytes, why, candidates."""

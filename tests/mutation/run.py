@@ -44,6 +44,8 @@ RNN_MODULES, RNN_INSIDE = "tests/test_rnn_modules.py", "tests/test_rnn_torch.py"
 OPS = "python/fastdl/ops/"
 NATIVE, ATTENTION_RUN = "tests/test_attention_native.py", "csrc/attention/cpu/run.cc"
 ATTENTION_KERNEL, DECODE = "csrc/attention/cpu/kernel.h", "csrc/attention/cpu/decode.cc"
+RNN, RNN_RUN, RNN_PLAN = "csrc/rnn/cpu/kernel.h", "csrc/rnn/cpu/run.cc", "csrc/rnn/cpu/plan.cc"
+RNN_TESTS = "tests/test_rnn_native.py"
 MUTATIONS = [
     Mutation(
         "weight gradient of a reverse direction with the states of a forward one",
@@ -534,6 +536,62 @@ MUTATIONS = [
         "c.chunks = p.blocks",
         "c.chunks = std::max<i64>(1, p.blocks - 1)",
         f"{NATIVE} -k test_grouped_queries",
+    ),
+    Mutation(
+        "h read from the buffer being written",
+        RNN_RUN,
+        "const Operand &before = h[s & 1], &after = h[~s & 1];",
+        "const Operand &before = h[s & 1], &after = h[s & 1];",
+        f"{RNN_TESTS} -k test_tails",
+    ),
+    Mutation(
+        "no barrier at the end of a step",
+        RNN_RUN,
+        "      finish_rows(clock.next_size(), m, after, units, columns);\n      barrier.wait(threads);",
+        "      finish_rows(clock.next_size(), m, after, units, columns);",
+        f"{RNN_TESTS} -k test_same_bits",
+    ),
+    Mutation(
+        "last states of ended rows not written",
+        RNN_RUN,
+        "for (i64 i = begin; i < end; ++i) {\n      if (args.h_n)",
+        "for (i64 i = begin; i < end && begin == 0; ++i) {\n      if (args.h_n)",
+        f"{RNN_TESTS} -k test_packed",
+    ),
+    Mutation(
+        "rows that join start from the step before",
+        RNN_RUN,
+        "const i64 shared = s + 1 < d.T ? std::min(m, before.size()) : 0;",
+        "const i64 shared = s + 1 < d.T ? m : 0;",
+        f"{RNN_TESTS} -k test_packed",
+    ),
+    Mutation(
+        "dropped K blocks of the recurrent product",
+        RNN_RUN,
+        "        t.accumulate = k > 0;",
+        "        t.accumulate = false;",
+        f"{RNN_TESTS} -k test_depths",
+    ),
+    Mutation(
+        "cell gradient forgets the later steps",
+        RNN,
+        "const auto dc = E::add(lanes.load(dc_at), through_tanh(E::mul(dh, out), t));",
+        "const auto dc = through_tanh(E::mul(dh, out), t);",
+        f"{RNN_TESTS} -k test_tails",
+    ),
+    Mutation(
+        "gru's recurrent gradient without the reset gate",
+        RNN,
+        "        lanes.store(recurrent + 2 * a.H + j, d_r);",
+        "        lanes.store(recurrent + 2 * a.H + j, d_fresh);",
+        f"{RNN_TESTS} -k test_tails",
+    ),
+    Mutation(
+        "columns past H packed from other gates",
+        RNN,
+        "const int n = left < 0 ? 0 : left < W ? static_cast<int>(left) : W;",
+        "const int n = left < 0 ? 0 : W;",
+        f"{RNN_TESTS} -k test_guard_pages",
     ),
 ]
 

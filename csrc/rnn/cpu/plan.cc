@@ -8,6 +8,10 @@ namespace fastdl {
 namespace {
 
 i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
+const char* cell_name(RnnCell cell) {
+  constexpr const char* kNames[] = {"lstm", "gru", "rnn"};
+  return kNames[static_cast<int>(cell)];
+}
 i64 bytes(i64 floats) { return ceil_div(floats * 4, 4096) * 4096; }
 
 // Below this much work a step, the barrier that ends it and the lines of h that change hands cost more than a second
@@ -50,8 +54,8 @@ RnnPlan rnn_plan(const RnnDesc& d, const Machine& machine, const RnnKernel* forc
   }
   const RnnKernel& kernel = *p.kernel;
   if (kernel.dtype != d.dtype || kernel.cell != d.cell)
-    fail("fastdl.rnn: kernel '", kernel.name, "': expected ", dtype_name(kernel.dtype),
-         " and its own cell, got another dtype (", dtype_name(d.dtype), ") or cell");
+    fail("fastdl.rnn: kernel '", kernel.name, "': expected ", cell_name(kernel.cell), " in ", dtype_name(kernel.dtype),
+         ", got ", cell_name(d.cell), " in ", dtype_name(d.dtype));
   p.product = &gemm_pack_kernel(kernel.isa, d.dtype);
 
   p.direct = direct_kernel(d, kernel, *p.product);
@@ -92,9 +96,8 @@ std::vector<std::string> rnn_candidates(const RnnDesc& d, const Machine& machine
 }
 
 std::string describe(const RnnDesc& d, const RnnPlan& p) {
-  constexpr const char* kCells[] = {"lstm", "gru", "rnn"};
-  return concat(kCells[static_cast<int>(d.cell)], d.backward ? " backward " : " ", dtype_name(d.dtype), " T=", d.T,
-                " B=", d.B, " H=", d.H, d.projected ? concat(" P=", d.P) : std::string(), " -> ", p.kernel->name,
+  return concat(cell_name(d.cell), d.backward ? " backward " : " ", dtype_name(d.dtype), " T=", d.T, " B=", d.B,
+                " H=", d.H, d.projected ? concat(" P=", d.P) : std::string(), " -> ", p.kernel->name,
                 " product=", p.product->name, " W=", p.direct ? p.direct->name : "packed", " rows=", p.row_block,
                 " threads=", p.threads, " workspace=", p.workspace_bytes(), "B: ", p.why);
 }

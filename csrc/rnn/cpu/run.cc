@@ -60,6 +60,22 @@ struct Operand {
   void* at(i64 i, i64 j) const { return reinterpret_cast<char*>(data + i * row) + j * (k_unit == 1 ? 4 : 2); }
 };
 
+// A line that another core has read since this one wrote it: written to, it costs the whole way between the two, and
+// stores wait for each other. Asked for while the products run, it is there when the cell is done. (Compilers emit this
+// instruction only above the base level; processors that lack it take it for a no-op.)
+void own_line(void* p) {
+#if defined(__x86_64__)
+  asm volatile("prefetchw %0" : : "m"(*static_cast<char*>(p)));
+#else
+  __builtin_prefetch(p, 1);
+#endif
+}
+void own_lines(const Operand& x, i64 m, i64 begin, i64 end) {
+  constexpr i64 kLine = 64;
+  for (i64 i = 0; i < m; ++i)
+    for (char* p = static_cast<char*>(x.at(i, begin)); p < x.at(i, end); p += kLine) own_line(p);
+}
+
 struct States {  // float32
   float* data;
   i64 row;
@@ -260,6 +276,7 @@ struct Forward {
     for (i64 s = 0; s < d.T; ++s, clock.advance()) {
       const Operand &before = h[s & 1], &after = h[~s & 1];
       const i64 m = clock.size();
+      if (threads > 1 && !d.projected) own_lines(after, m, units.begin, units.end);
       for (i64 u = units.begin; u < units.end; u += kernel.units())
         for (i64 i = 0; i < m; i += p.row_block)
           run_block(clock, before, after, u, i, std::min(p.row_block, m - i), sums);
@@ -410,6 +427,9 @@ struct Backward {
       if (initial) initial = at(initial, shared * initial_row + u, d.dtype);
       run_cell(clock, out, units, shared, m - shared, initial, initial_row);
       barrier.wait(threads);
+      if (threads > 1)
+        for (i64 g = 0; g < kernel.gates(); ++g)
+          own_lines(d_gates[~s & 1], m, g * d.H + units.begin, g * d.H + units.end);
       if (s + 1 < d.T || g.dh0)
         run_product(*p.product, out, m, steps, weights(columns.begin), columns.size(), dh, columns.begin,
                     d.cell == RnnCell::gru);
