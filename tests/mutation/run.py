@@ -162,8 +162,8 @@ MUTATIONS = [
     Mutation(
         "dropped K tail of the dot kernel",
         KERNEL,
-        "  if (k < t.k) {\n    const auto mask = L::first(static_cast<int>(t.k - k));",
-        "  if (false) {\n    const auto mask = L::first(static_cast<int>(t.k - k));",
+        "  if (k < t.k) {\n    const int left = static_cast<int>(t.k - k);\n    step(",
+        "  if (false) {\n    const int left = static_cast<int>(t.k - k);\n    step(",
         f"{EXACT} -k test_every_tail",
     ),
     Mutation(
@@ -393,8 +393,8 @@ MUTATIONS = [
     Mutation(
         "team keeps the caller's flush-denormal state",
         "csrc/base/parallel.cc",
-        "      set_float_state(own);\n",
-        "",
+        "body(context, t, threads);\n      set_float_state(own);\n",
+        "body(context, t, threads);\n",
         "tests/test_gemm_hostile.py -k flush_denormal",
     ),
     Mutation(
