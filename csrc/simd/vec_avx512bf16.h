@@ -31,6 +31,18 @@ struct VecAvx512Bf16 : VecAvx512 {
     const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, y));
     return _mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
   }
+  // Two rows of 32 elements x and y to pairs (x[j], y[j]): columns 0-3 and 4-7 of every 8 in one register each; and two
+  // registers of sums over such pairs back to columns 0-15 and 16-31.
+  static FASTDL_INLINE void interleave(V* x, V* y) {
+    const __m512i a = _mm512_castps_si512(*x), b = _mm512_castps_si512(*y);
+    *x = _mm512_castsi512_ps(_mm512_unpacklo_epi16(a, b));
+    *y = _mm512_castsi512_ps(_mm512_unpackhi_epi16(a, b));
+  }
+  static FASTDL_INLINE void in_order(V* low, V* high) {
+    const V a = _mm512_shuffle_f32x4(*low, *high, 0x44), b = _mm512_shuffle_f32x4(*low, *high, 0xee);
+    *low = _mm512_shuffle_f32x4(a, a, 0xd8);
+    *high = _mm512_shuffle_f32x4(b, b, 0xd8);
+  }
   // The first n <= 32 of consecutive elements as pairs, zeros behind.
   static FASTDL_INLINE V pairs(const bf16* x, int n) {
     return _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(static_cast<__mmask32>((std::uint64_t{1} << n) - 1), x));

@@ -16,7 +16,8 @@ class KernelRow(TypedDict):
     name: str  # e.g. "gemm_f32_14x32_avx512"; the same name in the log, the tests and the bench rows
     isa: str  # "scalar" | "avx2" | "avx512" | "avx512bf16" | "amx"
     dtype: str  # of the operands in memory: "float32", "bfloat16" or "float16"
-    kind: str  # "tile": C tile += packed or strided A x panel of B; "dot": both operands contiguous along K
+    kind: str  # gemm: "tile": C tile += packed or strided A x panel of B; "dot": both operands contiguous along K
+    # attention: "tile": packed panels of K; "decode": few query rows, K and V in place
     mr: int  # rows of the register tile
     nr: int  # columns of the register tile
     available: bool  # can run on this machine, under FASTDL_ISA
@@ -69,7 +70,7 @@ def reset_counters() -> None: ...
 
 # --- GEMM -----------------------------------------------------------------------------------------------------
 def kernels(op: str) -> list[KernelRow]:
-    """The kernel table of an operation ("gemm"), every row of this build."""
+    """The kernel table of an operation ("gemm", "attention"), every row of this build."""
 
 def gemm_plan(
     M: int,
@@ -162,3 +163,57 @@ def linear_packed(
     out: Tensor, input: Tensor, packed: Tensor, bias: Tensor | None, N: int, kernel: str, threads: int = 0
 ) -> None:
     """linear with a frozen weight: packed = pack of weight.T, shape given by input's K and N."""
+
+# --- attention: query [B, H, Lq, D], key [B, Hkv, Lk, D], value [B, Hkv, Lk, Dv], any strides ----------------------
+def attention(
+    out: Tensor,
+    lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    *,
+    scale: float,
+    lo: int = ...,
+    hi: int = ...,
+    softcap: float = 0.0,
+    dropout_p: float = 0.0,
+    seed: int = 0,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    align_end: bool = False,
+    kernel: str = "",
+    threads: int = 0,
+) -> None:
+    """out[B, H, Lq, Dv] (unit stride along Dv) = softmax(scale * query @ key^T + mask) @ value, with dropout.
+
+    lse[B, H, Lq], contiguous float32, gets log sum exp of the scores: -Inf where a row sees no key (out is 0 there).
+    Query head h reads key head h // (H // Hkv). mask: [B or 1, H or 1, Lq, Lk], bool (True: seen), float32 or the dtype
+    of query, added; any strides. Keys outside lo <= j - i <= hi are not seen; align_end counts j - i from the bottom
+    right corner. softcap > 0: scores become softcap * tanh(score / softcap) before the mask is added.
+    cu_seqlens: int32 or int64 [n + 1] offsets of n sequences along the rows of a batch of one, each for itself.
+    """
+
+def attention_plan(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    lo: int = ...,
+    hi: int = ...,
+    softcap: float = 0.0,
+    dropout_p: float = 0.0,
+    seed: int = 0,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    align_end: bool = False,
+    kernel: str = "",
+    threads: int = 0,
+    backward: bool = False,
+) -> dict[str, Any]:
+    """What `attention` would run: kernel, strips, key_block, keep_k, pack_v, threads, workspace_bytes, why, ..."""
+
+def attention_keep(out: Tensor, *, dropout_p: float, seed: int) -> None:
+    """Fill out[B, H, Lq, Lk], bool and contiguous, with the elements that dropout keeps under this seed."""

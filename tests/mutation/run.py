@@ -37,6 +37,8 @@ EXACT, STRIDES, THREADS = "tests/test_gemm_exact.py", "tests/test_gemm_strides.p
 DTYPES, EPILOGUE = "tests/test_gemm_dtypes.py", "tests/test_gemm_epilogue.py"
 GRAD, GRAD_KERNEL = "csrc/attention/cpu/backward.cc", "csrc/attention/cpu/kernel_backward.h"
 GRADS = "tests/test_attention_backward.py"
+ATTENTION, ATTENTION_RUN = "tests/test_attention_native.py", "csrc/attention/cpu/run.cc"
+ATTENTION_KERNEL, DECODE = "csrc/attention/cpu/kernel.h", "csrc/attention/cpu/decode.cc"
 MUTATIONS = [
     Mutation(
         "dropped K tail of the dot kernel",
@@ -338,6 +340,55 @@ MUTATIONS = [
         "for (i64 c = 1; c < chunks; ++c)",
         "for (i64 c = 1; c + 1 < chunks; ++c)",
         f"{GRADS} -k test_threads_are_no_part_of_the_result",
+    ),
+    Mutation(
+        "window one key too wide",
+        ATTENTION_KERNEL,
+        "last = clamped(t.see_end + row, first, t.end);",
+        "last = clamped(t.see_end + row + 1, first, t.end);",
+        f"{ATTENTION} -k test_one_visible_key",
+    ),
+    Mutation(
+        "output not rescaled where the maximum moves",
+        ATTENTION_KERNEL,
+        "if (t.first || rescale[i] == 1.0f) continue;",
+        "continue;",
+        f"{ATTENTION} -k test_every_tail",
+    ),
+    Mutation(
+        "sum not rescaled where the maximum moves",
+        ATTENTION_KERNEL,
+        "sum = L::fma(L::load(t.sum + group), correction, sum);",
+        "sum = L::add(L::load(t.sum + group), sum);",
+        f"{ATTENTION} -k test_every_tail",
+    ),
+    Mutation(
+        "scores of the block before left beside the window",
+        ATTENTION_KERNEL,
+        "      for (i64 j = t.begin; j < from[i]; j += W) Rows::store(s, j, L::zero());\n",
+        "",
+        f"{ATTENTION} -k test_many_query_blocks",
+    ),
+    Mutation(
+        "dropout forgets the first key of the block",
+        ATTENTION_KERNEL,
+        "drop<L>(p, key, t.dropout.col + j, t.dropout.threshold)",
+        "drop<L>(p, key, j, t.dropout.threshold)",
+        f"{ATTENTION} -k test_dropout_keeps",
+    ),
+    Mutation(
+        "panels of the head before used again",
+        ATTENTION_RUN,
+        "        if (p.keep_k) std::memset(scratch.packed, 0, static_cast<std::size_t>(p.blocks));\n",
+        "        if (p.keep_k && head == 0) std::memset(scratch.packed, 0, static_cast<std::size_t>(p.blocks));\n",
+        f"{ATTENTION} -k 'test_many_query_blocks or test_same_bits'",
+    ),
+    Mutation(
+        "decode ignores the last chunk of keys",
+        DECODE,
+        "c.chunks = p.blocks",
+        "c.chunks = std::max<i64>(1, p.blocks - 1)",
+        f"{ATTENTION} -k test_grouped_queries",
     ),
 ]
 

@@ -74,7 +74,8 @@ struct Decode {
       std::copy_n(row_sum, Lq, sum_out + g * Lq);
     }
     DecodeValuesArgs y = {};
-    y.p = s + begin, y.p_row = s_row, y.v = at(args.v, batch * d.v.batch + head * d.v.head + first * d.v.row, d.dtype);
+    y.p = s + begin / p.kernel->k_unit, y.p_row = s_row,
+    y.v = at(args.v, batch * d.v.batch + head * d.v.head + first * d.v.row, d.dtype);
     y.v_row = d.v.row, y.o = o, y.o_row = o_row;
     y.m = static_cast<int>(used), y.n = static_cast<int>(end - begin), y.dv = static_cast<int>(d.Dv);
     ops.values(y);
@@ -88,7 +89,7 @@ struct Decode {
       DecodeCombineArgs c = {};
       c.max = max + first + row, c.sum = sum + first + row, c.o = output + (first + row) * o_row;
       c.row_step = rows, c.o_step = rows * o_row, c.chunks = p.blocks, c.dv = static_cast<int>(d.Dv),
-      c.plain = plain(d);
+      c.factor = max_unit(d);
       p.kernel->ops->combine(c);
       const i64 h = head * group + row / span.Lq, i = span.q_begin + row % span.Lq;
       AttentionFinishArgs f = {};

@@ -110,7 +110,7 @@ void softmax(const SoftmaxArgs& t) {
   constexpr bool kMask = !is_same<Mask, NoMask>, kBoolean = is_same<Mask, std::uint8_t>;
   using V = typename L::V;
   const bool plain = !kMask && t.plain;
-  const auto lowest = L::set1(-kInfinity), unit = L::set1(plain ? 1.0f : kLog2E);
+  const auto lowest = L::set1(-kInfinity);
   const auto factor = L::set1(plain ? t.scale * kLog2E : kLog2E);
   const int stop = (t.end + W - 1) / W * W;
 
@@ -125,34 +125,32 @@ void softmax(const SoftmaxArgs& t) {
       const i64 first = clamped(t.see_begin + row, t.begin, t.end), last = clamped(t.see_end + row, first, t.end);
       from[i] = first / W * W, to[i] = first == last ? from[i] : (last + W - 1) / W * W;
       float* const s = t.s + row * t.s_row;
-      if constexpr (kMask) {
-        const Mask* const mask = static_cast<const Mask*>(t.mask) + row * t.mask_row;
+      if (kMask || !plain) {
         for (i64 j = from[i]; j < to[i]; j += W) {
           auto x = L::mul(L::load(s + j), L::set1(t.scale));
           if (t.softcap > 0) x = L::mul(L::set1(t.softcap), tanh<L>(L::div(x, L::set1(t.softcap))));
-          const auto y = load_mask<L>(mask + j * t.mask_col, t.mask_col, t.n - j);
-          x = kBoolean ? L::select_le_zero(y, lowest, x) : L::add(x, y);
+          if constexpr (kMask) {
+            const Mask* const mask = static_cast<const Mask*>(t.mask) + row * t.mask_row + j * t.mask_col;
+            const auto y = load_mask<L>(mask, t.mask_col, t.n - j);
+            x = kBoolean ? L::select_le_zero(y, lowest, x) : L::add(x, y);
+          }
           L::store(s + j, x);
+          r[i] = L::max(x, r[i]);
         }
-      } else if (!plain) {
-        for (i64 j = from[i]; j < to[i]; j += W) {
-          auto x = L::mul(L::load(s + j), L::set1(t.scale));
-          if (t.softcap > 0) x = L::mul(L::set1(t.softcap), tanh<L>(L::div(x, L::set1(t.softcap))));
-          L::store(s + j, x);
-        }
+        if (first == from[i] && last == to[i]) continue;
+        r[i] = lowest;
       }
       for (i64 j = from[i]; j < first; ++j) s[j] = -kInfinity;
       for (i64 j = last; j < to[i]; ++j) s[j] = -kInfinity;
       for (i64 j = from[i]; j < to[i]; j += W) r[i] = L::max(L::load(s + j), r[i]);
     }
     auto highest = reduce_rows<L>(r, [](V a, V b) __attribute__((always_inline)) { return L::max(a, b); });
-    if (plain) highest = L::mul(highest, factor);
 
     float shift[W], rescale[W];
     const auto old = t.first ? lowest : L::load(t.max + group);
     highest = L::max(old, highest);
     const auto base = L::max(L::set1(-kMaxFloat), highest);  // where nothing is seen yet: -Inf minus this is -Inf
-    const auto correction = exp2_falling<L>(L::mul(L::sub(old, base), unit));
+    const auto correction = exp2_falling<L>(L::mul(L::sub(old, base), factor));
     L::store(t.max + group, highest);
     L::store(shift, base);
     L::store(rescale, correction);
@@ -160,14 +158,14 @@ void softmax(const SoftmaxArgs& t) {
     for (int i = 0; i < rows; ++i) {
       const i64 row = group + i;
       float* const s = t.s + row * t.s_row;
-      const auto x0 = L::set1(shift[i]), minus = L::set1(-shift[i]);
+      const auto x0 = L::set1(shift[i]);
       const std::uint64_t key =
           t.dropout.threshold ? dropout_row_key(t.dropout.seed, t.dropout.batch, t.dropout.head, t.dropout.row + row)
                               : 0;
       r[i] = L::zero();
       for (i64 j = from[i]; j < to[i]; j += W) {
         const auto x = L::load(s + j);
-        auto p = exp2_falling<L>(plain ? L::fma(x, factor, minus) : L::mul(L::sub(x, x0), factor));
+        auto p = exp2_falling<L>(L::mul(L::sub(x, x0), factor));
         r[i] = L::add(r[i], p);
         if (t.dropout.threshold) p = drop<L>(p, key, t.dropout.col + j, t.dropout.threshold);
         Rows::store(s, j, p);
@@ -200,14 +198,34 @@ void attention_finish(const AttentionFinishArgs& t) {
   }
 }
 
+constexpr int kDecodeKeys = 32;  // keys that stay in L1 while all rows (and columns of V) pass over them
+// Bytes of K or V to prefetch ahead: pages end too soon for the processor's own prefetching.
+constexpr i64 kDecodeAhead = 16384;
+
+// From an element to the one so many bytes ahead, in rows of `count` elements that are `step` apart.
+template <class T>
+FASTDL_INLINE i64 decode_ahead(i64 step, int count) {
+  return (kDecodeAhead / (count * static_cast<i64>(sizeof(T))) + 1) * step;
+}
+
+// The cache lines of `count` elements, in rising order: that is what the processor's prefetching continues.
+template <class T>
+FASTDL_INLINE void prefetch_row(const T* p, int count) {
+  for (int i = 0; i < count; i += static_cast<int>(64 / sizeof(T))) __builtin_prefetch(p + i, 0, 2);
+}
+
 template <class L, class T, int MR>
-FASTDL_INLINE void decode_scores_rows(const DecodeScoresArgs& t, int row) {
+void decode_scores_rows(const DecodeScoresArgs& t, int row, int begin, int end) {
   constexpr int W = L::width, NR = 4;
   const T* const q = static_cast<const T*>(t.q) + row * t.q_row;
   float* const s = t.s + row * t.s_row;
-  for (int j = 0; j < t.n; j += NR) {
+  const i64 ahead = decode_ahead<T>(t.k_row, t.d);
+  for (int j = begin; j < end; j += NR) {
     const T* k[NR];
     for (int l = 0; l < NR; ++l) k[l] = static_cast<const T*>(t.k) + (j + l < t.n ? j + l : t.n - 1) * t.k_row;
+    if (row == 0) {
+      for (int l = 0; l < NR; ++l) prefetch_row(k[l] + ahead, t.d);
+    }
     typename L::V acc[MR][NR];
 #pragma GCC unroll 4
     for (int i = 0; i < MR; ++i)
@@ -225,7 +243,9 @@ FASTDL_INLINE void decode_scores_rows(const DecodeScoresArgs& t, int row) {
       }
     };
     int d = 0;
-    for (; d + W <= t.d; d += W) step([&](const T* p) __attribute__((always_inline)) { return L::load(p + d); });
+    for (; d + W <= t.d; d += W) {
+      step([&](const T* p) __attribute__((always_inline)) { return L::load(p + d); });
+    }
     if (d < t.d) {
       const auto mask = L::first(t.d - d);
       step([&](const T* p) __attribute__((always_inline)) { return L::load(p + d, mask); });
@@ -238,21 +258,23 @@ FASTDL_INLINE void decode_scores_rows(const DecodeScoresArgs& t, int row) {
 // See DecodeScoresArgs. Registers: 4 MR sums + 4 of K + 1 of Q.
 template <class L, class T, int MR>
 void decode_scores(const DecodeScoresArgs& t) {
-  int row = 0;
-  for (; row + MR <= t.m; row += MR) decode_scores_rows<L, T, MR>(t, row);
-  if constexpr (MR > 2) {
-    if (row + 2 <= t.m) decode_scores_rows<L, T, 2>(t, row), row += 2;
+  for (int begin = 0; begin < t.n; begin += kDecodeKeys) {
+    const int end = begin + kDecodeKeys < t.n ? begin + kDecodeKeys : t.n;
+    int row = 0;
+    for (; row + MR <= t.m; row += MR) decode_scores_rows<L, T, MR>(t, row, begin, end);
+    if constexpr (MR > 2) {
+      if (row + 2 <= t.m) decode_scores_rows<L, T, 2>(t, row, begin, end), row += 2;
+    }
+    if (row < t.m) decode_scores_rows<L, T, 1>(t, row, begin, end);
   }
-  if (row < t.m) decode_scores_rows<L, T, 1>(t, row);
 }
-
-constexpr int kDecodeKeys = 32;  // keys whose values stay in L1 while all rows and columns pass over them
 
 template <class L, class T, int MR, int NV>
 FASTDL_INLINE void decode_values_tile(const DecodeValuesArgs& t, int row, int column, int begin, int end) {
   constexpr int W = L::width;
   const int left = t.dv - column;
   const bool tail = left < NV * W;
+  const i64 ahead = decode_ahead<T>(t.v_row, t.dv);
   const auto mask = L::first(tail ? left - (NV - 1) * W : W);
   float* const o = t.o + row * t.o_row + column;
   typename L::V acc[MR][NV];
@@ -263,6 +285,7 @@ FASTDL_INLINE void decode_values_tile(const DecodeValuesArgs& t, int row, int co
   const auto run = [&](auto load_last) __attribute__((always_inline)) {
     for (int j = begin; j < end; ++j) {
       const T* const p = static_cast<const T*>(t.v) + j * t.v_row + column;
+      if (row == 0 && column == 0) prefetch_row(p + ahead, t.dv);
       typename L::V x[NV];
 #pragma GCC unroll 4
       for (int v = 0; v < NV; ++v) x[v] = v == NV - 1 ? load_last(p + v * W) : L::load(p + v * W);
@@ -316,7 +339,7 @@ void decode_combine(const DecodeCombineArgs& t) {
   float sum = 0;
   for (i64 c = 0; c < t.chunks; ++c) {
     float factor[W];
-    const auto x = L::mul(L::set1(t.max[c * t.row_step] - base), L::set1(t.plain ? 1.0f : kLog2E));
+    const auto x = L::mul(L::set1(t.max[c * t.row_step] - base), L::set1(t.factor * kLog2E));
     const auto y = exp2_falling<L>(x);
     L::store(factor, y);
     sum += t.sum[c * t.row_step] * factor[0];

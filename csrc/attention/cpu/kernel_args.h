@@ -31,7 +31,7 @@ struct SoftmaxArgs {
   bool plain;        // only a positive scale between product and exp: no mask, no softcap
   const void* mask;  // of column 0, row 0
   i64 mask_row, mask_col;
-  float* max;  // [m], room for whole vectors; in units of ln 2 where plain
+  float* max;  // [m], room for whole vectors; of the products where plain, else of the scores
   float* sum;  // [m]
   float* o;    // [m, dv] so far, rescaled where the maximum moves; room for whole vectors
   i64 o_row;
@@ -80,7 +80,7 @@ struct DecodeCombineArgs {
   i64 row_step, o_step;  // from one chunk to the next
   i64 chunks;
   int dv;
-  bool plain;  // see SoftmaxArgs
+  float factor;  // from the unit of max to that of the scores
 };
 
 struct AttentionOps {

@@ -91,6 +91,17 @@ struct StripBlock {
   bool first;
 };
 
+// The rows of the mask come from memory while the scores are computed.
+void prefetch_mask(const AttentionDesc& d, const SoftmaxArgs& f) {
+  if (f.mask_col != 1) return;
+  const i64 item = d.mask == MaskKind::boolean ? 1 : d.mask == MaskKind::f32 ? 4 : kItemSize[static_cast<int>(d.dtype)];
+  for (int i = 0; i < (f.mask_row ? f.m : 1); ++i) {
+    const char* const row = static_cast<const char*>(f.mask) + i * f.mask_row * item;
+    for (i64 j = f.begin * item; j < f.end * item; j += 64)
+      __builtin_prefetch(row + j, 0, 2);  // L2: L1 is full of scores
+  }
+}
+
 // Whether the strip sees anything of the block.
 bool run_strip(const Head& h, const StripBlock& x) {
   const AttentionDesc& d = h.d;
@@ -101,6 +112,10 @@ bool run_strip(const Head& h, const StripBlock& x) {
   if (begin >= end) return false;
   const i64 s_row = h.p.key_block + 16, o_row = round_up(d.Dv, 16);
 
+  SoftmaxArgs f = softmax_args(d, h.args, h.span, h.sequence, x.head, x.begin, x.key, x.n);
+  f.s = x.s, f.s_row = s_row, f.m = x.m, f.begin = static_cast<int>(begin), f.end = static_cast<int>(end);
+  if (f.mask) prefetch_mask(d, f);
+
   TileArgs t = {};
   t.a = x.q, t.a_row = 1, t.a_col = x.m, t.b_row = nr, t.b_col = 1, t.c_row = s_row, t.k = steps, t.m = x.m;
   for (i64 j = begin; j < end; j += nr) {
@@ -108,8 +123,6 @@ bool run_strip(const Head& h, const StripBlock& x) {
     kernel.tile(t);
   }
 
-  SoftmaxArgs f = softmax_args(d, h.args, h.span, h.sequence, x.head, x.begin, x.key, x.n);
-  f.s = x.s, f.s_row = s_row, f.m = x.m, f.begin = static_cast<int>(begin), f.end = static_cast<int>(end);
   f.max = x.max, f.sum = x.sum, f.o = x.o, f.o_row = o_row, f.dv = static_cast<int>(d.Dv), f.first = x.first;
   kernel.ops->softmax[static_cast<int>(d.mask)](f);
 

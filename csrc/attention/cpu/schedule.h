@@ -19,14 +19,16 @@ inline i64 round_up(i64 a, i64 b) { return ceil_div(a, b) * b; }
 
 constexpr i64 kRowSlots = 16;  // floats of a whole vector at any level: rows of sums and outputs are padded to it
 
-// Scores stay in base 2 where nothing but a positive scale comes between product and exp.
+// Where nothing but a positive scale comes between product and exp, the scale waits until exp is taken.
 inline bool plain(const AttentionDesc& d) {
-  return d.mask == MaskKind::none && !(d.softcap > 0) && d.scale > 0 && d.scale < 1e30f;
+  return d.mask == MaskKind::none && !(d.softcap > 0) && d.scale > 1e-30f && d.scale < 1e30f;
 }
+// From the unit that running maxima are in to that of the scores.
+inline float max_unit(const AttentionDesc& d) { return plain(d) ? d.scale : 1.0f; }
 // log sum_j exp S(i,j) from the running maximum and sum of a row.
 inline float row_lse(const AttentionDesc& d, float max, float sum) {
-  const double unit = plain(d) ? 0.6931471805599453 : 1.0;
-  return sum == 0 ? -INFINITY : static_cast<float>(max * unit + std::log(static_cast<double>(sum)));
+  const double highest = static_cast<double>(max) * max_unit(d);
+  return sum == 0 ? -INFINITY : static_cast<float>(highest + std::log(static_cast<double>(sum)));
 }
 
 // Keys [begin, end).
