@@ -1,5 +1,5 @@
-#include "attention/cpu/kernel_backward.h"
 #include "attention/cpu/kernel.h"
+#include "attention/cpu/kernel_backward.h"
 #include "simd/vec_avx512.h"
 
 namespace fastdl::avx512 {

@@ -1,5 +1,5 @@
-#include "attention/cpu/kernel_backward.h"
 #include "attention/cpu/kernel.h"
+#include "attention/cpu/kernel_backward.h"
 #include "simd/vec.h"
 
 namespace fastdl::scalar {
