@@ -42,6 +42,8 @@ ATTENTION, MODULES, INSIDE = (
 )
 RNN_MODULES, RNN_INSIDE = "tests/test_rnn_modules.py", "tests/test_rnn_torch.py"
 OPS = "python/fastdl/ops/"
+GRAD, GRAD_KERNEL = "csrc/attention/cpu/backward.cc", "csrc/attention/cpu/kernel_backward.h"
+GRADS = "tests/test_attention_backward.py"
 NATIVE, ATTENTION_RUN = "tests/test_attention_native.py", "csrc/attention/cpu/run.cc"
 ATTENTION_KERNEL, DECODE = "csrc/attention/cpu/kernel.h", "csrc/attention/cpu/decode.cc"
 RNN, RNN_RUN, RNN_PLAN = "csrc/rnn/cpu/kernel.h", "csrc/rnn/cpu/run.cc", "csrc/rnn/cpu/plan.cc"
@@ -487,6 +489,76 @@ MUTATIONS = [
         '"tf32") == 0) return Precision::tf32;',
         '"tf32") == 0) return Precision::ieee;',
         f"{SPLIT} -k test_torch_switch",
+    ),
+    Mutation(
+        "dropped delta of attention's gradient",
+        GRAD_KERNEL,
+        "L::sub(g, delta[r])",
+        "g",
+        f"{GRADS} -k test_every_pair_of_options",
+    ),
+    Mutation(
+        "slope of the softcap left out",
+        GRAD_KERNEL,
+        "        if (capped && t.capped) ds[r] = L::mul(ds[r], slope);\n",
+        "",
+        f"{GRADS} -k test_every_pair_of_options",
+    ),
+    Mutation(
+        "slope of the softcap in the mask's gradient",
+        GRAD_KERNEL,
+        "if (capped && t.capped) ds[r]",
+        "if (capped) ds[r]",
+        f"{GRADS} -k test_gradient_of_every_broadcast_mask",
+    ),
+    Mutation(
+        "dropout left out of dP",
+        GRAD_KERNEL,
+        "if (dropout) g = L::mul(drop<L>(g, key[r], f.dropout.col + j, f.dropout.threshold), factor);",
+        "",
+        f"{GRADS} -k test_every_pair_of_options",
+    ),
+    Mutation(
+        "unseen lanes of a vector left in dS",
+        GRAD_KERNEL,
+        "          ds[r] = within<L>(ds[r], j, first[r], last[r]);\n",
+        "",
+        f"{GRADS} -k test_every_pair_of_options",
+    ),
+    Mutation(
+        "last row of an odd strip left out of the pairs",
+        GRAD_KERNEL,
+        "const bool dead = row >= f.m || t.lse[row] == -kInfinity;",
+        "const bool dead = row >= f.m || t.lse[row] == -kInfinity || (R == 2 && row + 1 == f.m && r == 0);",
+        f"{GRADS} -k test_every_tail",
+    ),
+    Mutation(
+        "a second block of keys overwrites dQ",
+        GRAD,
+        "t.accumulate = first_key(h, row, m) < key;",
+        "t.accumulate = false;",
+        f"{GRADS} -k test_every_tail",
+    ),
+    Mutation(
+        "rows that see no key of a part left as they were",
+        GRAD,
+        "    clear_unseeing_rows(h, key_end, dq);\n",
+        "",
+        f"{GRADS} -k test_rows_that_see_nothing",
+    ),
+    Mutation(
+        "a second query head overwrites dK and dV",
+        GRAD,
+        "t.accumulate = rows.begin < begin || h.head > kv * (d.H / d.Hkv);",
+        "t.accumulate = rows.begin < begin;",
+        f"{GRADS} -k test_every_pair_of_options",
+    ),
+    Mutation(
+        "the last chunk left out of dQ",
+        GRAD,
+        "for (i64 c = 1; c < chunks; ++c)",
+        "for (i64 c = 1; c + 1 < chunks; ++c)",
+        f"{GRADS} -k test_threads_are_no_part_of_the_result",
     ),
     Mutation(
         "window one key too wide",

@@ -1,4 +1,4 @@
-"""Runs an attention kernel on operands that end, or begin, at a page that may not be accessed.
+"""Runs an attention kernel, forward and backward, on operands that end, or begin, at a page that may not be accessed.
 
 usage: guard_pages_attention.py KERNEL      prints each case before it runs
 """
@@ -22,7 +22,7 @@ LAYOUTS = {
 def main(name):
     row = {row["name"]: row for row in _C.kernels("attention")}[name]
     dtype = getattr(torch, row["dtype"])
-    homes = {key: Fenced(1 << 18, dtype) for key in ("q", "k", "v", "out", "same")}
+    homes = {key: Fenced(1 << 18, dtype) for key in ("q", "k", "v", "out", "same", "dout", "dq", "dk", "dv")}
     lse_home, float_home, bool_home = Fenced(1 << 14), Fenced(1 << 18), Fenced(1 << 18, torch.uint8)
     generator = torch.Generator().manual_seed(1)
     sizes = [(1, 1, 1, 1), (row["mr"] + 1, row["nr"] + 1, 17, 33), (3, 47, 64, 5), (2 * row["mr"] - 1, 31, 7, 64)]
@@ -43,6 +43,14 @@ def main(name):
             for hi in (0, 2**63 - 1):
                 _C.attention(out, lse, x["q"], x["k"], x["v"], mask, scale=0.3, hi=hi, kernel=name)
                 assert out.isfinite().all()
+                if row["kind"] == "decode":
+                    continue
+                dout = homes["dout"].place(LAYOUTS[layout](torch.ones_like(out)), at_end)
+                grads = [homes["d" + key].place(torch.zeros(x[key].shape, dtype=dtype), at_end) for key in "qkv"]
+                _C.attention_backward(
+                    *grads, None, dout, x["q"], x["k"], x["v"], out, lse, mask, scale=0.3, hi=hi, kernel=name
+                )
+                assert all(grad.isfinite().all() for grad in grads)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from torch.nn.modules import transformer as stock
 from fastdl.nn.attention import MultiheadAttention
 from fastdl.nn.linear import Linear
 from fastdl.nn.swapped import Swapped, method_named
-from fastdl.ops.gemm import linear
 
 
 class TransformerEncoderLayer(Swapped, stock.TransformerEncoderLayer):
@@ -107,14 +106,12 @@ def _feed_forward(layer: Any, x: Tensor, residual: Tensor, dropout: nn.Module) -
     """residual + dropout(linear2(dropout(activation(linear1(x))))), fused where nothing can tell the difference."""
     first, second = layer.linear1, layer.linear2
     activation = _activation_name(layer.activation)
-    if activation is not None and _bare(first):
-        hidden = linear(x, first.weight, first.bias, activation=activation)
-    else:
-        hidden = layer.activation(first(x))
+    fused = activation is not None and _bare(first)
+    hidden = first(x, activation=activation) if fused else layer.activation(first(x))
     hidden = layer.dropout(hidden)
     inactive = type(dropout) is nn.Dropout and (dropout.p == 0 or not dropout.training)
     if inactive and _bare(second) and _bare(dropout, nn.Dropout) and not torch.is_autocast_enabled("cpu"):
-        return linear(hidden, second.weight, second.bias, residual=residual)
+        return second(hidden, residual=residual)
     return residual + dropout(second(hidden))
 
 
@@ -134,10 +131,9 @@ def _activation_name(function: Any) -> str | None:
 
 
 def _bare(module: nn.Module, expected: type = Linear) -> bool:
-    """Whether calling the module does what its class says and nothing else: no hooks, no override, no pack."""
+    """Whether calling the module does what its class says and nothing else: no hooks, no override."""
     return (
         type(module) is expected
-        and getattr(module, "_pack", None) is None
         and "forward" not in module.__dict__
         and _only_watched(module._forward_hooks)
         and _only_watched(module._forward_pre_hooks)
