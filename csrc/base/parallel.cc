@@ -61,24 +61,6 @@ Team current_team(int requested) {
 #endif
 }
 
-void parallel(int threads, void (*body)(void*, int, int), void* context) {
-#if defined(_OPENMP)
-  if (threads > 1) {
-    const FloatState state = float_state();
-#pragma omp parallel num_threads(threads)
-    {
-      const FloatState own = float_state();
-      set_float_state(state);
-      // The runtime may grant fewer threads (OMP_THREAD_LIMIT, nesting): then each takes several shares.
-      for (int t = omp_get_thread_num(); t < threads; t += omp_get_num_threads()) body(context, t, threads);
-      set_float_state(own);
-    }
-    return;
-  }
-#endif
-  for (int t = 0; t < threads; ++t) body(context, t, threads);
-}
-
 void parallel_together(int threads, void (*body)(void*, int, int), void* context) {
 #if defined(_OPENMP)
   if (threads > 1) {
@@ -94,6 +76,13 @@ void parallel_together(int threads, void (*body)(void*, int, int), void* context
   }
 #endif
   body(context, 0, 1);
+}
+
+void parallel(int threads, void (*body)(void*, int, int), void* context) {
+  // The runtime may grant fewer threads (OMP_THREAD_LIMIT, nesting): then each takes several shares.
+  parallel_together(threads, [&](int thread, int granted) {
+    for (int t = thread; t < threads; t += granted) body(context, t, threads);
+  });
 }
 
 namespace {
