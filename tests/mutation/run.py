@@ -395,8 +395,8 @@ MUTATIONS = [
     Mutation(
         "team keeps the caller's flush-denormal state",
         "csrc/base/parallel.cc",
-        "body(context, t, threads);\n      set_float_state(own);\n",
-        "body(context, t, threads);\n",
+        "      body(context, omp_get_thread_num(), omp_get_num_threads());\n      set_float_state(own);\n",
+        "      body(context, omp_get_thread_num(), omp_get_num_threads());\n",
         "tests/test_gemm_hostile.py -k flush_denormal",
     ),
     Mutation(
