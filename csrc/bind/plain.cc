@@ -209,8 +209,8 @@ PyObject* matmul_result(PyObject*, PyObject* const* args, Py_ssize_t count) {
 
 // pybind11 takes about 0.2 us to sort out a call's arguments; these take them as they come.
 template <PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)>
-PyMethodDef method(const char* name) {
-  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)), METH_FASTCALL, nullptr};
+PyMethodDef method(const char* name, const char* signature) {
+  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)), METH_FASTCALL, signature};
 }
 
 }  // namespace
@@ -219,11 +219,15 @@ void bind_plain(py::module_& m) {
   using namespace py::literals;
   m.def("plain_rules", set_rules, "types"_a, "probes"_a, "settings"_a, "grad_enabled"_a);
   m.def("eager_is_plain", eager_is_plain);
-  static PyMethodDef methods[] = {method<plain_linear>("plain_linear"),
-                                  method<plain_matmul>("plain_matmul"),
-                                  method<linear_result>("linear_result"),
-                                  method<matmul_result>("matmul_result"),
-                                  {}};
+  // As pybind11 writes them, so that the stubs are compared with these too.
+#define FASTDL_LINEAR "(input: object, weight: object, bias: object, packed: object, /) -> object"
+  static PyMethodDef methods[] = {
+      method<plain_linear>("plain_linear", "plain_linear" FASTDL_LINEAR),
+      method<plain_matmul>("plain_matmul", "plain_matmul(input: object, other: object, /) -> object"),
+      method<linear_result>("linear_result", "linear_result" FASTDL_LINEAR),
+      method<matmul_result>("matmul_result", "matmul_result(a: object, b: object, /) -> object"),
+      {}};
+#undef FASTDL_LINEAR
   if (PyModule_AddFunctions(m.ptr(), methods) < 0) throw py::error_already_set();
 }
 

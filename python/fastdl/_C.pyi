@@ -235,6 +235,36 @@ def attention(
     cu_seqlens: int32 or int64 [n + 1] offsets of n sequences along the rows of a batch of one, each for itself.
     """
 
+def attention_backward(
+    dq: Tensor | None,
+    dk: Tensor | None,
+    dv: Tensor | None,
+    dmask: Tensor | None,
+    dout: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: Tensor | None = None,
+    *,
+    scale: float,
+    lo: int = ...,
+    hi: int = ...,
+    softcap: float = 0.0,
+    dropout_p: float = 0.0,
+    seed: int = 0,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    align_end: bool = False,
+    kernel: str = "",
+    threads: int = 0,
+) -> None:
+    """Gradients of `attention`, each where it is not None, from its out and lse; unit stride in the last dimension.
+
+    dmask: float32, sizes 1 where the mask is broadcast; summed over what it is broadcast along.
+    """
+
 def attention_plan(
     query: Tensor,
     key: Tensor,
