@@ -243,8 +243,9 @@ def test_strides_that_overlap_skip_or_repeat():
     torch.testing.assert_close(scaled_dot_product_attention(q, k, v, mask), expected, rtol=1e-4, atol=1e-5)
     negative = torch.complex(torch.zeros_like(q), -q).conj().imag
     assert negative.is_neg()
-    torch.testing.assert_close(  # another stride, so perhaps another kernel
-        scaled_dot_product_attention(negative, k, v), scaled_dot_product_attention(q, k, v), rtol=1e-4, atol=1e-6
+    plain = negative.resolve_neg()  # other strides than q's, so perhaps another kernel
+    torch.testing.assert_close(
+        scaled_dot_product_attention(negative, k, v), scaled_dot_product_attention(plain, k, v), rtol=0, atol=0
     )
 
 
@@ -487,7 +488,7 @@ def test_rows_that_see_nothing_are_zero(kind, dtype):
 def test_masks_of_the_lowest_number_are_no_holes():
     """As torch: a row of finfo.min is a row of equal scores.
 
-    Its gradients are not: beside a log-sum-exp of 1e38 in float32, the logarithm of the number of keys is lost.
+    Its gradients: the test below.
     """
     for dtype in DTYPES:
         args = [x.detach() for x in qkv(dtype=dtype)]
@@ -498,6 +499,14 @@ def test_masks_of_the_lowest_number_are_no_holes():
         torch.testing.assert_close(scaled_dot_product_attention(*args, mask).double(), expected, **TOLERANCE[dtype])
         mask[1:, 2:4] = 0
         against_reference(qkv(dtype=dtype), mask, dtype)
+
+
+@pytest.mark.xfail(strict=True, reason="beside a log-sum-exp of 1e38 float32 loses log n: P is 1 instead of 1/n")
+def test_gradients_of_rows_of_the_lowest_number():
+    args = qkv()
+    mask = torch.full((5, 7), torch.finfo(torch.float32).min)
+    mask[0, 3] = 0
+    against_reference(args, mask, torch.float32)
 
 
 def test_extreme_scores():
