@@ -1,1 +1,1 @@
-"""Benchmarks: `fastdl bench`. A new operation is one module (see `gemm.py`) and its rows in `shapes.toml`."""
+"""Benchmarks: `fastdl bench`. A new operation is one module (see `gemm.py`) and its rows in `shapes/`."""

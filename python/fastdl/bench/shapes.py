@@ -1,4 +1,4 @@
-"""The shape lists of `shapes.toml`: one loader for tests and benchmarks."""
+"""The shape lists of `shapes/`: one loader for tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _gemm(row: dict[str, Any]) -> list[Shape]:
 
 
 def _size_tags(dims: dict[str, int]) -> tuple[str, ...]:
-    """What figures select rows by, follows from the sizes: see shapes.toml."""
+    """What figures select rows by, follows from the sizes: see shapes/gemm.toml."""
     M, wide = dims["M"], min(dims["N"], dims["K"]) >= 256
     return tuple(
         tag for tag, fits in (("wide", wide), ("M>=512", wide and M >= 512), ("M=128", wide and M == 128)) if fits
@@ -84,10 +84,10 @@ _EXPAND = {"gemm": _gemm, "attention": _attention, "rnn": _rnn}
 
 @cache
 def _load(operation: str) -> tuple[Shape, ...]:
-    tables = tomllib.loads(files("fastdl.bench").joinpath("shapes.toml").read_text(encoding="utf-8"))
     if operation not in _EXPAND:
         raise ValueError(f"shapes: operation: expected one of {sorted(_EXPAND)}, got {operation!r}")
-    return tuple(shape for row in tables[operation] for shape in _EXPAND[operation](row))
+    text = files("fastdl.bench").joinpath("shapes", f"{operation}.toml").read_text(encoding="utf-8")
+    return tuple(shape for row in tomllib.loads(text)[operation] for shape in _EXPAND[operation](row))
 
 
 def load(operation: str, family: str = "", tag: str = "") -> list[Shape]:

@@ -1,0 +1,12 @@
+"""A bug to plant: one row of the tables beside this file."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Mutation:
+    name: str
+    file: str
+    old: str  # found exactly once
+    new: str
+    tests: str  # pytest arguments

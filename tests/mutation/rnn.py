@@ -1,0 +1,125 @@
+"""Bugs to plant in LSTM, GRU and RNN."""
+
+from mutation import Mutation
+
+RNN_MODULES = "tests/test_rnn_modules.py"
+RNN_INSIDE = "tests/test_rnn_torch.py"
+OPS = "python/fastdl/ops/"
+RNN = "csrc/rnn/cpu/kernel.h"
+RNN_RUN = "csrc/rnn/cpu/run.cc"
+RNN_TESTS = "tests/test_rnn_native.py"
+
+MUTATIONS = [
+    Mutation(
+        "weight gradient of a reverse direction with the states of a forward one",
+        OPS + "rnn_native.py",
+        "        before = y[1:] if reverse else y[:-1]\n",
+        "        before = y[:-1]\n",
+        f"{RNN_MODULES} -k 'test_layers and batched and bidirectional'",
+    ),
+    Mutation(
+        "weight gradient without the first state",
+        OPS + "rnn_native.py",
+        "        if h0 is not None:\n            parts = ",
+        "        if False:\n            parts = ",
+        f"{RNN_MODULES} -k 'test_layers and batched and states'",
+    ),
+    Mutation(
+        "states before a packed step taken from its own",
+        OPS + "rnn_native.py",
+        "torch.repeat_interleave(batch_sizes[:-1], batch_sizes[1:])",
+        "torch.repeat_interleave(batch_sizes[1:], batch_sizes[1:])",
+        f"{RNN_MODULES} -k 'test_layers and packed'",
+    ),
+    Mutation(
+        "recurrent bias of a GRU with the gradient of the other",
+        OPS + "rnn_native.py",
+        "        if need_b_hh and gates.recurrent is not None:",
+        "        if False:",
+        f"{RNN_MODULES} -k 'test_layers and gru'",
+    ),
+    Mutation(
+        "packed states left in the order of length",
+        "python/fastdl/nn/recurrent.py",
+        "        h_n = _permuted(h_n, unsorted_indices)\n",
+        "",
+        f"{RNN_MODULES} -k 'test_layers and unsorted'",
+    ),
+    Mutation(
+        "shapes of parameters not looked at",
+        OPS + "rnn_shapes.py",
+        "    return [x.shape for x in parameters] == expected",
+        "    return True",
+        f"{RNN_MODULES} -k test_wrongly_shaped_parameters",
+    ),
+    Mutation(
+        "second gate's derivative in the reference of GRU",
+        OPS + "rnn_reference.py",
+        "dz = dh * (s.h_before - n) * z * (1 - z)",
+        "dz = dh * (s.h_before - n) * z",
+        f"{RNN_INSIDE} -k test_gradcheck",
+    ),
+    Mutation(
+        "mapped batch unfolded the wrong way round",
+        OPS + "rnn_library.py",
+        "x.transpose(0, 1).flatten(1, 2)",
+        "x.transpose(0, 1).transpose(1, 2).flatten(1, 2)",
+        f"{RNN_INSIDE} -k test_vmap",
+    ),
+    Mutation(
+        "h read from the buffer being written",
+        RNN_RUN,
+        "const Operand &before = h[s & 1], &after = h[~s & 1];",
+        "const Operand &before = h[s & 1], &after = h[s & 1];",
+        f"{RNN_TESTS} -k test_tails",
+    ),
+    Mutation(
+        "no barrier at the end of a step",
+        RNN_RUN,
+        "      finish_rows(clock.next_size(), m, after, units, columns);\n      barrier.wait(threads);",
+        "      finish_rows(clock.next_size(), m, after, units, columns);",
+        f"{RNN_TESTS} -k test_same_bits",
+    ),
+    Mutation(
+        "last states of ended rows not written",
+        RNN_RUN,
+        "for (i64 i = begin; i < end; ++i) {\n      if (args.h_n)",
+        "for (i64 i = begin; i < end && begin == 0; ++i) {\n      if (args.h_n)",
+        f"{RNN_TESTS} -k test_packed",
+    ),
+    Mutation(
+        "rows that join start from the step before",
+        RNN_RUN,
+        "const i64 shared = s + 1 < d.T ? std::min(m, before.size()) : 0;",
+        "const i64 shared = s + 1 < d.T ? m : 0;",
+        f"{RNN_TESTS} -k test_packed",
+    ),
+    Mutation(
+        "dropped K blocks of the recurrent product",
+        RNN_RUN,
+        "        t.accumulate = k > 0;",
+        "        t.accumulate = false;",
+        f"{RNN_TESTS} -k test_depths",
+    ),
+    Mutation(
+        "cell gradient forgets the later steps",
+        RNN,
+        "const auto dc = E::add(lanes.load(dc_at), through_tanh(E::mul(dh, out), t));",
+        "const auto dc = through_tanh(E::mul(dh, out), t);",
+        f"{RNN_TESTS} -k test_tails",
+    ),
+    Mutation(
+        "gru's recurrent gradient without the reset gate",
+        RNN,
+        "        lanes.store(recurrent + 2 * a.H + j, d_r);",
+        "        lanes.store(recurrent + 2 * a.H + j, d_fresh);",
+        f"{RNN_TESTS} -k test_tails",
+    ),
+    Mutation(
+        "columns past H packed from other gates",
+        RNN,
+        "const int n = left < 0 ? 0 : left < W ? static_cast<int>(left) : W;",
+        "const int n = left < 0 ? 0 : W;",
+        f"{RNN_TESTS} -k test_guard_pages",
+    ),
+]
