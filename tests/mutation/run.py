@@ -14,7 +14,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
+from queue import SimpleQueue
 
 import attention
 import gemm
@@ -24,6 +28,7 @@ from mutation import Mutation
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT = 120  # seconds a selection may take; a hang counts as noticed
+BENCHES = 2  # bugs at a time: one compiles while another's tests start
 TESTS_FAILED = 1  # pytest's exit status; 2 and above: interrupted, internal error, bad usage, nothing collected
 
 
@@ -34,7 +39,7 @@ class Workbench:
     """A copy of the sources, built and tested in place."""
 
     def __init__(self, folder: Path) -> None:
-        self.source, self.build = folder / "source", folder / "build"
+        self.source, self.build, self.pristine = folder / "source", folder / "build", folder / "pristine"
         skip = shutil.ignore_patterns("_C.*.so", "__pycache__", ".git", "build", "dist", ".venv", "*_cache")
         shutil.copytree(ROOT, self.source, ignore=skip)
         cmakedir = self._output(sys.executable, "-m", "pybind11", "--cmakedir").strip()
@@ -42,6 +47,8 @@ class Workbench:
             *("cmake", "-S", self.source, "-B", self.build, "-DCMAKE_BUILD_TYPE=Release", "-DFASTDL_EMULATE_AMX=ON"),
             *(f"-Dpybind11_DIR={cmakedir}", f"-DPython_EXECUTABLE={sys.executable}"),
         )
+        self.make()
+        shutil.copytree(self.build, self.pristine)
 
     def _output(self, *command: object) -> str:
         done = subprocess.run([*map(str, command)], capture_output=True, text=True)
@@ -83,12 +90,16 @@ class Workbench:
             sys.exit(
                 f"{mutation.name}: found {original.count(mutation.old)} times in {mutation.file}: {mutation.old!r}"
             )
+        times = file.stat()
         file.write_text(original.replace(mutation.old, mutation.new))
         try:
             self.make()
             return self.test(mutation.tests)
-        finally:
+        finally:  # as it was, objects and times too: nothing is compiled a second time
             file.write_text(original)
+            os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+            shutil.rmtree(self.build)
+            shutil.copytree(self.pristine, self.build)
 
 
 def main(names: list[str]) -> int:
@@ -97,24 +108,34 @@ def main(names: list[str]) -> int:
         sys.exit(f"no such bug: {', '.join(sorted(unknown))}")
     chosen = [m for m in MUTATIONS if not names or m.name in names]
     survivors = []
-    with tempfile.TemporaryDirectory() as folder:
-        bench = Workbench(Path(folder))
-        bench.make()
-        for tests in dict.fromkeys(m.tests for m in chosen):
-            if (result := bench.test(tests)) != "passed":
-                sys.exit(f"the unmutated sources: {tests}: {result}")
-        print(f"unmutated: {len({m.tests for m in chosen})} selections pass", flush=True)
-        width = max(len(m.name) for m in chosen)
-        for mutation in chosen:
+    width = max(len(m.name) for m in chosen)
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        pool = ThreadPoolExecutor(BENCHES)
+        stack.callback(pool.shutdown, cancel_futures=True)  # the first that cannot be tested ends it
+        free: SimpleQueue[Workbench] = SimpleQueue()
+
+        def on_a_bench(work: Callable[[Workbench], str]) -> tuple[str, float]:
+            bench = free.get()
             start = time.monotonic()
-            result = bench.plant(mutation)
+            try:
+                return work(bench), time.monotonic() - start
+            finally:
+                free.put(bench)
+
+        for bench in pool.map(lambda i: Workbench(Path(folder) / str(i)), range(BENCHES)):
+            free.put(bench)
+        selections = list(dict.fromkeys(m.tests for m in chosen))
+        tested = pool.map(lambda tests: on_a_bench(lambda bench: bench.test(tests)), selections)
+        for tests, (result, _) in zip(selections, tested, strict=True):
+            if result != "passed":
+                sys.exit(f"the unmutated sources: {tests}: {result}")
+        print(f"unmutated: {len(selections)} selections pass", flush=True)
+        planted = pool.map(lambda mutation: on_a_bench(lambda bench: bench.plant(mutation)), chosen)
+        for mutation, (result, seconds) in zip(chosen, planted, strict=True):
             if result == "passed":
                 survivors.append(mutation.name)
             verdict = "SURVIVED" if result == "passed" else f"caught ({result})"
-            print(
-                f"{mutation.name:{width}}  {verdict:16}  {time.monotonic() - start:4.0f} s  {mutation.tests}",
-                flush=True,
-            )
+            print(f"{mutation.name:{width}}  {verdict:16}  {seconds:4.0f} s  {mutation.tests}", flush=True)
     print(f"{len(chosen) - len(survivors)} of {len(chosen)} planted bugs caught")
     return 1 if survivors else 0
 
