@@ -228,8 +228,15 @@ MUTATIONS = [
     Mutation(
         "residual not advanced with the tile",
         RUN,
-        "      if (f.residual) f.residual = at(f.residual, i * f.c_row + j, c_dtype);\n",
+        "    if (f.residual) f.residual = at(f.residual, i * f.c_row + j, c_dtype);\n",
         "",
+        f"{EPILOGUE} -k 'test_every_row and not amx'",
+    ),
+    Mutation(
+        "last columns of the dot kernel not finished",
+        RUN,
+        "(end % kDotFinish == 0 || end == n)",
+        "(end % kDotFinish == 0)",
         f"{EPILOGUE} -k 'test_every_row and not amx'",
     ),
     Mutation(

@@ -73,21 +73,23 @@ const GemmKernel* find_tile(const GemmDesc& d, Isa isa) {
 
 bool dot_applies(const GemmDesc& d) { return !d.packed && d.a_col == 1 && d.b_row == 1; }
 
-// Multiply-adds an element of B: the dot kernel M, and 80 for the horizontal sums of each M x K of its own; the tile
-// kernel M and the transpose, at k_unit times the rate. Past 64 rows the tile kernel's smaller traffic decides.
-// (Zen 4, M x 4096 x 4096: 48 rows 80.6 against 76.9 GFLOP/s, 2 rows 15.4 against 10.3; 64^3: 49 against 88.)
-// Few columns leave most lanes of a tile empty.
+// Multiply-adds an element of B: the dot kernel M, and for each sum of K products 80 to add up its lanes, twice that
+// where it is then rounded to 16 bits; the tile kernel M and the transpose, at k_unit times the rate. Past 64 rows the
+// tile kernel's smaller traffic decides. (Zen 4, M x 4096 x 4096: 48 rows 80.6 against 76.9 GFLOP/s, 2 rows 15.4
+// against 10.3; 64^3: 49 against 88.) Few columns leave most lanes of a tile empty.
 constexpr i64 kDotRows = 64, kDotCols = 8, kDotDepth = 128, kDotSums = 80;
 bool dot_pays(const GemmDesc& d, const GemmKernel& tile, const GemmKernel& dot) {
   if (d.M == 1 || (d.N <= kDotCols && d.K >= kDotDepth)) return true;
-  const double dot_cost = static_cast<double>(d.M) * (d.K + kDotSums) / dot.k_unit;
+  const double sums = dot.dtype == DType::f32 ? kDotSums : 2 * kDotSums;
+  const double dot_cost = static_cast<double>(d.M) * (static_cast<double>(d.K) / dot.k_unit + sums);
   return d.M <= kDotRows && dot_cost <= (products(d, tile) + pack_cost(tile)) * d.K;
 }
 
 // Rows up to which the dot kernel on a weight beats the tile kernel on its frozen pack, for each byte that the pack
-// takes where the weight takes one. (Zen 4, M x 4096 x 4096, weight / pack in ms: float32 M = 8 2.6 / 2.8, 32 7.6
-// / 6.3; bfloat16 4 0.87 / 1.04, 16 1.96 / 1.90; float16, packed as float32, 8 1.8 / 2.7, 32 6.3 / 6.3.)
-constexpr i64 kFrozenDotRows = 12;
+// takes where the weight takes one; and where the weight comes from memory. (Zen 4, weight / pack in ms: M x 4096 x
+// 4096 float32 M = 16 3.4 / 5.0, 48 8.4 / 8.9; bfloat16 16 1.5 / 1.9, 32 3.0 / 3.1; float16, packed as float32, 32 5.9
+// / 6.3; M x 512 x 512 float32 8 0.024 / 0.023, 16 0.048 / 0.042; bfloat16 8 0.025 / 0.015.)
+constexpr i64 kFrozenDotRows = 12, kFrozenMemoryRows = 40;
 
 // With so few rows the work is reading B. In place and contiguous along N, it is read a few whole rows at a time, the
 // sums waiting in C: the reads run along memory instead of across it. (Zen 4, 4096 x 4096, K block 256 / 8: M = 1
@@ -218,7 +220,9 @@ bool gemm_pack_pays(const GemmDesc& d, const Machine& machine) {
     packed.packed = true;
     return tile_cost(packed, row) < std::max(rows, item * kByteCost);
   }
-  return static_cast<double>(d.M) * (d.K + kDotSums) > kFrozenDotRows * 4.0 / row.k_unit / item * d.K;
+  const bool from_memory = item * static_cast<double>(d.N * d.K) > static_cast<double>(machine.l3) / 2;
+  const double limit = from_memory ? kFrozenMemoryRows : kFrozenDotRows * 4.0 / row.k_unit / item;
+  return static_cast<double>(d.M) * (d.K + kDotSums) > limit * d.K;
 }
 
 std::vector<std::string> gemm_candidates(const GemmDesc& d, const Machine& machine, const GemmPlan& chosen) {

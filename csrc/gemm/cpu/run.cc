@@ -168,27 +168,42 @@ struct Blocks {
 // All register tiles of a block; `finish` is applied to each while it is hot, or is null.
 void run_tiles(const GemmPlan& p, const Blocks& x, TileArgs t, const FinishArgs* finish, const Repair& repair, i64 m0,
                i64 n0, i64 m, i64 n) {
+  // Tiles of the dot kernel are four columns wide: a vector's worth and more is finished at a time. (bfloat16, 32 x 512
+  // x 512, Zen 4: 0.080 -> 0.069 ms.)
+  constexpr i64 kDotFinish = 64;
+  const bool dot = p.kernel->kind == GemmKind::kDot;
   const DType c_dtype = p.kernel->dtype;
   const TileArgs origin = t;
+  const auto finish_sums = [&](i64 i, i64 j, i64 rows, i64 cols) {
+    FinishArgs f = *finish;
+    f.sum = origin.c + i * t.c_row + j, f.sum_row = t.c_row;
+    f.m = static_cast<int>(rows), f.n = static_cast<int>(cols);
+    f.c = at(f.c, i * f.c_row + j, c_dtype);
+    if (f.residual) f.residual = at(f.residual, i * f.c_row + j, c_dtype);
+    if (f.pre) f.pre = at(f.pre, i * f.c_row + j, c_dtype);
+    if (f.bias) f.bias = at(f.bias, j * f.bias_step, c_dtype);
+    p.kernel->helpers->finish(f);
+  };
   t.a_row = x.a_row, t.a_col = x.a_col, t.b_row = x.b_row, t.b_col = x.b_col;
   for (i64 j = 0; j < n; j += p.kernel->nr) {
     t.b = at(x.b, j / p.kernel->nr * x.b_panel, x.dtype);
     t.n = static_cast<int>(std::min<i64>(p.kernel->nr, n - j));
     if (origin.bias) t.bias = origin.bias + j * t.bias_step;
-    for (i64 i = 0; i < m; i += p.tile_m) {
-      t.a = at(x.a, i / p.tile_m * x.a_tile, x.dtype);
+    for (i64 i = 0; i < m; i += t.m) {
+      // What is not packed can be cut evenly: a last tile of two rows would load more than it multiplies.
+      const i64 tiles = (m - i + p.tile_m - 1) / p.tile_m;
+      t.m = static_cast<int>(dot ? (m - i + tiles - 1) / tiles : std::min<i64>(p.tile_m, m - i));
+      t.a = dot ? at(x.a, i * x.a_row, x.dtype) : at(x.a, i / p.tile_m * x.a_tile, x.dtype);
       t.c = origin.c + i * t.c_row + j;
-      t.m = static_cast<int>(std::min<i64>(p.tile_m, m - i));
       p.kernel->tile(t);
-      if (!finish) continue;
+      if (!finish || dot) continue;
       if (p.repair) repair(t.c, t.c_row, m0 + i, n0 + j, t.m, t.n);
-      FinishArgs f = *finish;
-      f.sum = t.c, f.sum_row = t.c_row, f.m = t.m, f.n = t.n;
-      f.c = at(f.c, i * f.c_row + j, c_dtype);
-      if (f.residual) f.residual = at(f.residual, i * f.c_row + j, c_dtype);
-      if (f.pre) f.pre = at(f.pre, i * f.c_row + j, c_dtype);
-      if (f.bias) f.bias = at(f.bias, j * f.bias_step, c_dtype);
-      p.kernel->helpers->finish(f);
+      finish_sums(i, j, t.m, t.n);
+    }
+    const i64 end = j + t.n;
+    if (finish && dot && (end % kDotFinish == 0 || end == n)) {
+      const i64 begin = (end - 1) / kDotFinish * kDotFinish;
+      finish_sums(0, begin, m, end - begin);
     }
   }
 }
