@@ -1,0 +1,16 @@
+// The direct kernels of a level and dtype: one instantiation for each instruction set.
+#pragma once
+#include "conv/cpu/kernel_depthwise.h"
+#include "conv/cpu/kernel_grouped.h"
+
+namespace fastdl {
+namespace {
+
+template <class L, class T>
+constexpr DirectOps direct_ops() {
+  return {L::width,         plane_outputs<L>(), copy_block<L, T>, copy_block<L, float>,
+          run_strip<L>,     run_strip_grad<L>,  run_plane<L>,     run_plane_grad<L>};
+}
+
+}  // namespace
+}  // namespace fastdl
