@@ -302,7 +302,7 @@ ConvPass pass_named(const std::string& name, const char* op) {
 }
 
 const char* kind_name(ConvKind kind) {
-  constexpr const char* kNames[] = {"dense", "wgrad"};
+  constexpr const char* kNames[] = {"dense", "wgrad", "depthwise", "grouped"};
   return kNames[static_cast<int>(kind)];
 }
 

@@ -50,9 +50,10 @@ void conv_reset_calls() {
   for (auto& n : g_calls) n.store(0, std::memory_order_relaxed);
 }
 
-void conv(const ConvDesc& d, const ConvArgs& args, const ConvKernel* forced, int threads) {
+void conv(const ConvDesc& desc, const ConvArgs& args, const ConvKernel* forced, int threads) {
   const CpuInfo& cpu = cpu_info();
   const Machine machine = {cpu.isa, current_team(threads).threads, cpu.l1d, cpu.l2, cpu.l3};
+  const ConvDesc d = conv_unfrozen(desc, machine);
   const ConvPlan plan = conv_plan(d, machine, forced);
   if (log_enabled()) {
     std::string line = describe(d, plan);
@@ -65,6 +66,10 @@ void conv(const ConvDesc& d, const ConvArgs& args, const ConvKernel* forced, int
       return conv_run_dense(d, plan, args);
     case ConvKind::kWgrad:
       return conv_run_wgrad(d, plan, args);
+    case ConvKind::kDepthwise:
+      return conv_run_depthwise(d, plan, args);
+    case ConvKind::kGrouped:
+      return conv_run_grouped(d, plan, args);
   }
 }
 

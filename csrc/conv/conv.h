@@ -40,6 +40,18 @@ struct ConvPhase {
   i64 part;  // the first of its parts
 };
 
+// How a direct kernel cuts its work and the scratch of a thread.
+struct DirectPlan {
+  i64 channels;        // of a part; grouped: groups of a part
+  i64 place_channels;  // of a part whose image is read in place
+  i64 block[3];        // output pixels of a part, of one phase
+  i64 chunks;          // wgrad: partial sums, added in their order
+  i64 x_floats, y_floats, w_floats, row_floats;
+  i64 partial_bytes;  // for all threads
+
+  i64 per_thread_bytes() const { return (4 * (x_floats + y_floats + w_floats + row_floats) + 4095) / 4096 * 4096; }
+};
+
 struct ConvPlan {
   const ConvKernel* kernel;
   int threads;
@@ -56,6 +68,8 @@ struct ConvPlan {
   i64 w_bytes;                               // of all groups, for all threads; 0 where frozen
   i64 band_bytes, sum_bytes, pointer_bytes;  // a thread
   i64 parts;
+
+  DirectPlan direct;
 
   i64 per_thread_bytes() const { return band_bytes + sum_bytes + pointer_bytes; }
   i64 workspace_bytes() const { return w_bytes + threads * per_thread_bytes(); }
@@ -88,12 +102,17 @@ const std::vector<ConvKernel>& conv_kernels();
 const ConvKernel& conv_kernel(const std::string& name, const char* op);  // throws Error naming the rows
 ConvAxis conv_axis(const ConvDesc& desc, int dim, i64 phase);
 
+// Direct kernels read the weight itself, of which they copy little: the problem without its pack where one of them
+// runs.
+ConvDesc conv_unfrozen(const ConvDesc& desc, const Machine& machine);
 ConvPlan conv_plan(const ConvDesc& desc, const Machine& machine, const ConvKernel* forced = nullptr);
 std::vector<std::string> conv_candidates(const ConvDesc& desc, const Machine& machine, const ConvPlan& chosen);
 std::string describe(const ConvDesc& desc, const ConvPlan& plan);
 
 void conv_run_dense(const ConvDesc& desc, const ConvPlan& plan, const ConvArgs& args);
 void conv_run_wgrad(const ConvDesc& desc, const ConvPlan& plan, const ConvArgs& args);
+void conv_run_depthwise(const ConvDesc& desc, const ConvPlan& plan, const ConvArgs& args);
+void conv_run_grouped(const ConvDesc& desc, const ConvPlan& plan, const ConvArgs& args);
 
 // Frozen packs: the packed weights of forward or dgrad, as the plan for a machine lays them out.
 i64 conv_pack_size(const ConvDesc& desc, const Machine& machine);

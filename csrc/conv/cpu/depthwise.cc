@@ -111,7 +111,7 @@ void gather(const Problem& x) {
     float* const weights = image + q.x_floats;
     float* const sums = weights + q.w_floats;
     float* const bias = sums + q.y_floats;
-    i64* const lists = reinterpret_cast<i64*>(bias + q.row_floats);
+    i64* const lists = reinterpret_cast<i64*>(bias + direct_round(q.place_channels, 16));
     i64 packed = -1;
     for (i64 part = parts * thread / threads, end = parts * (thread + 1) / threads; part < end; ++part) {
       i64 at = part;
@@ -246,7 +246,7 @@ void gradient(const Problem& x) {
     float* const image = reinterpret_cast<float*>(scratch.data() + thread * q.per_thread_bytes());
     float* const dw = image + q.x_floats;
     float* const grads = dw + q.w_floats;
-    i64* const off = reinterpret_cast<i64*>(grads + q.y_floats + q.row_floats);
+    i64* const off = reinterpret_cast<i64*>(grads + q.y_floats);
     const i64 parts = bundles * q.chunks, units = d.N * a[0].count * row_blocks * col_blocks;
     for (i64 part = parts * thread / threads, end = parts * (thread + 1) / threads; part < end; ++part) {
       const i64 chunk = part % q.chunks, c0 = part / q.chunks * q.channels;
@@ -290,7 +290,7 @@ void gradient(const Problem& x) {
 
 }  // namespace
 
-bool plan_depthwise(const ConvDesc& d, const DirectOps& ops, int, DirectPlan* plan) {
+bool plan_depthwise(const ConvDesc& d, const DirectOps& ops, DirectPlan* plan) {
   DirectPlan& q = *plan;
   q = {};
   if (d.groups != d.C || d.K != d.C || d.C == 0) return false;
@@ -349,6 +349,7 @@ void conv_run_depthwise(const ConvDesc& d, const ConvPlan& p, const ConvArgs& ar
   const Problem problem(d, p, args);
   if (d.pass == ConvPass::wgrad) {
     gradient(problem);
+    direct_bias_grad(d, p, args);
   } else {
     gather(problem);
   }

@@ -5,10 +5,12 @@
 // so that a whole block of them is one line and every tap a shift of it.
 #pragma once
 #include "conv/conv.h"
+#include "gemm/gemm.h"
 
 namespace fastdl {
 
-// Along one dimension and phase: copies ("planes") of every in_step-th element from base on, and where taps read in them.
+// Along one dimension and phase: copies ("planes") of every in_step-th element from base on, and where taps read in
+// them.
 struct DirectAxis {
   i64 count = 0, in_step = 1, out_step = 1, out_first = 0, span = 0;  // span: the largest shift
   std::vector<i64> base;
@@ -24,8 +26,11 @@ struct DirectSides {
 DirectSides direct_sides(const ConvDesc& d);
 
 // Whether the scratch of a thread suffices; then *plan is how.
-bool plan_depthwise(const ConvDesc& d, const DirectOps& ops, int threads, DirectPlan* plan);
-bool plan_grouped(const ConvDesc& d, const DirectOps& ops, int threads, DirectPlan* plan);
+bool plan_depthwise(const ConvDesc& d, const DirectOps& ops, DirectPlan* plan);
+bool plan_grouped(const ConvDesc& d, const DirectOps& ops, DirectPlan* plan);
+
+// dbias, where it is wanted.
+void direct_bias_grad(const ConvDesc& d, const ConvPlan& p, const ConvArgs& args);
 
 inline i64 direct_round(i64 n, i64 unit) { return (n + unit - 1) / unit * unit; }
 

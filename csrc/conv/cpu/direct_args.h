@@ -29,8 +29,8 @@ struct StripGradArgs {
   i64 taps, rows, cols, channels;
 };
 
-// Grouped, vectors over pixels: y(o,i) = [y(o,i) +] sum_t w(t,o) x(i + off_t) [+ bias(o)], i < count, o < outputs. Reads
-// and writes whole vectors: up to one past the last.
+// Grouped, vectors over pixels: y(o,i) = [y(o,i) +] sum_t w(t,o) x(i + off_t) [+ bias(o)], i < count, o < outputs.
+// Reads and writes whole vectors: up to one past the last.
 struct PlaneArgs {
   const float* x;
   const i64* off;  // [taps]: of every channel
@@ -45,12 +45,12 @@ struct PlaneArgs {
 
 // Its weight gradient: dw(o,t) += sum_{d,h,i} dy(o, d,h,i) x(d,h,i + off_t), i < cols.
 struct PlaneGradArgs {
-  const float* x;     // x(d,h,i) = x[d*x_depth + h*x_row + i]
+  const float* x;  // x(d,h,i) = x[d*x_depth + h*x_row + i]
   i64 x_depth, x_row;
-  const i64* off;     // [taps]
-  const float* dy;    // dy(o,d,h,i) = dy[o*dy_out + d*dy_depth + h*dy_row + i]
+  const i64* off;   // [taps]
+  const float* dy;  // dy(o,d,h,i) = dy[o*dy_out + d*dy_depth + h*dy_row + i]
   i64 dy_out, dy_depth, dy_row;
-  float* dw;          // dw(o,t) = dw[o*dw_out + t]
+  float* dw;  // dw(o,t) = dw[o*dw_out + t]
   i64 dw_out;
   i64 taps, depths, rows, cols;
   int outputs;  // any

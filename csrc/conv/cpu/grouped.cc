@@ -1,5 +1,5 @@
-// Grouped convolutions by a direct kernel: a part is a few groups of a block of output pixels; the rest of the file cuts
-// the work and copies blocks in and out.
+// Grouped convolutions by a direct kernel: a part is a few groups of a block of output pixels; the rest of the file
+// cuts the work and copies blocks in and out.
 #include <algorithm>
 #include <cstring>
 
@@ -76,12 +76,35 @@ void direct_combine(const ConvDesc& d, const float* partial, i64 chunks, const C
   });
 }
 
+void direct_bias_grad(const ConvDesc& d, const ConvPlan& p, const ConvArgs& args) {
+  if (!args.dbias) return;
+  RowsDesc rows = {};
+  const ConvTensor& dy = args.y;
+  const i64 size[] = {d.N, d.out[0], d.out[1], d.out[2]}, step[] = {dy.n_step, dy.step[0], dy.step[1], dy.step[2]};
+  for (int i = 0; i < 4; ++i) {
+    const int last = rows.dims - 1;
+    if (last >= 0 && (size[i] == 1 || rows.stride[last] == size[i] * step[i])) {  // one dimension with the one before
+      if (size[i] != 1) rows.size[last] *= size[i], rows.stride[last] = step[i];
+    } else {
+      rows.size[rows.dims] = size[i], rows.stride[rows.dims++] = step[i];
+    }
+  }
+  rows.cols = d.K, rows.col = dy.c_step, rows.dtype = d.dtype;
+  if (args.dbias_step == 1) return gemm_sum_rows(dy.data, rows, args.dbias, p.kernel->isa, p.threads);
+  const int item = kItemSize[static_cast<int>(d.dtype)];
+  ArenaLease scratch(d.K * item);
+  gemm_sum_rows(dy.data, rows, scratch.data(), p.kernel->isa, p.threads);
+  for (i64 k = 0; k < d.K; ++k)
+    std::memcpy(static_cast<char*>(args.dbias) + k * args.dbias_step * item, scratch.data() + k * item,
+                static_cast<std::size_t>(item));
+}
+
 namespace {
 
-constexpr i64 kBudget = i64{320} << 10;            // floats of scratch a thread, of all kinds
-constexpr i64 kImage = i64{64} << 10;              // of them the copied image, where more than one row
-constexpr i64 kLine = 2048;                        // pixels of a block
-constexpr i64 kChunks = 32;                        // wgrad: parts to aim for
+constexpr i64 kBudget = i64{320} << 10;  // floats of scratch a thread, of all kinds
+constexpr i64 kImage = i64{64} << 10;    // of them the copied image, where more than one row
+constexpr i64 kLine = 2048;              // pixels of a block
+constexpr i64 kChunks = 32;              // wgrad: parts to aim for
 
 // One phase of each dimension together.
 struct Phase {
@@ -105,7 +128,8 @@ struct Phase {
         for (size_t b = 0; b < y.tap.size(); ++b)
           for (size_t e = 0; e < x.tap.size(); ++e)
             off.push_back(
-                (c * planes + (z.plane[a] * i64(y.base.size()) + y.plane[b]) * i64(x.base.size()) + x.plane[e]) * plane +
+                (c * planes + (z.plane[a] * i64(y.base.size()) + y.plane[b]) * i64(x.base.size()) + x.plane[e]) *
+                    plane +
                 (z.shift[a] * extent[1] + y.shift[b]) * extent[2] + x.shift[e]);
   }
   i64 line(const i64* n) const { return ((n[0] - 1) * extent[1] + n[1] - 1) * extent[2] + n[2]; }  // of n pixels
@@ -278,8 +302,7 @@ void gather(const Problem& x) {
           w += groups * padded * s.inputs * phase.taps;
           continue;
         }
-        const void* const origin =
-            direct_at(in.data, n * in.n_step + g0 * s.inputs * in.c_step, d.dtype);
+        const void* const origin = direct_at(in.data, n * in.n_step + g0 * s.inputs * in.c_step, d.dtype);
         if (phase.taps) copy_image(ops, in, origin, d.dtype, s.in, phase, *b, groups * s.inputs, image);
         PlaneArgs t = {};
         t.count = phase.line(b->n);
@@ -327,8 +350,8 @@ void gather(const Problem& x) {
         const i64 y_out = direct_round(phase.line(c.n), ops.width);
         const float* const from = sums + f * sums_phase;
         for (i64 z = 0; z < c.n[0]; ++z) {
-          const i64 at_d = n * out.n_step + c0 * out.c_step +
-                           ((c.first[0] + z) * a[0].out_step + a[0].out_first) * out.step[0];
+          const i64 at_d =
+              n * out.n_step + c0 * out.c_step + ((c.first[0] + z) * a[0].out_step + a[0].out_first) * out.step[0];
           const float* const slice = from + z * phase.extent[1] * phase.extent[2];
           if (last) {
             for (i64 y = 0; y < c.n[1]; ++y) {
@@ -438,7 +461,7 @@ void gradient(const Problem& x) {
 
 }  // namespace
 
-bool plan_grouped(const ConvDesc& d, const DirectOps& ops, int, DirectPlan* plan) {
+bool plan_grouped(const ConvDesc& d, const DirectOps& ops, DirectPlan* plan) {
   DirectPlan& q = *plan;
   q = {};
   const DirectSides s = direct_sides(d);
@@ -506,6 +529,7 @@ void conv_run_grouped(const ConvDesc& d, const ConvPlan& p, const ConvArgs& args
   const Problem problem(d, p, args);
   if (d.pass == ConvPass::wgrad) {
     gradient(problem);
+    direct_bias_grad(d, p, args);
   } else {
     gather(problem);
   }

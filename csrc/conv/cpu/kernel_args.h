@@ -1,6 +1,7 @@
 // What the convolution microkernels are given, and a row of the kernel table. Included by instruction-set units: plain
 // data only.
 #pragma once
+#include "conv/cpu/direct_args.h"
 #include "gemm/cpu/kernel_args.h"
 
 namespace fastdl {
@@ -45,8 +46,10 @@ struct ConvScatterArgs {
 };
 
 enum class ConvKind : std::uint8_t {
-  kDense,  // forward and dgrad: tiles of output pixels x output channels
-  kWgrad,  // the gradient of the weight
+  kDense,      // forward and dgrad: tiles of output pixels x output channels
+  kWgrad,      // the gradient of the weight
+  kDepthwise,  // one channel a group, channels side by side: every pass, direct
+  kGrouped,    // several groups: every pass, direct
 };
 
 // What a schedule calls; null where its kind has no use for it.
@@ -54,6 +57,7 @@ struct ConvFunctions {
   void (*tile)(const ConvTileArgs&);
   void (*band)(const ConvBandArgs&);
   void (*scatter)(const ConvScatterArgs&);
+  const DirectOps* direct = nullptr;
 };
 
 struct ConvKernel {

@@ -6,8 +6,9 @@
 namespace fastdl {
 namespace {
 
-// COLS columns x NV channel vectors in registers; x is read from memory by each FMA (one load an FMA: the ports keep up),
-// so any stride and dilation is as fast. avx512: 6x4 24 + 4 + 1 = 29 of 32; avx2, scalar: 6x2 12 + 2 + 1 = 15 of 16.
+// COLS columns x NV channel vectors in registers; x is read from memory by each FMA (one load an FMA: the ports keep
+// up), so any stride and dilation is as fast. avx512: 6x4 24 + 4 + 1 = 29 of 32; avx2, scalar: 6x2 12 + 2 + 1 = 15
+// of 16.
 template <class L, int NV, int COLS, bool kTail>
 void strip(const StripArgs& a, i64 j0, i64 c0) {
   constexpr int W = L::width;

@@ -100,7 +100,8 @@ void run_plane(const PlaneArgs& a) {
   }
 }
 
-// OUT rows of dy against TAPS shifted rows of x. avx512: 4x6 24 + 4 + 1 = 29 of 32; avx2, scalar: 2x6 12 + 2 + 1 = 15 of
+// OUT rows of dy against TAPS shifted rows of x. avx512: 4x6 24 + 4 + 1 = 29 of 32; avx2, scalar: 2x6 12 + 2 + 1 = 15
+// of
 // 16. Lanes past the end of a row are not read at all: a zero there would meet an infinite x.
 template <class L>
 constexpr int grad_taps(int outputs) {
@@ -146,7 +147,8 @@ void plane_grad(const PlaneGradArgs& a, i64 o0, i64 t0) {
     float sum[(TAPS + 3) / 4 * 4];
 #pragma GCC unroll 3
     for (int t = 0; t < TAPS; t += 4) {
-      const auto at = [&](int i) __attribute__((always_inline)) { return i < TAPS ? acc[o][i < TAPS ? i : 0] : L::zero(); };
+      const auto at = [&](int i)
+                          __attribute__((always_inline)) { return i < TAPS ? acc[o][i < TAPS ? i : 0] : L::zero(); };
       L::sum4(at(t), at(t + 1), at(t + 2), at(t + 3), sum + t);
     }
     float* const dw = a.dw + (o0 + o) * a.dw_out + t0;

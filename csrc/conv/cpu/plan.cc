@@ -3,7 +3,7 @@
 #include <numeric>
 
 #include "base/check.h"
-#include "conv/conv.h"
+#include "conv/cpu/direct.h"
 #include "gemm/gemm.h"
 
 namespace fastdl {
@@ -132,6 +132,22 @@ void plan_dense(const ConvDesc& d, const Machine&, ConvPlan* plan) {
   p.w_bytes = d.frozen ? 0 : page(floats * d.groups * 4);
 }
 
+// --- direct --------------------------------------------------------------------------------------------------------
+bool direct(ConvKind kind) { return kind == ConvKind::kDepthwise || kind == ConvKind::kGrouped; }
+
+// Whether a direct row can do it; then *plan is how.
+bool plan_direct(const ConvDesc& d, const ConvKernel& kernel, ConvPlan* plan) {
+  i64 size = d.groups > 1 && !d.frozen ? d.N : 0;
+  for (int i = 0; i < 3; ++i) size = size && d.in[i] && d.out[i] ? size : 0;
+  if (!size || !d.C || !d.K) return false;
+  const DirectOps& ops = *kernel.functions->direct;
+  DirectPlan& q = plan->direct;
+  if (!(kernel.kind == ConvKind::kDepthwise ? plan_depthwise(d, ops, &q) : plan_grouped(d, ops, &q))) return false;
+  plan->c_block = q.channels, plan->planes = q.block[0], plan->rows = q.block[1], plan->w_block = q.block[2];
+  plan->w_bytes = q.partial_bytes, plan->band_bytes = q.per_thread_bytes();
+  return true;
+}
+
 }  // namespace
 
 ConvAxis conv_axis(const ConvDesc& d, int i, i64 phase) {
@@ -154,17 +170,34 @@ ConvPlan conv_plan(const ConvDesc& d, const Machine& machine, const ConvKernel* 
   p.kernel = forced;
   p.why = "forced";
   if (!forced) {
+    for (const ConvKernel& k : conv_kernels()) {
+      if (k.isa > machine.isa || k.dtype != d.dtype || !direct(k.kind) || !plan_direct(d, k, &p)) continue;
+      p.kernel = &k;
+      p.why = k.kind == ConvKind::kDepthwise ? "one channel a group" : "groups of few channels";
+      break;
+    }
+  }
+  if (!p.kernel) {
     for (const ConvKernel& k : conv_kernels())
       if (!p.kernel && k.isa <= machine.isa && k.dtype == d.dtype && k.kind == kind_of(d)) p.kernel = &k;
     p.why = "the level's own for this pass and dtype";
   }
   const ConvKernel& kernel = *p.kernel;
-  if (kernel.dtype != d.dtype || kernel.kind != kind_of(d))
+  if (forced && direct(kernel.kind) && kernel.dtype == d.dtype && !plan_direct(d, kernel, &p))
+    fail("fastdl.conv: kernel '", kernel.name, "': expected several groups",
+         kernel.kind == ConvKind::kDepthwise ? " of one channel, side by side," : "", " that fit its scratch");
+  if (kernel.dtype != d.dtype || !(direct(kernel.kind) || kernel.kind == kind_of(d)))
     fail("fastdl.conv: kernel '", kernel.name, "': expected ", dtype_name(kernel.dtype), " and another pass, got ",
          dtype_name(d.dtype), " ", conv_pass_name(d.pass));
   p.threads = serial_nanoseconds(d) < kSerialNanoseconds ? 1 : std::max(1, machine.threads);
   if (kernel.kind == ConvKind::kDense) plan_dense(d, machine, &p);
   return p;
+}
+
+ConvDesc conv_unfrozen(const ConvDesc& desc, const Machine& machine) {
+  ConvDesc d = desc;
+  d.frozen = false;
+  return desc.frozen && desc.groups > 1 && direct(conv_plan(d, machine).kernel->kind) ? d : desc;
 }
 
 std::vector<std::string> conv_candidates(const ConvDesc& d, const Machine& machine, const ConvPlan& chosen) {
@@ -174,7 +207,9 @@ std::vector<std::string> conv_candidates(const ConvDesc& d, const Machine& machi
     std::string reason = chosen.why;
     if (k.isa > machine.isa) {
       reason = concat("needs ", isa_name(k.isa));
-    } else if (k.kind != chosen.kernel->kind) {
+    } else if (ConvPlan other = {}; direct(k.kind)) {
+      reason = plan_direct(d, k, &other) ? "another is faster" : "not what it is for";
+    } else if (k.kind != kind_of(d)) {
       reason = "another pass";
     }
     lost.push_back(concat(k.name, ": ", reason));

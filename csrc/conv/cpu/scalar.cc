@@ -1,4 +1,5 @@
 #include "conv/cpu/kernel.h"
+#include "conv/cpu/kernel_direct.h"
 #include "simd/vec.h"
 
 namespace fastdl::scalar {
@@ -12,5 +13,10 @@ const ConvFunctions dense_f16 = dense_functions<L, f16, 4, 2>();
 
 extern const ConvFunctions wgrad_plain;
 const ConvFunctions wgrad_plain = {};
+
+extern const ConvFunctions direct_f32, direct_bf16, direct_f16;
+const ConvFunctions direct_f32 = direct_functions<L, float>();
+const ConvFunctions direct_bf16 = direct_functions<L, bf16>();
+const ConvFunctions direct_f16 = direct_functions<L, f16>();
 
 }  // namespace fastdl::scalar
