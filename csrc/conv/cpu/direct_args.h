@@ -60,10 +60,12 @@ struct PlaneGradArgs {
 using CopyFunction = void(const void* src, i64 i_step, i64 j_step, i64 m, i64 n, float* dst, i64 row);
 
 struct DirectOps {
+  int unit;     // channels in a float of an image: 2, pairs of 16 bits, where the level multiplies such
   int width;    // floats in a vector
   int outputs;  // largest of PlaneArgs::outputs
   CopyFunction* copy;
   CopyFunction* copy_f32;
+  CopyFunction* image;  // as copy; of pairs: those of src[2*i*i_step + j*j_step] and i_step behind it
   void (*strip)(const StripArgs&);
   void (*strip_grad)(const StripGradArgs&);
   void (*plane)(const PlaneArgs&);

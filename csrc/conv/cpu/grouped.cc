@@ -148,10 +148,18 @@ Block block_at(const DirectPlan& p, const DirectAxis* axis, i64 index, const i64
   return b;
 }
 
-// dst[c][planes][extent] = the image of `channels` channels that a block meets, zeros outside it.
+// dst[c][planes][extent] = the image that a block meets, zeros outside it; a channel is two where floats are pairs.
 void copy_image(const DirectOps& ops, const ConvTensor& x, const void* origin, DType dtype, const i64* in,
                 const Phase& f, const Block& b, i64 channels, float* dst) {
   const i64 row = f.planes * f.plane, width = b.n[2] + f.axis[2].span;
+  const auto inside = [&](int i) {
+    const i64 first = b.first[i] * f.axis[i].in_step,
+              last = (b.first[i] + b.n[i] + f.axis[i].span - 1) * f.axis[i].in_step;
+    for (i64 base : f.axis[i].base)
+      if (first + base < 0 || last + base >= in[i]) return false;
+    return true;
+  };
+  if (!inside(0) || !inside(1) || !inside(2)) std::memset(dst, 0, static_cast<std::size_t>(channels * row) * 4);
   for (i64 base_d : f.axis[0].base) {
     for (i64 base_h : f.axis[1].base) {
       for (i64 base_w : f.axis[2].base) {
@@ -166,15 +174,9 @@ void copy_image(const DirectOps& ops, const ConvTensor& x, const void* origin, D
               lo = std::min(width, iw < 0 ? (-iw + step - 1) / step : 0);
               hi = std::max(lo, iw < in[2] ? std::min(width, (in[2] - iw + step - 1) / step) : 0);
             }
-            if (lo > 0 || hi < width) {
-              for (i64 c = 0; c < channels; ++c) {
-                std::fill(line + c * row, line + c * row + lo, 0.0f);
-                std::fill(line + c * row + hi, line + c * row + width, 0.0f);
-              }
-            }
             if (lo == hi) continue;
             const i64 at = id * x.step[0] + ih * x.step[1] + (iw + lo * step) * x.step[2];
-            ops.copy(direct_at(origin, at, dtype), x.c_step, step * x.step[2], channels, hi - lo, line + lo, row);
+            ops.image(direct_at(origin, at, dtype), x.c_step, step * x.step[2], channels, hi - lo, line + lo, row);
           }
         }
         dst += f.plane;
@@ -214,7 +216,7 @@ struct Problem {
           phases.emplace_back();
           Phase& f = phases.back();
           f.axis[0] = z, f.axis[1] = y, f.axis[2] = x;
-          f.lay_out(q, sides.inputs);
+          f.lay_out(q, sides.inputs / ops.unit);
         }
       }
     }
@@ -230,6 +232,7 @@ void gather(const Problem& x) {
   const bool dgrad = d.pass == ConvPass::dgrad;
   const ConvTensor &in = dgrad ? args.y : args.x, &out = dgrad ? args.x : args.y;
   const i64 w_out = dgrad ? args.w.c_step : args.w.n_step, w_in = dgrad ? args.w.n_step : args.w.c_step;
+  const i64 inputs = s.inputs / ops.unit;  // floats of a pixel and group
   const i64 w_group = (dgrad ? s.inputs : s.outputs) * args.w.n_step;
   const bool last = out.c_step == 1 || d.groups * s.outputs == 1;  // channels_last
   const bool plain = d.dtype == DType::f32 && args.activation == Activation::none && !args.residual && !args.pre;
@@ -268,13 +271,13 @@ void gather(const Problem& x) {
             for (i64 o = 0; o < s.outputs;) {
               const int width = outputs_at(s.outputs - o, ops);
               const i64 real = std::min<i64>(width, s.outputs - o);
-              for (i64 c = 0; c < s.inputs; ++c) {
+              for (i64 c = 0; c < s.inputs; c += ops.unit) {
                 const i64 at = (g0 + g) * w_group + o * w_out + c * w_in;
                 for (i64 tz : a[0].tap) {
                   for (i64 ty : a[1].tap) {
                     for (i64 tx : a[2].tap) {
                       const i64 tap = tz * args.w.step[0] + ty * args.w.step[1] + tx * args.w.step[2];
-                      ops.copy(direct_at(args.w.data, at + tap, d.dtype), 0, w_out, 1, real, to, 0);
+                      ops.image(direct_at(args.w.data, at + tap, d.dtype), w_in, w_out, 1, real, to, 0);
                       std::fill(to + real, to + width, 0.0f);
                       to += width;
                     }
@@ -299,17 +302,17 @@ void gather(const Problem& x) {
         b[0] = block_at(q, phase.axis, part % count, blocks);
         if (b->n[0] <= 0 || b->n[1] <= 0) empty = true;
         if (empty || b->n[2] <= 0) {
-          w += groups * padded * s.inputs * phase.taps;
+          w += groups * padded * inputs * phase.taps;
           continue;
         }
         const void* const origin = direct_at(in.data, n * in.n_step + g0 * s.inputs * in.c_step, d.dtype);
-        if (phase.taps) copy_image(ops, in, origin, d.dtype, s.in, phase, *b, groups * s.inputs, image);
+        if (phase.taps) copy_image(ops, in, origin, d.dtype, s.in, phase, *b, groups * inputs, image);
         PlaneArgs t = {};
         t.count = phase.line(b->n);
         t.y_out = direct_round(phase.line(b->n), ops.width);
-        const i64 depth = s.inputs * phase.taps;
+        const i64 depth = inputs * phase.taps;
         for (i64 g = 0; g < groups; ++g) {
-          t.x = image + g * s.inputs * phase.planes * phase.plane;
+          t.x = image + g * inputs * phase.planes * phase.plane;
           for (i64 o = 0; o < s.outputs; o += t.outputs) {
             t.outputs = outputs_at(s.outputs - o, ops);
             t.y = sums + f * sums_phase + (g * s.outputs + o) * t.y_out;
@@ -466,6 +469,7 @@ bool plan_grouped(const ConvDesc& d, const DirectOps& ops, DirectPlan* plan) {
   q = {};
   const DirectSides s = direct_sides(d);
   const bool wgrad = d.pass == ConvPass::wgrad;
+  if (ops.unit == 2 && (wgrad || s.inputs % 2)) return false;
   i64 count[3], span[3], planes[3], all_taps = 1;
   for (int i = 0; i < 3; ++i) {
     count[i] = span[i] = planes[i] = 1;
