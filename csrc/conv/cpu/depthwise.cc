@@ -1,0 +1,358 @@
+// Depthwise convolutions with channels side by side. A part is a block of channels of some rows of one phase's outputs;
+// float32 images that lie so already are read in place, where edges clip the taps.
+#include <algorithm>
+
+#include "base/arena.h"
+#include "base/parallel.h"
+#include "conv/cpu/direct.h"
+
+namespace fastdl {
+namespace {
+
+constexpr i64 kBudget = i64{320} << 10;  // floats of scratch a thread, of all kinds
+constexpr i64 kImage = i64{64} << 10;    // of them the copied image, where more than one row
+constexpr i64 kChannels = 64;            // of a part whose image is copied
+constexpr i64 kPlaceFloats = 32 << 10;   // weights of a part whose image is read in place
+constexpr i64 kChunks = 32;              // wgrad: parts to aim for
+
+i64 blocks_of(i64 n, i64 block) { return (n + block - 1) / block; }
+
+// Pixels between the first and the last that the taps of an axis meet.
+i64 reach(const ConvAxis& a) { return a.taps ? (a.taps - 1) * std::max(a.tap_step, -a.tap_step) : 0; }
+i64 leftmost(const ConvAxis& a) { return a.first + (a.tap_step < 0 && a.taps ? (a.taps - 1) * a.tap_step : 0); }
+
+// The outputs lo..hi-1 all of whose taps are inside an image of `size`.
+void interior(const ConvAxis& a, i64 size, i64* lo, i64* hi) {
+  const i64 left = leftmost(a), right = left + reach(a);
+  *lo = left < 0 ? std::min(a.count, (-left + a.in_step - 1) / a.in_step) : 0;
+  *hi = right < size ? std::min(a.count, (size - right + a.in_step - 1) / a.in_step) : 0;
+  *hi = std::max(*lo, *hi);
+}
+
+struct Problem {
+  const ConvDesc& d;
+  const ConvPlan& p;
+  const DirectPlan& q;
+  const ConvArgs& args;
+  const DirectOps& ops;
+  i64 taps;  // of all phases
+
+  Problem(const ConvDesc& desc, const ConvPlan& plan, const ConvArgs& a)
+      : d(desc), p(plan), q(plan.direct), args(a), ops(*plan.kernel->functions->direct) {
+    taps = d.kernel[0] * d.kernel[1] * d.kernel[2];
+  }
+
+  // dst[tap][row] = the weights of the channels c0..c0+channels-1.
+  void copy_weights(i64 c0, i64 channels, float* dst, i64 row) const {
+    const ConvTensor& w = args.w;
+    const void* const from = direct_at(w.data, c0 * w.n_step, d.dtype);
+    if (w.step[2] == 1 && w.step[1] == d.kernel[2] && w.step[0] == d.kernel[1] * d.kernel[2])
+      return ops.copy(from, 1, w.n_step, taps, channels, dst, row);
+    for (i64 z = 0; z < d.kernel[0]; ++z)
+      for (i64 y = 0; y < d.kernel[1]; ++y, dst += d.kernel[2] * row)
+        ops.copy(direct_at(from, z * w.step[0] + y * w.step[1], d.dtype), w.step[2], w.n_step, d.kernel[2], channels,
+                 dst, row);
+  }
+};
+
+// dst[z][y][x][row] = channels of the pixels from `first` on, `extent` of them, zeros outside the image; depths lie
+// depth_step apart.
+void copy_image(const DirectOps& ops, const ConvTensor& x, const void* origin, DType dtype, const i64* size,
+                const i64* first, i64 depth_step, const i64* extent, i64 channels, float* dst, i64 row) {
+  for (i64 z = 0; z < extent[0]; ++z) {
+    const i64 id = first[0] + z * depth_step;
+    for (i64 y = 0; y < extent[1]; ++y, dst += extent[2] * row) {
+      const i64 ih = first[1] + y;
+      i64 lo = extent[2], hi = extent[2];
+      if (id >= 0 && id < size[0] && ih >= 0 && ih < size[1]) {
+        lo = std::min(extent[2], std::max<i64>(0, -first[2]));
+        hi = std::max(lo, std::min(extent[2], size[2] - first[2]));
+      }
+      std::fill(dst, dst + lo * row, 0.0f);
+      std::fill(dst + hi * row, dst + extent[2] * row, 0.0f);
+      if (lo == hi) continue;
+      const i64 at = id * x.step[0] + ih * x.step[1] + (first[2] + lo) * x.step[2];
+      ops.copy(direct_at(origin, at, dtype), x.step[2], x.c_step, hi - lo, channels, dst + lo * row, row);
+    }
+  }
+}
+
+struct Taps {
+  i64* off;
+  i64* w;
+  i64 count = 0;
+};
+
+void gather(const Problem& x) {
+  const ConvDesc& d = x.d;
+  const DirectPlan& q = x.q;
+  const DirectOps& ops = x.ops;
+  const ConvArgs& args = x.args;
+  const bool dgrad = d.pass == ConvPass::dgrad;
+  const ConvTensor &in = dgrad ? args.y : args.x, &out = dgrad ? args.x : args.y;
+  const DirectSides s = direct_sides(d);
+  const bool plain = d.dtype == DType::f32 && args.activation == Activation::none && !args.residual && !args.pre;
+  const bool in_place = d.dtype == DType::f32 && (in.c_step == 1 || d.C == 1);
+  const i64 width = in_place ? q.place_channels : q.channels;
+  const GemmHelpers& helpers = *gemm_pack_kernel(x.p.kernel->isa, d.dtype).helpers;
+  std::vector<ConvAxis> axes[3];
+  for (int i = 0; i < 3; ++i)
+    for (i64 f = 0; f < s.phases[i]; ++f) axes[i].push_back(conv_axis(d, i, f));
+  const i64 rows = axes[1][0].count, phases = s.phases[0] * s.phases[1] * s.phases[2];
+  // In place nothing is copied: few rows a part keep all threads busy to the end.
+  const i64 cols_blocks = blocks_of(axes[2][0].count, q.block[2]), bundles = blocks_of(d.C, width);
+  const i64 whole = d.N * bundles * phases * axes[0][0].count * cols_blocks;
+  const i64 block = in_place ? std::max<i64>(1, std::min(q.block[1], whole * rows / (8 * x.p.threads))) : q.block[1];
+  const i64 row_blocks = blocks_of(rows, block), parts = whole * row_blocks;
+  ArenaLease scratch(x.p.workspace_bytes());
+
+  parallel(x.p.threads, [&](int thread, int threads) {
+    float* const image = reinterpret_cast<float*>(scratch.data() + thread * q.per_thread_bytes());
+    float* const weights = image + q.x_floats;
+    float* const sums = weights + q.w_floats;
+    float* const bias = sums + q.y_floats;
+    i64* const lists = reinterpret_cast<i64*>(bias + direct_round(q.place_channels, 16));
+    i64 packed = -1;
+    for (i64 part = parts * thread / threads, end = parts * (thread + 1) / threads; part < end; ++part) {
+      i64 at = part;
+      const auto digit = [&](i64 n) {
+        const i64 r = at % n;
+        at /= n;
+        return r;
+      };
+      const i64 row_block = digit(row_blocks), col_block = digit(cols_blocks), od = digit(axes[0][0].count);
+      const ConvAxis& aw = axes[2][digit(s.phases[2])];
+      const ConvAxis& ah = axes[1][digit(s.phases[1])];
+      const ConvAxis& ad = axes[0][digit(s.phases[0])];
+      const i64 n = digit(d.N), bundle = digit(bundles), c0 = bundle * width;
+      const i64 channels = std::min(width, d.C - c0), h0 = row_block * block, w0 = col_block * q.block[2];
+      const i64 h1 = std::min(ah.count, h0 + block), w1 = std::min(aw.count, w0 + q.block[2]);
+      if (od >= ad.count || h0 >= h1 || w0 >= w1) continue;
+      if (packed != bundle) {
+        packed = bundle;
+        x.copy_weights(c0, channels, weights, width);
+        if (args.bias)
+          ops.copy(direct_at(args.bias, c0 * args.bias_step, d.dtype), 0, args.bias_step, 1, channels, bias, 0);
+      }
+      const void* const origin = direct_at(in.data, n * in.n_step + c0 * in.c_step, d.dtype);
+      const i64 taps = ad.taps * ah.taps * aw.taps;
+      StripArgs t = {};
+      Taps all = {lists, lists + x.taps}, edge = {lists + 2 * x.taps, lists + 3 * x.taps};
+      const auto w_at = [&](i64 a, i64 b, i64 c) {
+        return (((ad.tap_first + a * ad.tap_inc) * d.kernel[1] + ah.tap_first + b * ah.tap_inc) * d.kernel[2] +
+                aw.tap_first + c * aw.tap_inc) *
+               width;
+      };
+      i64 row_step = 0, lo = w0, hi = w1;
+      const float* base = nullptr;
+      if (in_place) {
+        interior(aw, s.in[2], &lo, &hi);
+        lo = std::min(std::max(lo, w0), w1), hi = std::max(lo, std::min(hi, w1));
+        t.x_col = aw.in_step * in.step[2];
+        base = static_cast<const float*>(origin);
+      } else if (taps) {
+        const i64 first[3] = {od * ad.in_step + leftmost(ad), h0 * ah.in_step + leftmost(ah),
+                              w0 * aw.in_step + leftmost(aw)};
+        const i64 step_d = std::max(ad.tap_step, -ad.tap_step);
+        const i64 extent[3] = {ad.taps, (h1 - h0 - 1) * ah.in_step + reach(ah) + 1,
+                               (w1 - w0 - 1) * aw.in_step + reach(aw) + 1};
+        copy_image(ops, in, origin, d.dtype, s.in, first, step_d, extent, channels, image, width);
+        t.x_col = aw.in_step * width;
+        row_step = ah.in_step * extent[2] * width;
+        base = image;
+        for (i64 a = 0; a < ad.taps; ++a) {
+          for (i64 b = 0; b < ah.taps; ++b) {
+            for (i64 c = 0; c < aw.taps; ++c) {
+              const i64 z = ad.tap_step < 0 ? ad.taps - 1 - a : a;
+              const i64 y = ah.first + b * ah.tap_step - leftmost(ah), e = aw.first + c * aw.tap_step - leftmost(aw);
+              all.off[all.count] = ((z * extent[1] + y) * extent[2] + e) * width;
+              all.w[all.count++] = w_at(a, b, c);
+            }
+          }
+        }
+      }
+      t.w = weights, t.bias = args.bias ? bias : nullptr, t.channels = channels;
+      for (i64 h = h0; h < h1; ++h) {
+        const i64 y_at = n * out.n_step + c0 * out.c_step + (od * ad.out_step + ad.out_first) * out.step[0] +
+                         (h * ah.out_step + ah.out_first) * out.step[1] +
+                         (w0 * aw.out_step + aw.out_first) * out.step[2];
+        float* const y = plain ? static_cast<float*>(out.data) + y_at : sums;
+        t.y_col = plain ? aw.out_step * out.step[2] : channels;
+        // Taps that are inside the image of output column j; of one within lo..hi all of the width's.
+        const auto clip = [&](Taps* list, i64 j) {
+          list->count = 0;
+          for (i64 a = 0; a < ad.taps; ++a) {
+            const i64 id = od * ad.in_step + ad.first + a * ad.tap_step;
+            if (id < 0 || id >= s.in[0]) continue;
+            for (i64 b = 0; b < ah.taps; ++b) {
+              const i64 ih = h * ah.in_step + ah.first + b * ah.tap_step;
+              if (ih < 0 || ih >= s.in[1]) continue;
+              for (i64 c = 0; c < aw.taps; ++c) {
+                const i64 iw = j * aw.in_step + aw.first + c * aw.tap_step;
+                if (iw < 0 || iw >= s.in[2]) continue;
+                list->off[list->count] = id * in.step[0] + ih * in.step[1] + iw * in.step[2];
+                list->w[list->count++] = w_at(a, b, c);
+              }
+            }
+          }
+        };
+        const auto run = [&](const Taps& list, const float* from, i64 j, i64 cols) {
+          t.x = from, t.off = list.off, t.w_off = list.w, t.taps = list.count;
+          t.y = y + (j - w0) * t.y_col, t.cols = cols;
+          ops.strip(t);
+        };
+        if (in_place) {
+          for (i64 j = w0; j < w1; ++j) {
+            if (j == lo && lo < hi) {
+              clip(&all, lo);
+              run(all, base, lo, hi - lo);
+              j = hi - 1;
+            } else {
+              clip(&edge, j);
+              run(edge, base, j, 1);
+            }
+          }
+        } else {
+          run(all, base, w0, w1 - w0);
+          base += row_step;
+        }
+        if (plain) continue;
+        FinishArgs e = {};
+        e.sum = sums, e.sum_row = channels, e.c = direct_at(out.data, y_at, d.dtype);
+        e.c_row = aw.out_step * out.step[2];
+        e.residual = args.residual ? direct_at(args.residual, y_at, d.dtype) : nullptr;
+        e.pre = args.pre ? direct_at(args.pre, y_at, d.dtype) : nullptr;
+        e.activation = args.activation;
+        e.m = static_cast<int>(w1 - w0), e.n = static_cast<int>(channels);
+        helpers.finish(e);
+      }
+    }
+  });
+}
+
+void gradient(const Problem& x) {
+  const ConvDesc& d = x.d;
+  const DirectPlan& q = x.q;
+  const DirectOps& ops = x.ops;
+  const ConvTensor &in = x.args.x, &dy = x.args.y;
+  const ConvAxis a[3] = {conv_axis(d, 0, 0), conv_axis(d, 1, 0), conv_axis(d, 2, 0)};
+  const bool in_place = d.dtype == DType::f32 && (dy.c_step == 1 || d.C == 1);
+  const i64 bundles = blocks_of(d.C, q.channels), taps = x.taps;
+  const i64 row_blocks = blocks_of(a[1].count, q.block[1]), col_blocks = blocks_of(a[2].count, q.block[2]);
+  ArenaLease scratch(x.p.workspace_bytes());
+  float* const partial = reinterpret_cast<float*>(scratch.data() + x.p.threads * q.per_thread_bytes());
+
+  parallel(x.p.threads, [&](int thread, int threads) {
+    float* const image = reinterpret_cast<float*>(scratch.data() + thread * q.per_thread_bytes());
+    float* const dw = image + q.x_floats;
+    float* const grads = dw + q.w_floats;
+    i64* const off = reinterpret_cast<i64*>(grads + q.y_floats);
+    const i64 parts = bundles * q.chunks, units = d.N * a[0].count * row_blocks * col_blocks;
+    for (i64 part = parts * thread / threads, end = parts * (thread + 1) / threads; part < end; ++part) {
+      const i64 chunk = part % q.chunks, c0 = part / q.chunks * q.channels;
+      const i64 channels = std::min(q.channels, d.C - c0), row = q.channels;
+      std::fill(dw, dw + taps * row, 0.0f);
+      for (i64 unit = units * chunk / q.chunks, stop = units * (chunk + 1) / q.chunks; unit < stop; ++unit) {
+        const i64 w0 = unit % col_blocks * q.block[2], h0 = unit / col_blocks % row_blocks * q.block[1];
+        const i64 od = unit / col_blocks / row_blocks % a[0].count, n = unit / col_blocks / row_blocks / a[0].count;
+        const i64 rows = std::min(q.block[1], a[1].count - h0), cols = std::min(q.block[2], a[2].count - w0);
+        const i64 first[3] = {od * a[0].in_step + a[0].first, h0 * a[1].in_step + a[1].first,
+                              w0 * a[2].in_step + a[2].first};
+        const i64 extent[3] = {a[0].taps, (rows - 1) * a[1].in_step + reach(a[1]) + 1,
+                               (cols - 1) * a[2].in_step + reach(a[2]) + 1};
+        copy_image(ops, in, direct_at(in.data, n * in.n_step + c0 * in.c_step, d.dtype), d.dtype, d.in, first,
+                   a[0].tap_step, extent, channels, image, row);
+        i64 t = 0;
+        for (i64 z = 0; z < a[0].taps; ++z)
+          for (i64 y = 0; y < a[1].taps; ++y)
+            for (i64 e = 0; e < a[2].taps; ++e)
+              off[t++] = ((z * extent[1] + y * a[1].tap_step) * extent[2] + e * a[2].tap_step) * row;
+        StripGradArgs g = {};
+        g.x = image, g.x_row = a[1].in_step * extent[2] * row, g.x_col = a[2].in_step * row;
+        g.off = off, g.taps = taps, g.rows = rows, g.cols = cols, g.channels = channels;
+        g.dw = dw, g.dw_tap = row;
+        const i64 at = n * dy.n_step + c0 * dy.c_step + od * dy.step[0] + h0 * dy.step[1] + w0 * dy.step[2];
+        if (in_place) {
+          g.dy = static_cast<const float*>(dy.data) + at, g.dy_row = dy.step[1], g.dy_col = dy.step[2];
+        } else {
+          g.dy = grads, g.dy_row = cols * row, g.dy_col = row;
+          for (i64 y = 0; y < rows; ++y)
+            ops.copy(direct_at(dy.data, at + y * dy.step[1], d.dtype), dy.step[2], dy.c_step, cols, channels,
+                     grads + y * g.dy_row, row);
+        }
+        ops.strip_grad(g);
+      }
+      ops.copy_f32(dw, 1, row, channels, taps, partial + (chunk * d.C + c0) * taps, taps);
+    }
+  });
+  direct_combine(d, partial, q.chunks, x.args.w, x.p.threads);
+}
+
+}  // namespace
+
+bool plan_depthwise(const ConvDesc& d, const DirectOps& ops, DirectPlan* plan) {
+  DirectPlan& q = *plan;
+  q = {};
+  if (d.groups != d.C || d.K != d.C || d.C == 0) return false;
+  const bool wgrad = d.pass == ConvPass::wgrad;
+  if (!wgrad && !d.channels_last && d.C > 1) return false;
+  const DirectSides s = direct_sides(d);
+  i64 count[3], most[3], step[3], depth = 1;
+  const i64 taps = d.kernel[0] * d.kernel[1] * d.kernel[2];
+  for (int i = 0; i < 3; ++i) {
+    count[i] = 1, most[i] = 0, step[i] = 1;
+    for (i64 f = 0; f < s.phases[i]; ++f) {
+      const ConvAxis a = conv_axis(d, i, f);
+      count[i] = std::max(count[i], a.count);
+      most[i] = std::max(most[i], reach(a));
+      step[i] = a.in_step;
+      if (i == 0) depth = std::max(depth, a.taps);
+    }
+  }
+  q.channels = direct_round(std::min(d.C, kChannels), ops.width);
+  q.place_channels = std::max(q.channels, std::min(direct_round(d.C, ops.width), kPlaceFloats / taps / 64 * 64));
+  const auto fits = [&](const i64* b, bool small) {
+    const i64 rows = (b[1] - 1) * step[1] + most[1] + 1, cols = (b[2] - 1) * step[2] + most[2] + 1;
+    q.x_floats = direct_round(q.channels * depth * rows * cols, 16);
+    q.y_floats = direct_round(wgrad ? q.channels * b[1] * b[2] : q.place_channels * b[2], 16);
+    q.w_floats = direct_round((wgrad ? q.channels : q.place_channels) * taps, 16);
+    q.row_floats = direct_round(q.place_channels, 16) + 8 * direct_round(taps, 16);  // bias, and lists of taps
+    return q.x_floats + q.y_floats + q.w_floats + q.row_floats <= kBudget && (!small || q.x_floats <= kImage);
+  };
+  i64* const b = q.block;
+  b[0] = b[1] = b[2] = 1;
+  if (!fits(b, false)) return false;
+  const auto grow = [&](int i, bool small) {  // to the most that fits, then evenly
+    for (i64 top = count[i]; b[i] < top;) {
+      const i64 old = b[i], half = (b[i] + top + 1) / 2;
+      b[i] = half;
+      if (fits(b, small)) continue;
+      b[i] = old, top = half - 1;
+    }
+    const i64 blocks = blocks_of(count[i], b[i]);
+    b[i] = blocks_of(count[i], blocks);
+  };
+  grow(2, true);
+  if (b[2] < std::min<i64>(count[2], 16)) grow(2, false);
+  grow(1, true);
+  fits(b, false);
+  if (wgrad) {
+    const i64 bundles = blocks_of(d.C, q.channels);
+    const i64 units = d.N * count[0] * blocks_of(count[1], b[1]) * blocks_of(count[2], b[2]);
+    q.chunks = std::max<i64>(1, std::min(units, blocks_of(kChunks, bundles)));
+    q.partial_bytes = q.chunks * d.C * taps * 4;
+  }
+  return true;
+}
+
+void conv_run_depthwise(const ConvDesc& d, const ConvPlan& p, const ConvArgs& args) {
+  const Problem problem(d, p, args);
+  if (d.pass == ConvPass::wgrad) {
+    gradient(problem);
+    direct_bias_grad(d, p, args);
+  } else {
+    gather(problem);
+  }
+}
+
+}  // namespace fastdl

@@ -1,0 +1,75 @@
+// What the direct kernels (depthwise, grouped) are given. Included by instruction-set units: plain data only.
+#pragma once
+#include "base/types.h"
+
+namespace fastdl {
+
+// Depthwise, vectors over channels: y(j,c) = sum_t x(j,c + off_t) w(c + w_off_t) [+ bias(c)], j < cols, c < channels.
+struct StripArgs {
+  const float* x;  // x(j,c) = x[j*x_col + c]
+  i64 x_col;
+  const i64* off;    // [taps]
+  const float* w;    // [.., channels]
+  const i64* w_off;  // [taps]
+  float* y;          // y(j,c) = y[j*y_col + c]
+  i64 y_col;
+  const float* bias;  // or null
+  i64 taps, cols, channels;
+};
+
+// Its weight gradient: dw(t,c) += sum_{i,j} dy(i,j,c) x(i,j,c + off_t), i < rows, j < cols, c < channels.
+struct StripGradArgs {
+  const float* x;  // x(i,j,c) = x[i*x_row + j*x_col + c]
+  i64 x_row, x_col;
+  const i64* off;  // [taps]
+  const float* dy;
+  i64 dy_row, dy_col;
+  float* dw;  // dw(t,c) = dw[t*dw_tap + c]
+  i64 dw_tap;
+  i64 taps, rows, cols, channels;
+};
+
+// Grouped, vectors over pixels: y(o,i) = [y(o,i) +] sum_t w(t,o) x(i + off_t) [+ bias(o)], i < count, o < outputs.
+// Reads and writes whole vectors: up to one past the last.
+struct PlaneArgs {
+  const float* x;
+  const i64* off;  // [taps]: of every channel
+  const float* w;  // [taps][outputs]
+  float* y;        // y(o,i) = y[o*y_out + i]
+  i64 y_out;
+  const float* bias;  // [outputs], or null
+  i64 taps, count;
+  int outputs;  // 1, 2, 4 or 8, at most DirectOps::outputs
+  bool accumulate;
+};
+
+// Its weight gradient: dw(o,t) += sum_{d,h,i} dy(o, d,h,i) x(d,h,i + off_t), i < cols.
+struct PlaneGradArgs {
+  const float* x;  // x(d,h,i) = x[d*x_depth + h*x_row + i]
+  i64 x_depth, x_row;
+  const i64* off;   // [taps]
+  const float* dy;  // dy(o,d,h,i) = dy[o*dy_out + d*dy_depth + h*dy_row + i]
+  i64 dy_out, dy_depth, dy_row;
+  float* dw;  // dw(o,t) = dw[o*dw_out + t]
+  i64 dw_out;
+  i64 taps, depths, rows, cols;
+  int outputs;  // any
+};
+
+// dst[i*row + j] = src[i*i_step + j*j_step], i < m, j < n, widened.
+using CopyFunction = void(const void* src, i64 i_step, i64 j_step, i64 m, i64 n, float* dst, i64 row);
+
+struct DirectOps {
+  int unit;     // channels in a float of an image: 2, pairs of 16 bits, where the level multiplies such
+  int width;    // floats in a vector
+  int outputs;  // largest of PlaneArgs::outputs
+  CopyFunction* copy;
+  CopyFunction* copy_f32;
+  CopyFunction* image;  // as copy; of pairs: those of src[2*i*i_step + j*j_step] and i_step behind it
+  void (*strip)(const StripArgs&);
+  void (*strip_grad)(const StripGradArgs&);
+  void (*plane)(const PlaneArgs&);
+  void (*plane_grad)(const PlaneGradArgs&);
+};
+
+}  // namespace fastdl
