@@ -1,4 +1,5 @@
 #include "conv/cpu/kernel.h"
+#include "conv/cpu/kernel_wgrad.h"
 #include "simd/vec.h"
 
 namespace fastdl::scalar {
@@ -10,7 +11,7 @@ const ConvFunctions dense_f32 = dense_functions<L, float, 4, 2>();
 const ConvFunctions dense_bf16 = dense_functions<L, bf16, 4, 2>();
 const ConvFunctions dense_f16 = dense_functions<L, f16, 4, 2>();
 
-extern const ConvFunctions wgrad_plain;
-const ConvFunctions wgrad_plain = {};
+extern const ConvFunctions wgrad;
+const ConvFunctions wgrad = {{}, {}, {}, run_wgrad_tile<L, 4, 2>};
 
 }  // namespace fastdl::scalar
