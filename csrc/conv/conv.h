@@ -12,6 +12,7 @@
 #include "base/cpu_info.h"
 #include "base/types.h"
 #include "conv/cpu/kernel_args.h"
+#include "conv/cpu/wgrad.h"
 
 namespace fastdl {
 
@@ -70,9 +71,10 @@ struct ConvPlan {
   i64 parts;
 
   DirectPlan direct;
+  ConvWgradPlan wgrad;
 
-  i64 per_thread_bytes() const { return band_bytes + sum_bytes + pointer_bytes; }
-  i64 workspace_bytes() const { return w_bytes + threads * per_thread_bytes(); }
+  i64 per_thread_bytes() const { return band_bytes + sum_bytes + pointer_bytes + wgrad.per_thread_bytes(); }
+  i64 workspace_bytes() const { return w_bytes + wgrad.chunk_bytes + threads * per_thread_bytes(); }
 };
 
 constexpr i64 kConvThreadBytes = i64{2} << 20;  // the most that a thread takes beside the packed weights
@@ -108,6 +110,8 @@ ConvDesc conv_unfrozen(const ConvDesc& desc, const Machine& machine);
 ConvPlan conv_plan(const ConvDesc& desc, const Machine& machine, const ConvKernel* forced = nullptr);
 std::vector<std::string> conv_candidates(const ConvDesc& desc, const Machine& machine, const ConvPlan& chosen);
 std::string describe(const ConvDesc& desc, const ConvPlan& plan);
+
+ConvWgradPlan conv_wgrad_plan(const ConvDesc& desc, const ConvKernel& kernel, int threads);
 
 void conv_run_dense(const ConvDesc& desc, const ConvPlan& plan, const ConvArgs& args);
 void conv_run_wgrad(const ConvDesc& desc, const ConvPlan& plan, const ConvArgs& args);

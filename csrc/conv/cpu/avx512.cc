@@ -1,5 +1,6 @@
 #include "conv/cpu/kernel.h"
 #include "conv/cpu/kernel_direct.h"
+#include "conv/cpu/kernel_wgrad.h"
 #include "simd/vec_avx512.h"
 
 namespace fastdl::avx512 {
@@ -15,5 +16,7 @@ extern const ConvFunctions direct_f32, direct_bf16, direct_f16;
 const ConvFunctions direct_f32 = direct_functions<L, float>();
 const ConvFunctions direct_bf16 = direct_functions<L, bf16>();
 const ConvFunctions direct_f16 = direct_functions<L, f16>();
+extern const ConvFunctions wgrad;
+const ConvFunctions wgrad = {{}, {}, {}, run_wgrad_tile<L, 14, 2>};
 
 }  // namespace fastdl::avx512

@@ -45,6 +45,26 @@ struct ConvScatterArgs {
   i64 m, n;
 };
 
+// Output pixels side by side in scratch: `steps` floats of a packed column each, a and b floats from the operands'
+// first.
+struct ConvWgradRun {
+  i64 a, b, steps;
+};
+
+// C(i,j) = [C(i,j) +] sum over the runs of A(i,s) * B(s,j), A(i,s) = a[run.a + s*a_step + i], B(s,j) = b[run.b + s*nr +
+// j].
+struct ConvWgradArgs {
+  const float* a;
+  i64 a_step;
+  const float* b;
+  i64 nr;
+  float* c;  // C(i,j) = c[i*nr + j]
+  const ConvWgradRun* runs;
+  int run_count;
+  int m, n;  // whole vectors are read and written, up to nr
+  bool accumulate;
+};
+
 enum class ConvKind : std::uint8_t {
   kDense,      // forward and dgrad: tiles of output pixels x output channels
   kWgrad,      // the gradient of the weight
@@ -57,6 +77,7 @@ struct ConvFunctions {
   void (*tile)(const ConvTileArgs&);
   void (*band)(const ConvBandArgs&);
   void (*scatter)(const ConvScatterArgs&);
+  void (*wgrad_tile)(const ConvWgradArgs&) = nullptr;
   const DirectOps* direct = nullptr;
 };
 

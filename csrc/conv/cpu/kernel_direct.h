@@ -23,7 +23,7 @@ constexpr DirectOps direct_ops = {
 
 template <class L, class T>
 constexpr ConvFunctions direct_functions() {
-  return {nullptr, nullptr, nullptr, &direct_ops<L, T>};
+  return {nullptr, nullptr, nullptr, nullptr, &direct_ops<L, T>};
 }
 
 // See DirectOps::image.

@@ -191,6 +191,7 @@ ConvPlan conv_plan(const ConvDesc& d, const Machine& machine, const ConvKernel* 
          dtype_name(d.dtype), " ", conv_pass_name(d.pass));
   p.threads = serial_nanoseconds(d) < kSerialNanoseconds ? 1 : std::max(1, machine.threads);
   if (kernel.kind == ConvKind::kDense) plan_dense(d, machine, &p);
+  if (kernel.kind == ConvKind::kWgrad) p.wgrad = conv_wgrad_plan(d, kernel, p.threads);
   return p;
 }
 

@@ -1,5 +1,6 @@
 #include "conv/cpu/kernel.h"
 #include "conv/cpu/kernel_direct.h"
+#include "conv/cpu/kernel_wgrad.h"
 #include "simd/vec.h"
 
 namespace fastdl::scalar {
@@ -11,8 +12,8 @@ const ConvFunctions dense_f32 = dense_functions<L, float, 4, 2>();
 const ConvFunctions dense_bf16 = dense_functions<L, bf16, 4, 2>();
 const ConvFunctions dense_f16 = dense_functions<L, f16, 4, 2>();
 
-extern const ConvFunctions wgrad_plain;
-const ConvFunctions wgrad_plain = {};
+extern const ConvFunctions wgrad;
+const ConvFunctions wgrad = {{}, {}, {}, run_wgrad_tile<L, 4, 2>};
 
 extern const ConvFunctions direct_f32, direct_bf16, direct_f16;
 const ConvFunctions direct_f32 = direct_functions<L, float>();

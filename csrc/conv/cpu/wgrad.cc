@@ -1,78 +1,560 @@
-// The gradient of the weight, plainly: each element is one sum, row of outputs by row.
+// The weight gradient: a product of x, seen through the taps, and dy over all output pixels. A block of pixels of both
+// is packed into scratch once and serves all taps of a part; the sums of a part stay in L2.
 #include <algorithm>
+#include <cstring>
 
+#include "base/arena.h"
 #include "base/parallel.h"
 #include "conv/conv.h"
+#include "gemm/gemm.h"
 #include "simd/vec.h"
 
 namespace fastdl {
 namespace {
 
-template <class T>
-float load(const ConvTensor& t, i64 n, i64 c, i64 z, i64 h, i64 w) {
-  return widen(
-      static_cast<const T*>(t.data)[n * t.n_step + c * t.c_step + z * t.step[0] + h * t.step[1] + w * t.step[2]]);
+i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
+i64 round_up(i64 a, i64 b) { return ceil_div(a, b) * b; }
+i64 even(i64 size, i64 limit) { return size <= limit ? size : ceil_div(size, ceil_div(size, limit)); }
+i64 page(i64 bytes) { return round_up(bytes, 4096); }
+const void* at(const void* p, i64 elements, DType dtype) {
+  return static_cast<const char*>(p) + elements * kItemSize[static_cast<int>(dtype)];
+}
+void* at(void* p, i64 elements, DType dtype) {
+  return static_cast<char*>(p) + elements * kItemSize[static_cast<int>(dtype)];
 }
 
-template <class T>
-void run(const ConvDesc& d, const ConvPlan& p, const ConvArgs& args) {
-  const i64 channels = d.C / d.groups;
-  // Calls body(n, z, h, w) for all outputs; rows are summed apart, so that errors do not grow with their number.
-  const auto sum = [&](const auto& row) {
-    double total = 0;
-    for (i64 n = 0; n < d.N; ++n)
-      for (i64 z = 0; z < d.out[0]; ++z)
-        for (i64 h = 0; h < d.out[1]; ++h) total += static_cast<double>(row(n, z, h));
-    return static_cast<float>(total);
-  };
-  parallel(p.threads, [&](int thread, int threads) {
-    for (i64 k = d.K * thread / threads; k < d.K * (thread + 1) / threads; ++k) {
-      if (args.dbias) {
-        const float x = sum([&](i64 n, i64 z, i64 h) {
-          float s = 0;
-          for (i64 w = 0; w < d.out[2]; ++w) s += load<T>(args.y, n, k, z, h, w);
-          return s;
-        });
-        narrow(x, static_cast<T*>(args.dbias) + k * args.dbias_step);
+constexpr i64 kSlack = 64;  // floats: what packing writes past its rows
+constexpr i64 kRuns = 256;  // pixels of a block at most
+constexpr i64 kSumBytes = 640 << 10, kBandBytes = 512 << 10;
+constexpr i64 kNarrowRows = 28;  // rows of outputs so narrow are packed once a tap: all of a block's are one run then
+constexpr i64 kTransposed = 16;  // channels that leave together
+
+int vector_width(const ConvKernel& kernel) { return kernel.nr / 2; }
+
+// Packed rows, columns and bytes that follow from the box, c_block, k_block, rows and w_block.
+void measure(const ConvDesc& d, const ConvKernel& kernel, ConvWgradPlan* plan) {
+  ConvWgradPlan& p = *plan;
+  const i64 unit = kernel.k_unit, width = vector_width(kernel);
+  const i64 groups = std::min(p.rows, (p.rows - 1) / std::max<i64>(1, d.out[1]) + 2);
+  p.span = (std::min(p.rows, d.out[1]) - 1) * d.stride[1] + (p.box[1] - 1) * d.dilation[1] + 1;
+  p.shared_rows = p.rows > 1 && groups * p.span < p.rows * p.box[1];
+  p.slots = p.box[0] * (p.shared_rows ? groups * p.span : p.rows * p.box[1]);
+  const i64 wide = (p.w_block - 1) * d.stride[2] + (p.box[2] - 1) * d.dilation[2] + 1, tap = p.box[2];
+  p.shared_cols = unit == 1 && (p.fold || (p.w_block > kNarrowRows && wide <= tap * p.w_block && tap > 1));
+  const i64 lines = p.fold && unit > 1 ? p.c_block * tap : p.c_block;
+  p.cols = p.shared_cols ? wide : ceil_div(p.w_block, unit);
+  const i64 copies = p.shared_cols || p.fold ? 1 : tap;
+  // What packing writes past a row is overwritten by the next one, but must not reach into another copy.
+  p.pitch = lines <= width && copies == 1 ? lines : round_up(lines, width);
+  p.band_bytes = page((copies * p.slots * p.cols * p.pitch + kSlack) * 4);
+  p.y_bytes = page((p.rows * ceil_div(p.w_block, unit) * p.k_block + kSlack) * 4);
+  // Pairs are formed of a row as it lies in memory, with its padding; in another layout by way of float32.
+  const i64 staged = p.fold ? wide : p.w_block;
+  const i64 finish = p.box[0] * p.box[1] * p.box[2];
+  const i64 leave = finish * kTransposed * kernel.nr + 2 * kTransposed * round_up(finish, width) + 4 * kSlack;
+  const i64 stage = unit == 1 ? 0 : staged * (round_up(p.c_block, 2) / 2 + round_up(p.c_block, width)) + 4 * kSlack;
+  p.stage_bytes = page(std::max(stage, leave) * 4);
+  const i64 sums = p.k_block * (p.box[0] * p.box[1] * p.box[2] * p.c_block + 1);
+  p.sum_bytes = page(sums * 4);
+}
+
+void count_parts(const ConvDesc& d, ConvWgradPlan* p) {
+  for (int i = 0; i < 3; ++i) p->boxes[i] = ceil_div(d.kernel[i], p->box[i]);
+  p->c_parts = std::max<i64>(1, ceil_div(d.C / d.groups, p->c_block));
+  p->k_parts = ceil_div(d.K / d.groups, p->k_block);
+}
+
+// --- packing -------------------------------------------------------------------------------------------------------
+struct Range {
+  i64 begin, end;
+  i64 size() const { return end - begin; }
+};
+// The o in [0, count) for which start + o*step lies in [0, size).
+Range inside(i64 start, i64 step, i64 count, i64 size) {
+  const i64 begin = start >= 0 ? 0 : std::min(count, ceil_div(-start, step));
+  const i64 end = start >= size ? 0 : std::min(count, (size - 1 - start) / step + 1);
+  return {begin, std::max(begin, end)};
+}
+
+struct Scratch {
+  float* band;
+  float* y;
+  float* stage;
+  float* sums;
+};
+
+struct Row {
+  i64 n, z, h;
+};
+
+// One part: a box of taps x channels x output channels of one group, and a range of blocks.
+struct Part {
+  const ConvDesc& d;
+  const ConvWgradPlan& p;
+  const ConvArgs& args;
+  const ConvKernel& kernel;
+  const GemmKernel& packer;   // in the form that tiles read
+  const GemmKernel& widener;  // to float32
+  const GemmKernel& plain;    // float32
+  i64 chunk, group;
+  i64 tap[3], taps[3];  // the box
+  Range c, k;           // within the group
+  Range blocks;
+
+  i64 all_taps() const { return taps[0] * taps[1] * taps[2]; }
+  i64 panel_rows() const { return all_taps() * c.size() + 1; }  // the last one is the bias
+  bool with_bias() const { return args.dbias && tap[0] + tap[1] + tap[2] + c.begin == 0; }
+};
+
+// A block of output pixels.
+struct Block {
+  Row rows[kRuns];
+  int sub[kRuns];    // rows that share packed rows
+  i64 first[kRuns];  // the first h of each
+  int count;
+  i64 w, width;  // of all rows
+  i64 steps;     // of a row, packed
+  i64 cols;      // packed columns
+};
+
+void find_block(const Part& x, i64 index, Block* out) {
+  const ConvDesc& d = x.d;
+  Block& b = *out;
+  const i64 segment = index % x.p.segments, row = index / x.p.segments * x.p.rows;
+  b.count = static_cast<int>(std::min(x.p.rows, d.N * d.out[0] * d.out[1] - row));
+  b.w = d.out[2] * segment / x.p.segments;
+  b.width = d.out[2] * (segment + 1) / x.p.segments - b.w;
+  b.steps = ceil_div(b.width, x.kernel.k_unit);
+  b.cols = x.p.shared_cols ? (b.width - 1) * d.stride[2] + (x.taps[2] - 1) * d.dilation[2] + 1 : b.steps;
+  int sub = -1;
+  for (int r = 0; r < b.count; ++r) {
+    const i64 i = row + r;
+    b.rows[r] = {i / d.out[1] / d.out[0], i / d.out[1] % d.out[0], i % d.out[1]};
+    if (r == 0 || b.rows[r].h == 0) b.first[++sub] = b.rows[r].h;
+    b.sub[r] = sub;
+  }
+}
+
+// dst[o*pitch + j] = src[(start + o*step)*w_step + j*c_step], zero outside [0, size): float32.
+void pack_line(const Part& x, const void* src, i64 start, i64 step, i64 count, i64 n, i64 pitch, float* dst) {
+  const ConvTensor& t = x.args.x;
+  const Range in = inside(start, step, count, x.d.in[2]);
+  std::memset(dst, 0, static_cast<std::size_t>(in.begin * pitch) * 4);
+  if (in.size() > 0)
+    x.packer.helpers->pack_a(at(src, (start + in.begin * step) * t.step[2], x.d.dtype), step * t.step[2], t.c_step,
+                             in.size(), static_cast<int>(n), static_cast<int>(pitch), dst + in.begin * pitch, nullptr);
+  std::memset(dst + in.end * pitch, 0, static_cast<std::size_t>((count - in.end) * pitch) * 4);
+}
+
+// As pack_line to 16-bit elements as they are, [count][n], in stage.
+const void* stage_line(const Part& x, const void* src, i64 start, i64 step, i64 count, i64 n, float* stage) {
+  const ConvTensor& t = x.args.x;
+  const Range in = inside(start, step, count, x.d.in[2]);
+  char* const out = reinterpret_cast<char*>(stage);
+  const auto bytes = [&](i64 pixels) { return static_cast<std::size_t>(pixels * n) * 2; };
+  std::memset(out, 0, bytes(in.begin));
+  std::memset(out + bytes(in.end), 0, bytes(count - in.end));
+  if (in.size() == 0) return out;
+  src = at(src, (start + in.begin * step) * t.step[2], x.d.dtype);
+  if (t.c_step == 1 && step * t.step[2] == n) {
+    std::memcpy(out + bytes(in.begin), src, bytes(in.size()));
+  } else if (t.c_step == 1) {
+    for (i64 o = 0; o < in.size(); ++o)
+      std::memcpy(out + bytes(in.begin + o), at(src, o * step * t.step[2], x.d.dtype), bytes(1));
+  } else {
+    const i64 width = vector_width(x.kernel), pitch = n <= width ? n : round_up(n, width);
+    float* const wide = stage + ceil_div(count * n, 2) + kSlack;
+    x.widener.helpers->pack_a(src, step * t.step[2], t.c_step, in.size(), static_cast<int>(n), static_cast<int>(pitch),
+                              wide, nullptr);
+    FinishArgs f = {};
+    f.sum = wide, f.sum_row = pitch, f.c = out + bytes(in.begin), f.c_row = n;
+    f.m = static_cast<int>(in.size()), f.n = static_cast<int>(n);
+    x.packer.helpers->finish(f);
+  }
+  return out;
+}
+
+// What a block's output pixels meet of one row of x. copy: floats from one tap's columns to the next's.
+void pack_x_row(const Part& x, const Block& b, i64 n, i64 z, i64 h, float* dst, i64 copy, float* stage) {
+  const ConvDesc& d = x.d;
+  const ConvWgradPlan& p = x.p;
+  const i64 channels = x.c.size(), row = b.cols * p.pitch;
+  const bool copies = !p.shared_cols && !p.fold;
+  if (z < 0 || z >= d.in[0] || h < 0 || h >= d.in[1]) {
+    for (i64 t = 0; t < (copies ? x.taps[2] : 1); ++t)
+      std::memset(dst + t * copy, 0, static_cast<std::size_t>(row) * 4);
+    return;
+  }
+  const ConvTensor& t = x.args.x;
+  const i64 channel = x.group * (d.C / d.groups) + x.c.begin;
+  const void* src = at(t.data, n * t.n_step + channel * t.c_step + z * t.step[0] + h * t.step[1], d.dtype);
+  const i64 step = d.stride[2], start = b.w * step - d.pad[2] + x.tap[2] * d.dilation[2];
+  if (p.shared_cols) {
+    pack_line(x, src, start, 1, b.cols, channels, p.pitch, dst);
+  } else if (p.fold) {
+    const i64 wide = (b.width - 1) * step + x.taps[2];
+    const void* line = stage_line(x, src, start, 1, wide, channels, stage);
+    x.packer.helpers->pack_a(line, step * channels, 1, b.width, static_cast<int>(x.taps[2] * channels),
+                             static_cast<int>(p.pitch), dst, nullptr);
+  } else {
+    for (i64 i = 0; i < x.taps[2]; ++i) {
+      const i64 first = start + i * d.dilation[2];
+      const Range in = inside(first, step, b.width, d.in[2]);
+      if (x.kernel.k_unit == 1 || in.size() == b.width) {
+        pack_line(x, src, first, step, b.width, channels, p.pitch, dst + i * copy);
+      } else {
+        const void* line = stage_line(x, src, first, step, b.width, channels, stage);
+        x.packer.helpers->pack_a(line, channels, 1, b.width, static_cast<int>(channels), static_cast<int>(p.pitch),
+                                 dst + i * copy, nullptr);
       }
-      const i64 group = k / (d.K / d.groups);
-      for (i64 c = 0; c < channels; ++c) {
-        for (i64 t0 = 0; t0 < d.kernel[0]; ++t0) {
-          for (i64 t1 = 0; t1 < d.kernel[1]; ++t1) {
-            for (i64 t2 = 0; t2 < d.kernel[2]; ++t2) {
-              const float x = sum([&](i64 n, i64 z, i64 h) {
-                const i64 xz = z * d.stride[0] - d.pad[0] + t0 * d.dilation[0];
-                const i64 xh = h * d.stride[1] - d.pad[1] + t1 * d.dilation[1];
-                float s = 0;
-                if (xz < 0 || xz >= d.in[0] || xh < 0 || xh >= d.in[1]) return s;
-                for (i64 w = 0; w < d.out[2]; ++w) {
-                  const i64 xw = w * d.stride[2] - d.pad[2] + t2 * d.dilation[2];
-                  if (xw < 0 || xw >= d.in[2]) continue;
-                  s += load<T>(args.y, n, k, z, h, w) * load<T>(args.x, n, group * channels + c, xz, xh, xw);
-                }
-                return s;
-              });
-              const ConvTensor& o = args.w;
-              narrow(x, static_cast<T*>(o.data) + k * o.n_step + c * o.c_step + t0 * o.step[0] + t1 * o.step[1] +
-                            t2 * o.step[2]);
-            }
+    }
+  }
+}
+
+// The packed row that output row r meets with tap (t0, t1).
+i64 slot(const Part& x, const Block& b, int r, i64 t0, i64 t1) {
+  const ConvWgradPlan& p = x.p;
+  if (!p.shared_rows) return (t0 * x.taps[1] + t1) * p.rows + r;
+  return (b.sub[r] * x.taps[0] + t0) * p.span + (b.rows[r].h - b.first[b.sub[r]]) * x.d.stride[1] +
+         t1 * x.d.dilation[1];
+}
+
+void pack_x(const Part& x, const Block& b, const Scratch& s) {
+  const ConvDesc& d = x.d;
+  const i64 row = b.cols * x.p.pitch, copy = x.p.slots * row;
+  const auto in = [&](int dim, i64 o, i64 t) {
+    return o * d.stride[dim] - d.pad[dim] + (x.tap[dim] + t) * d.dilation[dim];
+  };
+  if (!x.p.shared_rows) {
+    for (i64 t0 = 0; t0 < x.taps[0]; ++t0)
+      for (i64 t1 = 0; t1 < x.taps[1]; ++t1)
+        for (int r = 0; r < b.count; ++r)
+          pack_x_row(x, b, b.rows[r].n, in(0, b.rows[r].z, t0), in(1, b.rows[r].h, t1),
+                     s.band + slot(x, b, r, t0, t1) * row, copy, s.stage);
+    return;
+  }
+  for (int begin = 0, end; begin < b.count; begin = end) {
+    for (end = begin + 1; end < b.count && b.sub[end] == b.sub[begin];) ++end;
+    const i64 rows = (end - begin - 1) * d.stride[1] + (x.taps[1] - 1) * d.dilation[1] + 1;
+    for (i64 t0 = 0; t0 < x.taps[0]; ++t0)
+      for (i64 i = 0; i < rows; ++i)
+        pack_x_row(x, b, b.rows[begin].n, in(0, b.rows[begin].z, t0), in(1, b.rows[begin].h, 0) + i,
+                   s.band + (slot(x, b, begin, t0, 0) + i) * row, copy, s.stage);
+  }
+}
+
+// dy of the block: panels [steps][nr], one behind the other.
+void pack_y(const Part& x, const Block& b, float* dst) {
+  const ConvDesc& d = x.d;
+  const ConvTensor& t = x.args.y;
+  const i64 nr = x.kernel.nr, unit = x.kernel.k_unit, panel = b.count * b.steps * nr;
+  const i64 channel = x.group * (d.K / d.groups) + x.k.begin;
+  const auto offset = [&](int r) {
+    return b.rows[r].n * t.n_step + channel * t.c_step + b.rows[r].z * t.step[0] + b.rows[r].h * t.step[1] +
+           b.w * t.step[2];
+  };
+  // Memory is read along its rows: a few pixels at a time of all panels, or all pixels of a panel.
+  constexpr i64 kPixels = 8;
+  for (int begin = 0, end; begin < b.count; begin = end) {
+    for (end = begin + 1; end < b.count && b.width % unit == 0 && offset(end) == offset(end - 1) + b.width * t.step[2];)
+      ++end;
+    const void* src = at(t.data, offset(begin), d.dtype);
+    const i64 pixels = (end - begin) * b.width, some = t.c_step == 1 ? kPixels : pixels;
+    for (i64 i = 0; i < pixels; i += some)
+      for (i64 j = 0; j < x.k.size(); j += nr)
+        x.packer.helpers->pack_b(at(src, i * t.step[2] + j * t.c_step, d.dtype), t.step[2], t.c_step,
+                                 std::min(some, pixels - i), static_cast<int>(std::min(nr, x.k.size() - j)),
+                                 x.kernel.nr, dst + j / nr * panel + (begin * b.steps + i / unit) * nr, nullptr);
+  }
+}
+
+// --- products ------------------------------------------------------------------------------------------------------
+void run_block(const Part& x, const Block& b, const Scratch& s, bool accumulate) {
+  const ConvDesc& d = x.d;
+  const ConvWgradPlan& p = x.p;
+  const i64 row = b.cols * p.pitch, nr = x.kernel.nr, panel = b.count * b.steps * nr;
+  const i64 lines = p.fold ? x.taps[2] * x.c.size() : x.c.size(), tiles = ceil_div(lines, x.kernel.mr);
+  const i64 tap_step = p.shared_cols ? d.dilation[2] * p.pitch : p.slots * row;
+  ConvWgradRun runs[kRuns];
+  ConvWgradArgs t = {};
+  t.a_step = p.shared_cols ? d.stride[2] * p.pitch : p.pitch;
+  t.runs = runs, t.nr = nr;
+  // A pair of ones in bfloat16 has the bits of the one and, in its upper half, of the other.
+  const float one = x.kernel.k_unit == 1 ? 1.0f : float_of(0x3f803f80u);
+  for (i64 j = 0; j < x.k.size(); j += nr) {
+    t.b = s.y + j / nr * panel;
+    t.n = static_cast<int>(std::min(nr, x.k.size() - j));
+    t.accumulate = accumulate;
+    float* c = s.sums + j * x.panel_rows();
+    for (i64 t0 = 0; t0 < x.taps[0]; ++t0) {
+      for (i64 t1 = 0; t1 < x.taps[1]; ++t1) {
+        t.run_count = 0;
+        for (int r = 0; r < b.count; ++r) {
+          const i64 a = slot(x, b, r, t0, t1) * row;
+          ConvWgradRun* last = runs + t.run_count - 1;
+          if (r > 0 && a == last->a + last->steps * t.a_step) {
+            last->steps += b.steps;
+          } else {
+            runs[t.run_count++] = {a, r * b.steps * nr, b.steps};
+          }
+        }
+        for (i64 t2 = 0; t2 < (p.fold ? 1 : x.taps[2]); ++t2, c += lines * nr) {
+          for (i64 i = 0; i < tiles; ++i) {
+            const i64 begin = lines * i / tiles;
+            t.m = static_cast<int>(lines * (i + 1) / tiles - begin);
+            t.a = s.band + t2 * tap_step + begin;
+            t.c = c + begin * nr;
+            x.kernel.functions->wgrad_tile(t);
           }
         }
       }
     }
-  });
+    if (!x.with_bias()) continue;
+    ConvWgradArgs bias = t;
+    ConvWgradRun all = {0, 0, b.count * b.steps};
+    bias.a = &one, bias.a_step = 0, bias.m = 1, bias.c = c, bias.runs = &all, bias.run_count = 1;
+    x.kernel.functions->wgrad_tile(bias);
+  }
+}
+
+// --- sums to dw ------------------------------------------------------------------------------------------------------
+template <class T>
+void scatter(const float* sums, i64 count, i64 step, T* out) {
+  for (i64 i = 0; i < count; ++i) narrow(sums[i], out + i * step);
+}
+void scatter(const float* sums, i64 count, i64 step, void* out, DType dtype) {
+  if (dtype == DType::f32) {
+    scatter(sums, count, step, static_cast<float*>(out));
+  } else if (dtype == DType::bf16) {
+    scatter(sums, count, step, static_cast<bf16*>(out));
+  } else {
+    scatter(sums, count, step, static_cast<f16*>(out));
+  }
+}
+
+void leave(const Part& x, const Scratch& s) {
+  const ConvDesc& d = x.d;
+  const ConvTensor& w = x.args.w;
+  const i64 nr = x.kernel.nr, taps = x.all_taps(), width = vector_width(x.kernel);
+  const i64 all = d.kernel[0] * d.kernel[1] * d.kernel[2], k_first = x.group * (d.K / d.groups) + x.k.begin;
+  const bool plain = taps == all && w.c_step == all && (d.kernel[2] == 1 || w.step[2] == 1) &&
+                     (d.kernel[1] == 1 || w.step[1] == d.kernel[2]) &&
+                     (d.kernel[0] == 1 || w.step[0] == d.kernel[1] * d.kernel[2]);
+  const i64 wide = taps <= width ? taps : round_up(taps, width);
+  float* const by_k = s.stage;  // [tap][k][width]
+  float* const by_c = by_k + taps * nr * kTransposed + kSlack;
+  float* const dense = by_c + kTransposed * wide + kSlack;
+  for (i64 j = 0; j < x.k.size(); j += nr) {
+    const float* sums = s.sums + j * x.panel_rows();
+    const i64 columns = std::min(nr, x.k.size() - j);
+    if (x.with_bias())
+      scatter(sums + (x.panel_rows() - 1) * nr, columns, x.args.dbias_step,
+              at(x.args.dbias, (k_first + j) * x.args.dbias_step, d.dtype), d.dtype);
+    for (i64 c = 0; c < x.c.size(); c += width) {
+      const i64 n = std::min(width, x.c.size() - c);
+      for (i64 t = 0; t < taps; ++t)
+        x.plain.helpers->pack_a(sums + (t * x.c.size() + c) * nr, 1, nr, columns, static_cast<int>(n),
+                                static_cast<int>(width), by_k + t * nr * width, nullptr);
+      FinishArgs f = {};
+      void* const out = at(w.data, (k_first + j) * w.n_step + (x.c.begin + c) * w.c_step, d.dtype);
+      if (w.c_step == 1 || (plain && taps == 1)) {
+        for (i64 t = 0; t < taps; ++t) {
+          const i64 z = x.tap[0] + t / x.taps[2] / x.taps[1], h = x.tap[1] + t / x.taps[2] % x.taps[1];
+          const i64 offset = z * w.step[0] + h * w.step[1] + (x.tap[2] + t % x.taps[2]) * w.step[2];
+          f.sum = by_k + t * nr * width, f.sum_row = width, f.c = at(out, offset, d.dtype), f.c_row = w.n_step;
+          f.m = static_cast<int>(columns), f.n = static_cast<int>(n);
+          x.packer.helpers->finish(f);
+        }
+        continue;
+      }
+      for (i64 k = 0; k < columns; ++k) {
+        void* const to = at(out, k * w.n_step, d.dtype);
+        if (plain) {
+          x.plain.helpers->pack_a(by_k + k * width, 1, nr * width, n, static_cast<int>(taps), static_cast<int>(wide),
+                                  by_c, nullptr);
+          f.sum = by_c;
+          if (wide != taps) {
+            for (i64 i = 0; i < n; ++i)
+              std::memcpy(dense + i * taps, by_c + i * wide, static_cast<std::size_t>(taps) * 4);
+            f.sum = dense;
+          }
+          f.c = to, f.m = 1, f.n = static_cast<int>(n * taps);
+          x.packer.helpers->finish(f);
+          continue;
+        }
+        for (i64 t = 0; t < taps; ++t) {
+          const i64 z = x.tap[0] + t / x.taps[2] / x.taps[1], h = x.tap[1] + t / x.taps[2] % x.taps[1];
+          const i64 offset = z * w.step[0] + h * w.step[1] + (x.tap[2] + t % x.taps[2]) * w.step[2];
+          scatter(by_k + (t * nr + k) * width, n, w.c_step, at(to, offset, d.dtype), d.dtype);
+        }
+      }
+    }
+  }
+}
+
+const GemmKernel& widening(const ConvKernel& kernel) {
+  for (const GemmKernel& k : gemm_kernels())
+    if (k.isa <= kernel.isa && k.dtype == kernel.dtype && k.kind == GemmKind::kTile && k.k_unit == 1 && k.planes == 1)
+      return k;
+  return gemm_pack_kernel(Isa::kScalar, kernel.dtype);
+}
+
+Part part_at(const ConvDesc& d, const ConvPlan& plan, const ConvArgs& args, i64 index) {
+  const ConvWgradPlan& p = plan.wgrad;
+  const ConvKernel& kernel = *plan.kernel;
+  Part x = {d,
+            p,
+            args,
+            kernel,
+            gemm_pack_kernel(kernel.isa, d.dtype),
+            widening(kernel),
+            gemm_pack_kernel(kernel.isa, DType::f32),
+            0,
+            0,
+            {},
+            {},
+            {},
+            {},
+            {}};
+  const auto take = [&](i64 count) {
+    const i64 i = index % count;
+    index /= count;
+    return i;
+  };
+  const i64 C = d.C / d.groups, K = d.K / d.groups, c = take(p.c_parts) * p.c_block, k = take(p.k_parts) * p.k_block;
+  x.c = {c, std::min(C, c + p.c_block)}, x.k = {k, std::min(K, k + p.k_block)};
+  for (int i = 2; i >= 0; --i) {
+    x.tap[i] = take(p.boxes[i]) * p.box[i];
+    x.taps[i] = std::min(p.box[i], d.kernel[i] - x.tap[i]);
+  }
+  x.group = take(d.groups);
+  x.chunk = index;
+  x.blocks = {p.blocks * x.chunk / p.chunks, p.blocks * (x.chunk + 1) / p.chunks};
+  return x;
 }
 
 }  // namespace
 
-void conv_run_wgrad(const ConvDesc& d, const ConvPlan& p, const ConvArgs& args) {
-  if (d.dtype == DType::f32) {
-    run<float>(d, p, args);
-  } else if (d.dtype == DType::bf16) {
-    run<bf16>(d, p, args);
-  } else {
-    run<f16>(d, p, args);
+ConvWgradPlan conv_wgrad_plan(const ConvDesc& d, const ConvKernel& kernel, int threads) {
+  ConvWgradPlan p = {};
+  const i64 C = std::max<i64>(1, d.C / d.groups), K = std::max<i64>(1, d.K / d.groups), unit = kernel.k_unit;
+  const i64 taps = d.kernel[2], mr = kernel.mr, nr = kernel.nr;
+  std::copy(d.kernel, d.kernel + 3, p.box);
+  p.fold = taps > 1 && d.dilation[2] == 1 && C < mr && (unit > 1 || C <= vector_width(kernel)) &&
+           ceil_div(taps * C, mr) < taps * ceil_div(C, mr);
+  // What fixes the order of sums does not depend on the number of threads.
+  const i64 rows = d.N * d.out[0] * d.out[1], limit = std::min<i64>(kRuns, kernel.kc * unit);
+  p.w_block = std::max<i64>(1, even(d.out[2], limit));
+  p.rows = std::clamp<i64>((limit + limit / 6) / p.w_block, 1, std::max<i64>(1, std::min(rows, kRuns)));
+  p.segments = std::max<i64>(1, ceil_div(d.out[2], p.w_block));
+  p.blocks = d.out[2] == 0 ? 0 : ceil_div(rows, p.rows) * p.segments;
+
+  p.k_block = round_up(even(round_up(K, nr), 512), nr);
+  p.c_block = C;
+  constexpr i64 kMinChannels = 32, kTaps = 128;
+  for (measure(d, kernel, &p);; measure(d, kernel, &p)) {
+    const i64 all = p.box[0] * p.box[1] * p.box[2];
+    const bool large = p.sum_bytes > kSumBytes || p.band_bytes > kBandBytes || p.stage_bytes > kBandBytes;
+    if (!large && all <= kTaps) break;
+    if (p.c_block > kMinChannels && !p.fold) {
+      p.c_block = round_up(ceil_div(p.c_block, 2), unit == 1 ? 1 : 2);
+    } else if (p.k_block > 2 * nr && p.sum_bytes > kSumBytes) {
+      p.k_block = round_up(p.k_block / 2, nr);
+    } else if (all > 1) {
+      int i = p.box[0] > 1 ? 0 : p.box[1] > 1 ? 1 : 2;
+      p.box[i] = ceil_div(p.box[i], 2);
+    } else if (p.k_block > nr && p.sum_bytes > kSumBytes) {
+      p.k_block = round_up(p.k_block / 2, nr);
+    } else if (p.c_block > 1 && !p.fold) {
+      p.c_block = ceil_div(p.c_block, 2);
+    } else {
+      break;
+    }
   }
+  count_parts(d, &p);
+
+  // Chunks: for outputs too small to keep many threads busy, and for the error of very many pixels.
+  constexpr i64 kTiles = 64, kBlocks = 64, kChunks = 32, kChunkBytes = i64{8} << 20, kSmall = 512 << 10;
+  const i64 tiles = d.groups * ceil_div(taps * d.kernel[0] * d.kernel[1] * C, mr) * ceil_div(K, nr);
+  const i64 floats = d.groups * d.kernel[0] * d.kernel[1] * taps * C * round_up(K, nr);
+  p.chunks = std::max(ceil_div(kTiles, tiles), ceil_div(p.blocks, kBlocks));
+  if (floats * 4 <= kSmall) p.chunks = std::max<i64>(p.chunks, 4);
+  p.chunks =
+      std::min({p.chunks, kChunks, std::max<i64>(1, kChunkBytes / (floats * 4)), std::max<i64>(1, p.blocks / 2)});
+
+  const auto work = [&] { return p.parts() * d.groups * p.chunks; };
+  while (work() < 4 * threads && work() % threads != 0) {
+    if (!p.fold && p.c_block >= 2 * mr && p.c_block >= p.k_block / 2) {
+      p.c_block = round_up(ceil_div(p.c_block, 2), unit == 1 ? 1 : 2);
+    } else if (p.k_block >= 2 * nr) {
+      p.k_block = round_up(ceil_div(p.k_block, 2), nr);
+    } else if (p.box[1] > 1) {
+      p.box[1] = ceil_div(p.box[1], 2);
+    } else {
+      break;
+    }
+    measure(d, kernel, &p);
+    count_parts(d, &p);
+  }
+  if (p.chunks > 1) {
+    p.chunk_bytes = p.chunks * p.parts() * d.groups * p.sum_bytes;
+    p.sum_bytes = 0;
+  }
+  return p;
+}
+
+void conv_run_wgrad(const ConvDesc& d, const ConvPlan& plan, const ConvArgs& args) {
+  if (d.K == 0) return;
+  const ConvWgradPlan& p = plan.wgrad;
+  if (d.C == 0 && !args.dbias) return;
+  ArenaLease scratch(plan.workspace_bytes());
+  const i64 parts = p.parts() * d.groups, each = p.chunk_bytes / p.chunks / std::max<i64>(1, parts);
+  const auto scratch_of = [&](int thread) {
+    char* memory = scratch.data() + p.chunk_bytes + thread * p.per_thread_bytes();
+    const auto take = [&](i64 bytes) {
+      float* const piece = reinterpret_cast<float*>(memory);
+      memory += bytes;
+      return piece;
+    };
+    Scratch s = {};
+    s.band = take(p.band_bytes), s.y = take(p.y_bytes), s.stage = take(p.stage_bytes), s.sums = take(p.sum_bytes);
+    return s;
+  };
+  const auto chunk_sums = [&](i64 index) { return reinterpret_cast<float*>(scratch.data() + index * each); };
+  parallel(plan.threads, [&](int thread, int threads) {
+    Scratch s = scratch_of(thread);
+    Block block;
+    const i64 all = parts * p.chunks;
+    for (i64 i = all * thread / threads, end = all * (thread + 1) / threads; i < end; ++i) {
+      const Part x = part_at(d, plan, args, i);
+      if (p.chunks > 1) s.sums = chunk_sums(i);
+      if (x.blocks.size() == 0)
+        std::memset(s.sums, 0, static_cast<std::size_t>(round_up(x.k.size(), x.kernel.nr) * x.panel_rows()) * 4);
+      for (i64 j = x.blocks.begin; j < x.blocks.end; ++j) {
+        find_block(x, j, &block);
+        pack_y(x, block, s.y);
+        pack_x(x, block, s);
+        run_block(x, block, s, j > x.blocks.begin);
+      }
+      if (p.chunks == 1) leave(x, s);
+    }
+  });
+  if (p.chunks == 1) return;
+  parallel(plan.threads, [&](int thread, int threads) {
+    Scratch s = scratch_of(thread);
+    for (i64 i = parts * thread / threads, end = parts * (thread + 1) / threads; i < end; ++i) {
+      const Part x = part_at(d, plan, args, i);
+      s.sums = chunk_sums(i);
+      FinishArgs f = {};
+      f.c = s.sums, f.m = 1, f.n = static_cast<int>(round_up(x.k.size(), x.kernel.nr) * x.panel_rows()),
+      f.accumulate = true;
+      for (i64 chunk = 1; chunk < p.chunks; ++chunk) {
+        f.sum = chunk_sums(chunk * parts + i);
+        x.plain.helpers->finish(f);
+      }
+      leave(x, s);
+    }
+  });
 }
 
 }  // namespace fastdl
