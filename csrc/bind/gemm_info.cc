@@ -12,6 +12,7 @@
 #include "base/parallel.h"
 #include "bind/bind.h"
 #include "bind/gemm_problem.h"
+#include "conv/conv.h"
 #include "gemm/gemm.h"
 #include "rnn/rnn.h"
 
@@ -172,8 +173,10 @@ py::list kernel_rows(const std::string& op) {
     }
   } else if (op == "rnn") {
     return rnn_kernel_rows();
+  } else if (op == "conv") {
+    return conv_kernel_rows();
   } else {
-    fail("fastdl.kernels: argument 'op': expected 'gemm', 'attention' or 'rnn', got '", op, "'");
+    fail("fastdl.kernels: argument 'op': expected 'gemm', 'attention', 'rnn' or 'conv', got '", op, "'");
   }
   return out;
 }
@@ -201,12 +204,14 @@ void bind_gemm_info(py::module_& m) {
     for (const GemmKernel& k : gemm_kernels()) out[k.name] = gemm_calls(k);
     for (const AttentionKernel& k : attention_kernels()) out[k.name] = attention_calls(k);
     for (const RnnKernel& k : rnn_kernels()) out[k.name] = rnn_calls(k);
+    for (const ConvKernel& k : conv_kernels()) out[k.name] = conv_calls(k);
     return out;
   });
   m.def("reset_counters", [] {
     gemm_reset_calls();
     attention_reset_calls();
     rnn_reset_calls();
+    conv_reset_calls();
   });
   m.def("recomputed", gemm_repaired);
   m.def("gemm_plan", plan_shape, "M"_a, "N"_a, "K"_a, py::kw_only(), "batch"_a = 1, "a_strides"_a = py::none(),

@@ -25,4 +25,5 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   fastdl::bind_plain(m);
   fastdl::bind_attention(m);
   fastdl::bind_rnn(m);
+  fastdl::bind_conv(m);
 }

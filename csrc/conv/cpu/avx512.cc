@@ -1,0 +1,13 @@
+#include "conv/cpu/kernel.h"
+#include "simd/vec_avx512.h"
+
+namespace fastdl::avx512 {
+
+using L = VecAvx512;
+
+extern const ConvFunctions dense_f32, dense_bf16, dense_f16;
+const ConvFunctions dense_f32 = dense_functions<L, float, 14, 2>();
+const ConvFunctions dense_bf16 = dense_functions<L, bf16, 14, 2>();
+const ConvFunctions dense_f16 = dense_functions<L, f16, 14, 2>();
+
+}  // namespace fastdl::avx512

@@ -1,0 +1,297 @@
+// Forward and dgrad. Every pass of every phase (ConvAxis) is a product of output pixels with packed weights: the rows
+// of a tile point into a copy of the image, in which all of a pixel's taps and channels lie at offsets that pixels
+// share.
+#include <algorithm>
+
+#include "base/arena.h"
+#include "base/parallel.h"
+#include "conv/conv.h"
+#include "gemm/gemm.h"
+
+namespace fastdl {
+namespace {
+
+constexpr i64 kMaxRuns = 256;  // of a product: kc floats at least one long
+
+const void* at(const void* p, i64 elements, DType dtype) {
+  return static_cast<const char*>(p) + elements * kItemSize[static_cast<int>(dtype)];
+}
+void* at(void* p, i64 elements, DType dtype) {
+  return static_cast<char*>(p) + elements * kItemSize[static_cast<int>(dtype)];
+}
+i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
+
+// The problem as forward sees it: `in` is read, `out` is written.
+struct Problem {
+  const ConvDesc& d;
+  const ConvPlan& p;
+  const ConvArgs& args;
+  const GemmHelpers& helpers;
+  i64 channels, columns;  // of a group: summed over, and written
+  ConvTensor in, out;
+  i64 size[3];              // of in
+  i64 w_channel, w_column;  // strides of w
+  const float* pack = nullptr;
+
+  Problem(const ConvDesc& desc, const ConvPlan& plan, const ConvArgs& a)
+      : d(desc), p(plan), args(a), helpers(*gemm_pack_kernel(plan.kernel->isa, desc.dtype).helpers) {
+    const bool forward = d.pass == ConvPass::forward;
+    channels = (forward ? d.C : d.K) / d.groups, columns = (forward ? d.K : d.C) / d.groups;
+    in = forward ? a.x : a.y, out = forward ? a.y : a.x;
+    std::copy_n(forward ? d.in : d.out, 3, size);
+    w_channel = forward ? a.w.c_step : a.w.n_step, w_column = forward ? a.w.n_step : a.w.c_step;
+  }
+  i64 units(i64 c) const { return ceil_div(c, p.kernel->k_unit); }  // floats that hold c channels
+};
+
+// One panel of one phase and group: [blocks of channels][taps][channels][nr].
+void pack_panel(const Problem& x, const ConvPhase& phase, i64 group, i64 panel, float* out) {
+  const i64 nr = x.p.kernel->nr, j0 = panel * nr;
+  const int n = static_cast<int>(std::min(nr, x.columns - j0));
+  const ConvTensor& w = x.args.w;
+  const i64 base = group * (x.d.K / x.d.groups) * w.n_step + j0 * x.w_column;
+  for (i64 c0 = 0; c0 < x.channels; c0 += x.p.c_block) {
+    const i64 c = std::min(x.p.c_block, x.channels - c0);
+    for (i64 t0 = 0; t0 < phase.axis[0].taps; ++t0) {
+      for (i64 t1 = 0; t1 < phase.axis[1].taps; ++t1) {
+        for (i64 t2 = 0; t2 < phase.axis[2].taps; ++t2) {
+          i64 offset = base + c0 * x.w_channel;
+          const i64 t[3] = {t0, t1, t2};
+          for (int i = 0; i < 3; ++i) offset += (phase.axis[i].tap_first + t[i] * phase.axis[i].tap_inc) * w.step[i];
+          x.helpers.pack_b(at(w.data, offset, x.d.dtype), x.w_channel, x.w_column, c, n, static_cast<int>(nr), out,
+                           nullptr);
+          out += x.units(c) * nr;
+        }
+      }
+    }
+  }
+}
+
+void pack_weights(const Problem& x, float* out, int threads) {
+  const i64 panels = ceil_div(x.columns, x.p.kernel->nr), phases = static_cast<i64>(x.p.phases.size());
+  const i64 units = x.d.groups * phases * panels;
+  parallel(threads, [&](int thread, int n) {
+    for (i64 u = units * thread / n; u < units * (thread + 1) / n; ++u) {
+      const i64 group = u / panels / phases, panel = u % panels;
+      const ConvPhase& phase = x.p.phases[static_cast<std::size_t>(u / panels % phases)];
+      pack_panel(x, phase, group, panel,
+                 out + group * x.p.group_floats + phase.pack + panel * phase.steps * x.p.kernel->nr);
+    }
+  });
+}
+
+// A block of output pixels of one phase: planes (n, d) from `plane` on, rows and columns of each.
+class Part {
+ public:
+  Part(const Problem& problem, char* scratch, i64 index) : x_(problem), p_(problem.p), kernel_(*problem.p.kernel) {
+    std::size_t i = p_.phases.size() - 1;
+    while (p_.phases[i].part > index) --i;
+    phase_ = &p_.phases[i];
+    index -= phase_->part;
+    const i64 k_blocks = ceil_div(x_.columns, p_.k_block);
+    const i64 k = index % k_blocks, w = index / k_blocks % phase_->w_blocks;
+    const i64 row = index / k_blocks / phase_->w_blocks % phase_->row_blocks;
+    group_ = index / k_blocks / phase_->w_blocks / phase_->row_blocks;
+    k0_ = k * p_.k_block, columns_ = std::min(p_.k_block, x_.columns - k0_);
+    w0_ = w * p_.w_block, width_ = std::min(p_.w_block, axis(2).count - w0_);
+    if (p_.planes > 1) {
+      plane_ = row * p_.planes, planes_ = std::min(p_.planes, x_.d.N * axis(0).count - plane_);
+      h0_ = 0, rows_ = axis(1).count;
+    } else {
+      const i64 blocks = ceil_div(axis(1).count, p_.rows);
+      plane_ = row / blocks, planes_ = 1;
+      h0_ = row % blocks * p_.rows, rows_ = std::min(p_.rows, axis(1).count - h0_);
+    }
+    pixels_ = planes_ * rows_ * width_;
+    band_ = reinterpret_cast<float*>(scratch);
+    sum_ = reinterpret_cast<float*>(scratch + p_.band_bytes);
+    pointers_ = reinterpret_cast<const float**>(scratch + p_.band_bytes + p_.sum_bytes);
+    sum_row_ = ceil_div(columns_, kernel_.nr) * kernel_.nr;
+    const i64 nr = kernel_.nr;
+    weights_ = x_.pack + group_ * p_.group_floats + phase_->pack + k0_ / nr * phase_->steps * nr;
+  }
+
+  void run() {
+    for (i64 c0 = 0; c0 < x_.channels; c0 += p_.c_block) {
+      channels_ = std::min(p_.c_block, x_.channels - c0), floats_ = x_.units(channels_);
+      const i64 all_taps = axis(0).taps * axis(1).taps * axis(2).taps;
+      i64 position = all_taps * x_.units(c0);  // of the weights of the band to come
+      const i64 n1 = p_.shared[1] ? axis(1).taps : 1, n2 = p_.shared[2] ? axis(2).taps : 1;
+      set_pointers();
+      for (i64 t0 = 0; t0 < axis(0).taps; ++t0) {
+        for (i64 t1 = 0; t1 < axis(1).taps; t1 += n1) {
+          for (i64 t2 = 0; t2 < axis(2).taps; t2 += n2) {
+            copy_band(c0, t0, t1, t2);
+            multiply(position, n1, n2);
+            position += n1 * n2 * floats_;
+          }
+        }
+      }
+    }
+    if (!started_) std::fill_n(sum_, pixels_ * sum_row_, 0.0f);
+    finish();
+  }
+
+ private:
+  const ConvAxis& axis(int i) const { return phase_->axis[i]; }
+  // Steps of outputs and taps in the band, and its size.
+  i64 out_step(int i) const { return p_.shared[i] ? axis(i).in_step : 1; }
+  i64 extent(int i, i64 n) const {
+    return p_.shared[i] ? (n - 1) * axis(i).in_step + (axis(i).taps - 1) * axis(i).tap_step + 1 : n;
+  }
+
+  void set_pointers() {
+    const i64 width = extent(2, width_), plane = extent(1, rows_) * width;
+    const float** out = pointers_;
+    for (i64 s = 0; s < planes_; ++s)
+      for (i64 h = 0; h < rows_; ++h)
+        for (i64 w = 0; w < width_; ++w)
+          *out++ = band_ + (s * plane + h * out_step(1) * width + w * out_step(2)) * floats_;
+  }
+
+  void copy_band(i64 c0, i64 t0, i64 t1, i64 t2) {
+    const i64 width = extent(2, width_), height = extent(1, rows_);
+    const i64 h_step = p_.shared[1] ? 1 : axis(1).in_step, w_step = p_.shared[2] ? 1 : axis(2).in_step;
+    const i64 h_first = h0_ * axis(1).in_step + axis(1).first + t1 * axis(1).tap_step;
+    const i64 w_first = w0_ * axis(2).in_step + axis(2).first + t2 * axis(2).tap_step;
+    // Columns inside the image: begin <= j < end.
+    const i64 begin = w_first >= 0 ? 0 : std::min(width, ceil_div(-w_first, w_step));
+    const i64 end = w_first >= x_.size[2] ? begin : std::clamp((x_.size[2] - 1 - w_first) / w_step + 1, begin, width);
+    const ConvTensor& in = x_.in;
+    float* out = band_;
+    for (i64 s = 0; s < planes_; ++s) {
+      const i64 n = (plane_ + s) / axis(0).count;
+      const i64 z = (plane_ + s) % axis(0).count * axis(0).in_step + axis(0).first + t0 * axis(0).tap_step;
+      for (i64 i = 0; i < height; ++i, out += width * floats_) {
+        const i64 h = h_first + i * h_step;
+        if (z < 0 || z >= x_.size[0] || h < 0 || h >= x_.size[1] || begin >= end) {
+          std::fill_n(out, width * floats_, 0.0f);
+          continue;
+        }
+        std::fill_n(out, begin * floats_, 0.0f);
+        std::fill_n(out + end * floats_, (width - end) * floats_, 0.0f);
+        ConvBandArgs b = {};
+        b.src = at(in.data,
+                   n * in.n_step + (group_ * x_.channels + c0) * in.c_step + z * in.step[0] + h * in.step[1] +
+                       (w_first + begin * w_step) * in.step[2],
+                   x_.d.dtype);
+        b.pixel_step = w_step * in.step[2], b.c_step = in.c_step;
+        b.pixels = end - begin, b.channels = channels_;
+        b.dst = out + begin * floats_, b.row = floats_;
+        kernel_.functions->band(b);
+      }
+    }
+  }
+
+  // sums += band * weights, the taps n1 x n2 of the band.
+  void multiply(i64 position, i64 n1, i64 n2) {
+    const i64 width = extent(2, width_);
+    const i64 h_step = axis(1).tap_step * width * floats_, w_step = axis(2).tap_step * floats_;
+    const bool fold = axis(2).tap_step == 1;  // neighbours in the image: one run
+    const i64 run = fold ? n2 * floats_ : floats_, count = fold ? n1 : n1 * n2;
+    const i64 pieces = ceil_div(run, kernel_.kc), piece = ceil_div(run, pieces);
+    const i64 together = pieces > 1 ? 1 : std::min(kMaxRuns, std::max<i64>(1, kernel_.kc / run));
+    const i64 groups = ceil_div(count, together);
+    for (i64 g = 0; g < groups; ++g) {
+      const i64 r0 = count * g / groups, r1 = count * (g + 1) / groups;
+      for (i64 k = 0; k < run; k += piece) {
+        i64 runs[kMaxRuns];
+        for (i64 r = r0; r < r1; ++r) runs[r - r0] = k + (fold ? r * h_step : r / n2 * h_step + r % n2 * w_step);
+        tiles(position + r0 * run + k, runs, r1 - r0, std::min(piece, run - k));
+      }
+    }
+  }
+
+  void tiles(i64 position, const i64* runs, i64 count, i64 run) {
+    const i64 nr = kernel_.nr;
+    const i64 m_tiles = ceil_div(pixels_, kernel_.mr);
+    ConvTileArgs t = {};
+    t.runs = runs, t.run_count = count, t.run = run, t.c_row = sum_row_, t.accumulate = started_;
+    for (i64 j = 0; j < columns_; j += nr) {
+      t.b = weights_ + j * phase_->steps + position * nr;
+      t.n = static_cast<int>(nr);
+      for (i64 i = 0; i < m_tiles; ++i) {
+        const i64 begin = pixels_ * i / m_tiles;
+        t.m = static_cast<int>(pixels_ * (i + 1) / m_tiles - begin);
+        t.rows = pointers_ + begin;
+        t.c = sum_ + begin * sum_row_ + j;
+        kernel_.functions->tile(t);
+      }
+    }
+    started_ = true;
+  }
+
+  void finish() {
+    const ConvTensor& out = x_.out;
+    const i64 column = group_ * x_.columns + k0_, w_step = axis(2).out_step * out.step[2];
+    const DType dtype = x_.d.dtype;
+    const void* bias = x_.args.bias ? at(x_.args.bias, column * x_.args.bias_step, dtype) : nullptr;
+    const float* sum = sum_;
+    for (i64 s = 0; s < planes_; ++s) {
+      const i64 n = (plane_ + s) / axis(0).count, z = (plane_ + s) % axis(0).count * axis(0).out_step;
+      for (i64 h = h0_; h < h0_ + rows_; ++h, sum += width_ * sum_row_) {
+        const i64 offset = n * out.n_step + column * out.c_step + (z + axis(0).out_first) * out.step[0] +
+                           (h * axis(1).out_step + axis(1).out_first) * out.step[1] +
+                           (w0_ * axis(2).out_step + axis(2).out_first) * out.step[2];
+        const void* residual = x_.args.residual ? at(x_.args.residual, offset, dtype) : nullptr;
+        void* pre = x_.args.pre ? at(x_.args.pre, offset, dtype) : nullptr;
+        if (x_.d.channels_last) {
+          FinishArgs f = {};
+          f.sum = sum, f.sum_row = sum_row_, f.c = at(out.data, offset, dtype), f.c_row = w_step;
+          f.bias = bias, f.bias_step = x_.args.bias_step, f.residual = residual, f.pre = pre;
+          f.activation = x_.args.activation, f.m = static_cast<int>(width_), f.n = static_cast<int>(columns_);
+          x_.helpers.finish(f);
+        } else {
+          ConvScatterArgs f = {};
+          f.sum = sum, f.sum_row = sum_row_, f.c = at(out.data, offset, dtype);
+          f.i_step = w_step, f.j_step = out.c_step;
+          f.bias = bias, f.bias_step = x_.args.bias_step, f.residual = residual, f.pre = pre;
+          f.activation = x_.args.activation, f.m = width_, f.n = columns_;
+          kernel_.functions->scatter(f);
+        }
+      }
+    }
+  }
+
+  const Problem& x_;
+  const ConvPlan& p_;
+  const ConvKernel& kernel_;
+  const ConvPhase* phase_;
+  i64 group_, plane_, planes_, h0_, rows_, w0_, width_, k0_, columns_, pixels_;
+  i64 channels_ = 0, floats_ = 0, sum_row_;
+  bool started_ = false;
+  const float* weights_;
+  float* band_;
+  float* sum_;
+  const float** pointers_;
+};
+
+}  // namespace
+
+void conv_run_dense(const ConvDesc& d, const ConvPlan& p, const ConvArgs& args) {
+  if (p.parts == 0) return;
+  ArenaLease scratch(p.workspace_bytes());
+  Problem x(d, p, args);
+  if (d.frozen) {
+    x.pack = args.pack;
+  } else {
+    float* const pack = reinterpret_cast<float*>(scratch.data());
+    pack_weights(x, pack, p.threads);
+    x.pack = pack;
+  }
+  parallel(p.threads, [&](int thread, int threads) {
+    char* const own = scratch.data() + p.w_bytes + thread * p.per_thread_bytes();
+    for (i64 i = thread; i < p.parts; i += threads) Part(x, own, i).run();
+  });
+}
+
+i64 conv_pack_size(const ConvDesc& d, const Machine& machine) { return conv_plan(d, machine).group_floats * d.groups; }
+
+void conv_pack(const ConvDesc& d, const Machine& machine, const ConvTensor& w, float* out) {
+  const ConvPlan p = conv_plan(d, machine);
+  ConvArgs args = {};
+  args.w = w;
+  pack_weights(Problem(d, p, args), out, p.threads);
+}
+
+}  // namespace fastdl

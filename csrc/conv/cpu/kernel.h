@@ -1,0 +1,170 @@
+// The microkernels of dense convolution, written once over a vector level L (simd/vec.h).
+#pragma once
+#include "conv/cpu/kernel_args.h"
+#include "gemm/cpu/kernel.h"
+
+namespace fastdl {
+namespace {
+
+// MR rows against NV vectors of a panel that is kPanel vectors wide. kTail: the last vector of C is partial.
+template <class L, int MR, int NV, int kPanel, bool kTail>
+void conv_tile(const ConvTileArgs& t) {
+  constexpr int W = L::width;
+  typename L::V acc[MR][NV];
+  const float* a[MR];
+#pragma GCC unroll 16
+  for (int i = 0; i < MR; ++i) {
+    a[i] = t.rows[i];
+    __builtin_prefetch(t.c + i * t.c_row, 1);
+    if (NV > 1) __builtin_prefetch(t.c + i * t.c_row + t.n - 1, 1);
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) acc[i][v] = L::zero();
+  }
+  const float* b = t.b;
+  for (i64 r = 0; r < t.run_count; ++r) {
+    const i64 begin = t.runs[r], end = begin + t.run;
+    for (i64 k = begin; k < end; ++k) {
+      typename L::V bv[NV];
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) bv[v] = L::load(b + v * W);
+      b += kPanel * W;
+#pragma GCC unroll 16
+      for (int i = 0; i < MR; ++i) {
+        const auto x = L::set1(a[i][k]);
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) acc[i][v] = L::fma(x, bv[v], acc[i][v]);
+      }
+    }
+  }
+  const auto mask = L::first(kTail ? t.n - (NV - 1) * W : W);
+#pragma GCC unroll 16
+  for (int i = 0; i < MR; ++i) {
+    float* c = t.c + i * t.c_row;
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) {
+      auto x = acc[i][v];
+      if (kTail && v == NV - 1) {
+        if (t.accumulate) x = L::add(L::load(c + v * W, mask), x);
+        L::store(c + v * W, x, mask);
+      } else {
+        if (t.accumulate) x = L::add(L::load(c + v * W), x);
+        L::store(c + v * W, x);
+      }
+    }
+  }
+}
+
+// Every tile up to MR x NV vectors: fn[rows - 1][vectors - 1][kTail].
+template <class L, int MR, int NV>
+struct ConvTiles {
+  void (*fn[MR][NV][2])(const ConvTileArgs&) = {};
+
+  constexpr ConvTiles() { rows<MR>(); }
+  template <int M>
+  constexpr void rows() {
+    columns<M, NV>();
+    if constexpr (M > 1) rows<M - 1>();
+  }
+  template <int M, int C>
+  constexpr void columns() {
+    fn[M - 1][C - 1][0] = conv_tile<L, M, C, NV, false>;
+    fn[M - 1][C - 1][1] = conv_tile<L, M, C, NV, true>;
+    if constexpr (C > 1) columns<M, C - 1>();
+  }
+};
+
+template <class L, int MR, int NV>
+void conv_run_tile(const ConvTileArgs& t) {
+  static constexpr ConvTiles<L, MR, NV> table;
+  table.fn[t.m - 1][(t.n + L::width - 1) / L::width - 1][t.n % L::width != 0](t);
+}
+
+// See ConvBandArgs: widened.
+template <class L, class T>
+void conv_band(const ConvBandArgs& t) {
+  constexpr int W = L::width;
+  const T* const src = static_cast<const T*>(t.src);
+  if (t.c_step == 1) {
+    for (i64 p = 0; p < t.pixels; ++p) {
+      const T* s = src + p * t.pixel_step;
+      float* d = t.dst + p * t.row;
+      for (i64 c = 0; c < t.channels; c += W) {
+        const Lanes<L> lanes(t.channels - c);
+        lanes.store(d + c, lanes.load(s + c));
+      }
+    }
+  } else if (t.pixel_step == 1) {  // transpose blocks of W channels x W pixels
+    for (i64 c = 0; c < t.channels; c += W) {
+      const Lanes<L> channels(t.channels - c);
+      for (i64 p = 0; p < t.pixels; p += W) {
+        const Lanes<L> pixels(t.pixels - p);
+        typename L::V r[W];
+#pragma GCC unroll 16
+        for (int i = 0; i < W; ++i) r[i] = i < channels.n ? pixels.load(src + (c + i) * t.c_step + p) : L::zero();
+        L::transpose(r);
+        for (int i = 0; i < pixels.n; ++i) channels.store(t.dst + (p + i) * t.row + c, r[i]);
+      }
+    }
+  } else {
+    for (i64 p = 0; p < t.pixels; ++p)
+      for (i64 c = 0; c < t.channels; ++c) t.dst[p * t.row + c] = widen(src[p * t.pixel_step + c * t.c_step]);
+  }
+}
+
+// See ConvScatterArgs.
+template <class L, class T, Activation kActivation>
+void conv_scatter_with(const ConvScatterArgs& t) {
+  constexpr int W = L::width;
+  const T* const bias = static_cast<const T*>(t.bias);
+  for (i64 i0 = 0; i0 < t.m; i0 += W) {
+    const Lanes<L> rows(t.m - i0);
+    for (i64 j0 = 0; j0 < t.n; j0 += W) {
+      const Lanes<L> columns(t.n - j0);
+      typename L::V r[W];
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) r[i] = i < rows.n ? columns.load(t.sum + (i0 + i) * t.sum_row + j0) : L::zero();
+      L::transpose(r);
+      for (int j = 0; j < columns.n; ++j) {
+        auto x = r[j];
+        if (bias) x = L::add(x, L::set1(widen(bias[(j0 + j) * t.bias_step])));
+        const i64 at = i0 * t.i_step + (j0 + j) * t.j_step;
+        const T* const residual = t.residual ? static_cast<const T*>(t.residual) + at : nullptr;
+        T* const pre = t.pre ? static_cast<T*>(t.pre) + at : nullptr;
+        T* const c = static_cast<T*>(t.c) + at;
+        if (t.i_step == 1) {
+          if (pre) rows.store(pre, x);
+          x = activate<L, kActivation>(x);
+          if (residual) x = L::add(x, rows.load(residual));
+          rows.store(c, x);
+          continue;
+        }
+        T out[W];
+        if (pre) {
+          L::store(out, x);
+          for (int i = 0; i < rows.n; ++i) pre[i * t.i_step] = out[i];
+        }
+        x = activate<L, kActivation>(x);
+        if (residual) {
+          float add[W] = {};
+          for (int i = 0; i < rows.n; ++i) add[i] = widen(residual[i * t.i_step]);
+          x = L::add(x, L::load(add));
+        }
+        L::store(out, x);
+        for (int i = 0; i < rows.n; ++i) c[i * t.i_step] = out[i];
+      }
+    }
+  }
+}
+
+template <class L, class T>
+void conv_scatter(const ConvScatterArgs& t) {
+  with_activation(t.activation, [&](auto tag) { conv_scatter_with<L, T, decltype(tag)::value>(t); });
+}
+
+template <class L, class T, int MR, int NV>
+constexpr ConvFunctions dense_functions() {
+  return {conv_run_tile<L, MR, NV>, conv_band<L, T>, conv_scatter<L, T>};
+}
+
+}  // namespace
+}  // namespace fastdl

@@ -1,0 +1,70 @@
+// What the convolution microkernels are given, and a row of the kernel table. Included by instruction-set units: plain
+// data only.
+#pragma once
+#include "gemm/cpu/kernel_args.h"
+
+namespace fastdl {
+
+// The sums of m output pixels with n output channels: C(i,j) = [C(i,j) +] sum_r sum_k A(i,r,k) * B(r,k,j). Rows of A
+// lie anywhere; a run is what is contiguous in all of them alike: channels, or taps along the width with their
+// channels.
+struct ConvTileArgs {
+  const float* const* rows;  // [m]: A(i,r,k) = rows[i][runs[r] + k], k < run: floats, or pairs of 16 bits
+  const i64* runs;
+  i64 run_count, run;
+  const float* b;  // [run_count][run][nr], filled with zeros behind n
+  float* c;        // C(i,j) = c[i*c_row + j]
+  i64 c_row;
+  int m, n;
+  bool accumulate;
+};
+
+// dst[p*row + c] = src[p*pixel_step + c*c_step] in the form that tiles read, p < pixels, c < channels: float32, or 16
+// bits as they are; an odd last channel is paired with zero. row counts floats.
+struct ConvBandArgs {
+  const void* src;
+  i64 pixel_step, c_step;
+  i64 pixels, channels;
+  float* dst;
+  i64 row;
+};
+
+// As FinishArgs (gemm), to channels that do not lie side by side: C(i,j) = c[i*i_step + j*j_step], likewise residual
+// and pre.
+struct ConvScatterArgs {
+  const float* sum;
+  i64 sum_row;
+  void* c;
+  i64 i_step, j_step;
+  const void* bias;
+  i64 bias_step;
+  const void* residual;
+  void* pre;
+  Activation activation;
+  i64 m, n;
+};
+
+enum class ConvKind : std::uint8_t {
+  kDense,  // forward and dgrad: tiles of output pixels x output channels
+  kWgrad,  // the gradient of the weight
+};
+
+// What a schedule calls; null where its kind has no use for it.
+struct ConvFunctions {
+  void (*tile)(const ConvTileArgs&);
+  void (*band)(const ConvBandArgs&);
+  void (*scatter)(const ConvScatterArgs&);
+};
+
+struct ConvKernel {
+  const char* name;
+  Isa isa;
+  DType dtype;
+  ConvKind kind;
+  int k_unit;  // elements along the summed dimension in a float of a packed operand: 1, or 2 for pairs of 16 bits
+  int mr, nr;
+  i64 kc;  // floats along the summed dimension after which accumulators start afresh
+  const ConvFunctions* functions;
+};
+
+}  // namespace fastdl

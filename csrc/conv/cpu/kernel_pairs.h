@@ -1,0 +1,38 @@
+// Dense convolution for levels that multiply pairs of 16 bits: a float of an operand stands for two channels.
+#pragma once
+#include "conv/cpu/kernel.h"
+#include "gemm/cpu/kernel_pairs.h"
+
+namespace fastdl {
+namespace {
+
+// See ConvBandArgs: 16 bits as they are.
+template <class L>
+void conv_band_pairs(const ConvBandArgs& t) {
+  const bf16* const src = static_cast<const bf16*>(t.src);
+  for (i64 p = 0; p < t.pixels; ++p) {
+    const bf16* s = src + p * t.pixel_step;
+    float* d = t.dst + p * t.row;
+    if (t.c_step == 1) {
+      for (i64 c = 0; c < t.channels; c += 2 * L::width) {
+        const i64 left = t.channels - c;
+        const int n = left < 2 * L::width ? static_cast<int>(left) : 2 * L::width;
+        L::store(d + c / 2, L::pairs(s + c, n), L::first((n + 1) / 2));
+      }
+    } else {
+      for (i64 c = 0; c < t.channels; c += 2) {
+        const bf16 two[2] = {s[c * t.c_step], c + 1 < t.channels ? s[(c + 1) * t.c_step] : bf16{0}};
+        __builtin_memcpy(d + c / 2, two, sizeof two);
+      }
+    }
+  }
+}
+
+// Plain: the level in which fma is what it says, for all that is not a product of pairs.
+template <class L, class Plain, int MR, int NV>
+constexpr ConvFunctions dense_pairs() {
+  return {conv_run_tile<L, MR, NV>, conv_band_pairs<L>, conv_scatter<Plain, bf16>};
+}
+
+}  // namespace
+}  // namespace fastdl

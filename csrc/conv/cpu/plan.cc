@@ -1,0 +1,196 @@
+// Which kernel, which blocks, how many threads. Pure: everything follows from the problem and the machine given.
+#include <algorithm>
+#include <numeric>
+
+#include "base/check.h"
+#include "conv/conv.h"
+#include "gemm/gemm.h"
+
+namespace fastdl {
+namespace {
+
+i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
+i64 round_up(i64 a, i64 b) { return ceil_div(a, b) * b; }
+// The smallest block of a multiple of `unit` that cuts `size` into as many blocks as `limit` would: no short last one.
+i64 even_block(i64 size, i64 limit, i64 unit) {
+  if (size <= limit) return std::max(unit, round_up(size, unit));
+  return round_up(ceil_div(size, ceil_div(size, limit)), unit);
+}
+i64 page(i64 bytes) { return round_up(bytes, 4096); }
+
+// A region costs its team a few microseconds of waking and waiting: below this much work, one thread is faster.
+constexpr double kSerialNanoseconds = 6000;
+
+double serial_nanoseconds(const ConvDesc& d) {
+  double pixels = static_cast<double>(d.N), taps = 1, in = static_cast<double>(d.N);
+  for (int i = 0; i < 3; ++i) {
+    pixels *= static_cast<double>(d.out[i]), taps *= static_cast<double>(d.kernel[i]);
+    in *= static_cast<double>(d.in[i]);
+  }
+  const double c = static_cast<double>(d.C) / static_cast<double>(d.groups), k = static_cast<double>(d.K);
+  return pixels * taps * c * k * 2 / 100 + (pixels * k + in * static_cast<double>(d.C) + taps * c * k) * 4 / 30;
+}
+
+ConvKind kind_of(const ConvDesc& d) { return d.pass == ConvPass::wgrad ? ConvKind::kWgrad : ConvKind::kDense; }
+
+// Positions of the image that n outputs in a row meet.
+i64 extent(const ConvAxis& a, i64 n, bool shared) {
+  return shared ? (n - 1) * a.in_step + (a.taps - 1) * a.tap_step + 1 : n;
+}
+
+// --- dense ---------------------------------------------------------------------------------------------------------
+constexpr i64 kPixels = 512;    // of a part
+constexpr i64 kColumns = 256;   // output channels of a part
+constexpr i64 kChannels = 256;  // of a band
+
+struct Blocks {
+  const ConvDesc& d;
+  ConvPlan& p;
+  ConvAxis axis[3];  // the longest of every phase
+
+  bool share(int dim, i64 n) const {  // taps of a dimension meet the same positions: copy them once
+    const ConvAxis& a = axis[dim];
+    return a.taps > 1 && extent(a, n, true) <= a.taps * n;
+  }
+  i64 pixels() const { return p.planes * p.rows * p.w_block; }
+  i64 band_floats() const {
+    const i64 rows = extent(axis[1], p.rows, p.shared[1]), width = extent(axis[2], p.w_block, p.shared[2]);
+    return p.planes * rows * width * ceil_div(p.c_block, p.kernel->k_unit);
+  }
+  void count_bytes() const {
+    p.band_bytes = page(band_floats() * 4);
+    p.sum_bytes = page(pixels() * p.k_block * 4);
+    p.pointer_bytes = page(pixels() * 8);
+  }
+};
+
+void plan_dense(const ConvDesc& d, const Machine&, ConvPlan* plan) {
+  ConvPlan& p = *plan;
+  const ConvKernel& kernel = *p.kernel;
+  const bool forward = d.pass == ConvPass::forward;
+  const i64 columns = (forward ? d.K : d.C) / d.groups, channels = (forward ? d.C : d.K) / d.groups;
+  Blocks b = {d, p, {}};
+  i64 phases[3];
+  for (int i = 0; i < 3; ++i) {
+    phases[i] = forward ? 1 : d.frozen ? d.stride[i] : std::min(d.stride[i], std::max<i64>(1, d.in[i]));
+    for (i64 s = 0; s < phases[i]; ++s) {
+      const ConvAxis a = conv_axis(d, i, s);
+      if (s == 0) b.axis[i] = a;
+      b.axis[i].count = std::max(b.axis[i].count, a.count), b.axis[i].taps = std::max(b.axis[i].taps, a.taps);
+      b.axis[i].tap_step = std::max(b.axis[i].tap_step, a.tap_step);
+    }
+    b.axis[i].taps = std::max<i64>(1, b.axis[i].taps);
+  }
+
+  // What fixes the order of sums: it must not depend on the number of threads.
+  const i64 height = std::max<i64>(1, b.axis[1].count), width = std::max<i64>(1, b.axis[2].count);
+  const i64 planes = std::max<i64>(1, d.N * b.axis[0].count);
+  p.k_block = even_block(std::max<i64>(1, columns), kColumns, kernel.nr);
+  p.c_block = even_block(std::max<i64>(1, channels), kChannels, kernel.k_unit);  // frozen packs know no sizes
+  p.w_block = even_block(width, kPixels, 1);
+  p.rows = even_block(height, std::max<i64>(1, kPixels / p.w_block), 1);
+  p.planes = p.rows == height ? std::clamp<i64>(kPixels / (p.rows * p.w_block), 1, planes) : 1;
+  p.shared[0] = false;
+  for (int i = 1; i < 3; ++i) p.shared[i] = b.share(i, i == 1 ? p.rows : p.w_block);
+  if (b.axis[2].taps > 1 && !p.shared[2]) p.shared[1] = false;  // see run: a band's weights lie side by side
+  for (b.count_bytes(); p.per_thread_bytes() > kConvThreadBytes; b.count_bytes()) {
+    if (p.planes > 1) {
+      p.planes /= 2;
+    } else if (p.rows > 4) {
+      p.rows /= 2;
+    } else if (p.shared[1]) {
+      p.shared[1] = false;
+    } else if (p.w_block > 64) {
+      p.w_block /= 2;
+    } else if (p.shared[2]) {
+      p.shared[2] = false;
+    } else {
+      p.rows = std::max<i64>(1, p.rows / 2);
+    }
+  }
+
+  i64 floats = 0, part = 0;
+  const i64 panels = ceil_div(columns, kernel.nr);
+  for (i64 i = 0; i < phases[0] * phases[1] * phases[2]; ++i) {
+    ConvPhase x = {};
+    x.axis[0] = conv_axis(d, 0, i / phases[2] / phases[1]);
+    x.axis[1] = conv_axis(d, 1, i / phases[2] % phases[1]);
+    x.axis[2] = conv_axis(d, 2, i % phases[2]);
+    x.steps = x.axis[0].taps * x.axis[1].taps * x.axis[2].taps * ceil_div(channels, kernel.k_unit);
+    x.pack = floats;
+    floats += x.steps * panels * kernel.nr;
+    const i64 all = d.N * x.axis[0].count;
+    x.row_blocks = p.planes > 1 ? ceil_div(all, p.planes) : all * ceil_div(x.axis[1].count, p.rows);
+    x.w_blocks = ceil_div(x.axis[2].count, p.w_block);
+    if (x.axis[1].count == 0) x.row_blocks = 0;
+    x.part = part;
+    part += d.groups * ceil_div(columns, p.k_block) * x.row_blocks * x.w_blocks;
+    p.phases.push_back(x);
+  }
+  p.parts = part;
+  p.group_floats = floats;
+  p.w_bytes = d.frozen ? 0 : page(floats * d.groups * 4);
+}
+
+}  // namespace
+
+ConvAxis conv_axis(const ConvDesc& d, int i, i64 phase) {
+  const i64 s = d.stride[i], dilation = d.dilation[i], kernel = d.kernel[i];
+  if (d.pass != ConvPass::dgrad) return {d.out[i], s, -d.pad[i], kernel, dilation, 1, 0, 0, 1};
+  // Taps t with (phase + pad - t*dilation) divisible by s: every q-th one, if any. The last comes first: it meets the
+  // first position.
+  const i64 g = std::gcd(dilation, s), q = s / g, count = phase < d.in[i] ? (d.in[i] - 1 - phase) / s + 1 : 0;
+  const auto at = [&](i64 t) { return phase + d.pad[i] - t * dilation; };
+  for (i64 t = 0; t < std::min(kernel, q); ++t) {
+    if (at(t) % s != 0) continue;
+    const i64 taps = (kernel - 1 - t) / q + 1, last = t + (taps - 1) * q;
+    return {count, 1, at(last) / s, taps, dilation / g, s, phase, last, -q};
+  }
+  return {count, 1, 0, 0, 1, s, phase, 0, 1};
+}
+
+ConvPlan conv_plan(const ConvDesc& d, const Machine& machine, const ConvKernel* forced) {
+  ConvPlan p = {};
+  p.kernel = forced;
+  p.why = "forced";
+  if (!forced) {
+    for (const ConvKernel& k : conv_kernels())
+      if (!p.kernel && k.isa <= machine.isa && k.dtype == d.dtype && k.kind == kind_of(d)) p.kernel = &k;
+    p.why = "the level's own for this pass and dtype";
+  }
+  const ConvKernel& kernel = *p.kernel;
+  if (kernel.dtype != d.dtype || kernel.kind != kind_of(d))
+    fail("fastdl.conv: kernel '", kernel.name, "': expected ", dtype_name(kernel.dtype), " and another pass, got ",
+         dtype_name(d.dtype), " ", conv_pass_name(d.pass));
+  p.threads = serial_nanoseconds(d) < kSerialNanoseconds ? 1 : std::max(1, machine.threads);
+  if (kernel.kind == ConvKind::kDense) plan_dense(d, machine, &p);
+  return p;
+}
+
+std::vector<std::string> conv_candidates(const ConvDesc& d, const Machine& machine, const ConvPlan& chosen) {
+  std::vector<std::string> lost;
+  for (const ConvKernel& k : conv_kernels()) {
+    if (&k == chosen.kernel || k.dtype != d.dtype) continue;
+    std::string reason = chosen.why;
+    if (k.isa > machine.isa) {
+      reason = concat("needs ", isa_name(k.isa));
+    } else if (k.kind != chosen.kernel->kind) {
+      reason = "another pass";
+    }
+    lost.push_back(concat(k.name, ": ", reason));
+  }
+  return lost;
+}
+
+std::string describe(const ConvDesc& d, const ConvPlan& p) {
+  const auto three = [](const i64* x) { return concat(x[0], "x", x[1], "x", x[2]); };
+  return concat("conv ", conv_pass_name(d.pass), " ", dtype_name(d.dtype), d.channels_last ? " NHWC" : " NCHW",
+                " N=", d.N, " C=", d.C, " K=", d.K, " groups=", d.groups, " in=", three(d.in), " out=", three(d.out),
+                " kernel=", three(d.kernel), " stride=", three(d.stride), " pad=", three(d.pad),
+                " dilation=", three(d.dilation), d.frozen ? " frozen" : "", " -> ", p.kernel->name,
+                " c_block=", p.c_block, " k_block=", p.k_block, " planes=", p.planes, " rows=", p.rows,
+                " w_block=", p.w_block, " phases=", p.phases.size(), " threads=", p.threads,
+                " workspace=", p.workspace_bytes(), "B: ", p.why);
+}
+
+}  // namespace fastdl
