@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 import torch
 from torch import fx, nn
@@ -71,8 +72,7 @@ def _pairs(module: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
         yield from _in_graph(module, graph)
         return
     if type(module) is nn.Sequential:
-        layers = list(module)
-        yield from zip(layers, layers[1:], strict=False)
+        yield from pairwise(module)
     for child in dict.fromkeys(module.children()):
         yield from _pairs(child)
 

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from torch import nn
 
+from fastdl.fold import fold, unfold
 from fastdl.nn import (
     GRU,
     LSTM,
@@ -28,7 +29,6 @@ from fastdl.nn import (
     TransformerDecoderLayer,
     TransformerEncoderLayer,
 )
-from fastdl.fold import fold, unfold
 from fastdl.nn.folded import FOLDED
 from fastdl.nn.swapped import Swapped
 

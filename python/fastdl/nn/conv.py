@@ -12,13 +12,13 @@ from torch.nn.modules import conv as stock
 
 from fastdl.nn.swapped import Swapped
 from fastdl.ops.conv import convolve
-from fastdl.ops.conv_packed import CAN_PACK, PackedConv, Packing, pack_bytes
+from fastdl.ops.conv_packed import PackedConv, Packing, pack_bytes
+from fastdl.ops.conv_shapes import geometry
 
 
 class _Scripted(Swapped):
     """torch.jit.script compiles a layer of the stock class with the same parameters; it also leaves it in the model."""
 
-    unpackable = None if CAN_PACK else "weights of convolutions are packed anew on every call"
     _op: ClassVar[str]
     _fold = None  # a folded.Pair; not annotated, since the script compiler reads annotations
 
@@ -28,7 +28,11 @@ class _Scripted(Swapped):
         return twin
 
     def _packing(self) -> Packing:
-        return Packing(self.transposed, tuple(self.stride), tuple(self.dilation), self.groups)
+        where = (self.stride, self.padding, self.output_padding, self.dilation, self.groups, self.transposed)
+        if self.padding_mode != "zeros":
+            where = (where[0], 0, *where[2:])
+        g = geometry(self._op, self.kernel_size, *where)
+        return Packing(g.transposed, g.stride, g.padding, g.dilation, g.groups)
 
     def pack_size(self) -> int:
         """Bytes of the pack of this layer."""

@@ -1,6 +1,6 @@
 """conv and conv_transpose in 1, 2 and 3 dimensions, forward and backward.
 
-    conv            y(n,k,o) = sum_{c,t} w(k,c,t) x(n, g*C/G + c, o*stride - padding + t*dilation) + b(k), x being 0 outside
+    conv            y(n,k,o) = sum_{c,t} w(k,c,t) x(n, g*C/G + c, o*stride - padding + t*dilation) + b(k), 0 outside x
     conv_transpose  x and y change places: it computes what the gradient of x is in the other
 
 With an epilogue, out = activation(y) + residual. The gradient of x is the other of the two, that of w is conv_wgrad
@@ -62,7 +62,7 @@ def conv2d(
 ) -> Tensor:
     """`torch.nn.functional.conv2d`, and what often follows it: y = activation(conv(x, w) + b) + residual, in one pass.
 
-    input [N, C, H, W] or [C, H, W], weight [K, C/groups, kH, kW], bias [K] or None; any strides, nothing is copied whole.
+    input [N, C, H, W] or [C, H, W], weight [K, C/groups, kH, kW], bias [K] or None; any strides.
     The result is channels_last where torch's would be: where input or weight are. float32, bfloat16 and float16 on
     the CPU run fastdl's kernels, which sum in float32 and round once; float64 runs the reference; every other call
     is handed to torch and recorded with the reason. torch.autocast casts as in torch.
@@ -210,7 +210,7 @@ def convolve(
     unbatched = input.ndim < weight.ndim
     if unbatched:
         input, residual = input.unsqueeze(0), residual if residual is None else residual.unsqueeze(0)
-    if not is_compiling() and _is_plain_call(input, weight, bias, residual):
+    if not is_compiling() and _is_plain_call(input, weight, bias, residual) and not _reaches_beyond(g):
         constants = (*g, activation, shapes.channels_last(input, weight))
         if torch.is_grad_enabled() and (
             input.requires_grad
@@ -230,6 +230,11 @@ def convolve(
             residual = residual.view_as(residual)
         out = call(operation, input, weight, bias, residual, constants=(*g, activation, last, packed))
     return out.squeeze(0) if unbatched else out
+
+
+def _reaches_beyond(g: Geometry) -> bool:
+    """Whether a transposed convolution has results, behind the others, that nothing but the bias goes into."""
+    return g.transposed and any(x - p >= s for x, p, s in zip(g.extra, g.padding, g.stride, strict=True))
 
 
 def _is_plain_call(input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> bool:
@@ -473,8 +478,9 @@ def _torchs(op: str, input: Tensor, weight: Tensor, bias: Any, residual: Any, *c
 def _unsupported(
     op: str, input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, *constants: Any
 ) -> str | None:
-    shapes.require_fit(op, input, weight, bias, residual, Geometry(*constants[:6]))
-    return None
+    g = Geometry(*constants[:6])
+    shapes.require_fit(op, input, weight, bias, residual, g)
+    return "output_padding of at least the stride" if _reaches_beyond(g) and input.dtype != torch.float64 else None
 
 
 def _dtype(x: Tensor) -> str:

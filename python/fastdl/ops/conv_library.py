@@ -1,7 +1,7 @@
 """torch.ops.fastdl.conv, conv_wgrad: schemas, CPU implementations, fakes, vmap rules and FLOP counts.
 
-No autograd here: the autograd.Function stands outside the operation (`ops/conv.py`). Each layout is an argument, so that
-it cannot depend on what a compiler makes of the strides of the operands.
+No autograd here: the autograd.Function stands outside the operation (`ops/conv.py`). Layouts are arguments, so that
+they cannot depend on what a compiler makes of the strides of the operands.
 """
 
 from __future__ import annotations

@@ -11,8 +11,6 @@ from torch import Tensor
 
 from fastdl import _C
 
-CAN_PACK = hasattr(_C, "conv_pack")
-
 
 @dataclass(frozen=True)
 class Packing:
@@ -20,20 +18,27 @@ class Packing:
 
     transposed: bool
     stride: tuple[int, ...]
+    padding: tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int
 
     def _arguments(self) -> dict[str, Any]:
-        return {"stride": self.stride, "dilation": self.dilation, "groups": self.groups}
+        return {"stride": self.stride, "padding": self.padding, "dilation": self.dilation, "groups": self.groups}
 
     @property
-    def direction(self) -> str:
-        """The pass of the native functions."""
+    def _pass(self) -> str:
         return "dgrad" if self.transposed else "forward"
+
+    def numel(self, weight: Tensor) -> int:
+        """Elements of the pack, float32 whatever the dtype of the weight."""
+        dtype = str(weight.dtype).removeprefix("torch.")
+        return _C.conv_pack_numel(self._pass, tuple(weight.shape), **self._arguments(), dtype=dtype)
 
     def pack(self, weight: Tensor) -> Tensor:
         """weight, plain and of one of KERNEL_DTYPES, in that order."""
-        return _C.conv_pack(self.direction, weight.detach().resolve_neg(), **self._arguments())
+        packed = torch.empty(self.numel(weight), dtype=torch.float32, device="cpu")
+        _C.conv_pack(packed, self._pass, weight.detach().resolve_neg(), **self._arguments())
+        return packed
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,4 +70,4 @@ class PackedConv:
 
 def pack_bytes(weight: Tensor, packing: Packing) -> int:
     """Bytes that the pack of a weight takes."""
-    return _C.conv_pack_bytes(packing.direction, weight.detach().resolve_neg(), **packing._arguments())
+    return 4 * packing.numel(weight)

@@ -86,7 +86,7 @@ def _geometry(
     n = len(kernel)
     stride, dilation = _numbers(op, "stride", stride, n), _numbers(op, "dilation", dilation, n)
     (groups,) = _numbers(op, "groups", groups, 1)
-    _require_range(op, "stride", stride, 1, 2**62)
+    _require_range(op, "stride", stride, 1, 2**59)
     _require_range(op, "dilation", dilation, 1, _MOST)
     _require_range(op, "groups", (groups,), 1, _MOST)
     extra = _numbers(op, "output_padding", output_padding, n)
