@@ -70,7 +70,7 @@ class _Folded(Swapped):
     def drop_pack(self) -> None:
         """The pack is the convolution's, and holds what was made of this layer's values."""
         if self._fold is not None:
-            self._fold.conv.drop_pack()
+            self._fold.conv.__dict__.pop("_pack", None)  # it may be of its stock class by now
 
     def __prepare_scriptable__(self) -> Any:
         twin = self.__copy__()
