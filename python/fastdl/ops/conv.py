@@ -202,7 +202,8 @@ def convolve(
     if activation is not None and activation not in reference.ACTIVATIONS:
         known = ", ".join(map(repr, reference.ACTIVATIONS))
         raise RuntimeError(f"fastdl.{op}: argument 'activation': expected None, {known}, got {activation!r}")
-    if not isinstance(input, Tensor) or not isinstance(weight, Tensor) or input.is_nested or weight.is_nested:
+    tensors = isinstance(input, Tensor) and isinstance(weight, Tensor)
+    if not tensors or input.is_nested or weight.is_nested or (not is_compiling() and torch._C._is_tracing()):
         arguments = (stride, padding, output_padding, groups, dilation)
         return _foreign(op, input, weight, bias, residual, arguments, activation)
     shapes.require_rank(op, int(op[-2]), input, weight)
@@ -255,7 +256,7 @@ def _is_plain_call(input: Tensor, weight: Tensor, bias: Tensor | None, residual:
 def _foreign(
     op: str, input: Any, weight: Any, bias: Any, residual: Any, arguments: tuple[Any, ...], activation: str | None
 ) -> Any:
-    """What is no tensor whose shape can be asked: TypeError, or torch's, which may know it (a torch.fx proxy, say)."""
+    """Where no shape can be asked: TypeError, or torch's own, which may know what it is (a torch.fx proxy, say)."""
     given = {"input": input, "weight": weight, "bias": bias, "residual": residual}
     reason = handback_reason(op, {k: x for k, x in given.items() if x is not None or k in ("input", "weight")})
     calls.handback(op, reason or "input is unknown to fastdl")
