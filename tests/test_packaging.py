@@ -88,7 +88,7 @@ def test_stub_dictionaries_have_the_keys_of_the_module():
 def test_typed_and_data_files_are_installed():
     assert (PACKAGE / "py.typed").is_file()
     assert (PACKAGE / "_C.pyi").is_file()
-    for operation in ("gemm", "attention", "rnn"):
+    for operation in ("gemm", "attention", "rnn", "conv"):
         assert (PACKAGE / "bench" / "shapes" / f"{operation}.toml").is_file()
 
 

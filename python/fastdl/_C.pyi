@@ -6,7 +6,7 @@ float32), device (cpu) and overlap itself, raises
 expected and got, and releases the GIL while it computes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypedDict
 
 from torch import Tensor
@@ -362,3 +362,104 @@ def rnn_plan(
 ) -> dict[str, Any]:
     """The plan for these sizes (P > 0: projected), on any level: kernel, product, direct (W_hh read in place, or None),
     units, row_block, threads, workspace_bytes, why, candidates."""
+
+# --- convolution: x [N, C, ...], y [N, K, ...], w [K, C/groups, ...] with 1 to 3 spatial dimensions ----------------
+def conv(
+    y: Tensor,
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int = 1,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    pre: Tensor | None = None,
+    pack: Tensor | None = None,
+    kernel: str = "",
+    threads: int = 0,
+) -> None:
+    """y = activation(z) + residual, z(n,k,o) = sum_{c,t} w(k,c,t) x(n, c, o*stride - padding + t*dilation) + bias(k).
+
+    x and w have any strides; y, with residual and pre in the same layout, a unit one in the channels or the last
+    dimension. padding is that before each dimension; the one behind follows from y. pre, if any, gets z; pack, from
+    conv_pack, is read in place of w.
+    """
+
+def conv_dgrad(
+    dx: Tensor,
+    dy: Tensor,
+    w: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int = 1,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    pre: Tensor | None = None,
+    pack: Tensor | None = None,
+    kernel: str = "",
+    threads: int = 0,
+) -> None:
+    """dx, the gradient of x from that of y; with bias [C] and the rest, a transposed convolution of dy."""
+
+def conv_wgrad(
+    dw: Tensor,
+    dy: Tensor,
+    x: Tensor,
+    *,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int = 1,
+    dbias: Tensor | None = None,
+    kernel: str = "",
+    threads: int = 0,
+) -> None:
+    """dw, the gradient of w; dbias [K], if any, gets the sums of dy."""
+
+def conv_plan(
+    pass_: str,
+    x_shape: Sequence[int],
+    w_shape: Sequence[int],
+    y_shape: Sequence[int],
+    *,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int = 1,
+    dtype: str = "float32",
+    channels_last: bool = True,
+    isa: str = "",
+    threads: int = 0,
+    kernel: str = "",
+    frozen: bool = False,
+) -> dict[str, Any]:
+    """The plan for these shapes on any level, pass_ "forward", "dgrad" or "wgrad": kernel, schedule, why, ..."""
+
+def conv_pack_numel(
+    pass_: str,
+    w_shape: Sequence[int],
+    *,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int = 1,
+    dtype: str = "float32",
+) -> int: ...
+def conv_pack(
+    out: Tensor,
+    pass_: str,
+    w: Tensor,
+    *,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int = 1,
+    threads: int = 0,
+) -> None:
+    """Write w in the order that pass_ "forward" or "dgrad" reads on this machine into out[conv_pack_numel(...)]."""

@@ -145,7 +145,15 @@ def _layer_rows(fqn: str, module: nn.Module, watched: _Watched | None, runner: s
         status = "forward overridden" if reason == FORWARD_OVERRIDDEN else "not swapped"
         reason = reason or "optimize() was not applied to it, or filter_fn kept it"
         return [Row(fqn, name, status, "torch", "", dtype, reason, entered)]
-    if reason is None and not isinstance(module, module.stock_class):
+    pair = getattr(module, "_fold", None)
+    if pair is not None and module is pair.norm:
+        why = pair.obstacle()
+        status = ("torch", "torch", f"not folded into {pair.conv_name} now: {why}")
+        status = status if why else ("fastdl", f"in {pair.conv_name}", f"folded into {pair.conv_name}")
+        return [Row(fqn, name, status[0], status[1], "", dtype, status[2], entered)]
+    if pair is not None and pair.holds():
+        note = "; ".join(filter(None, (reason, f"with {pair.norm_name} folded in")))
+    elif reason is None and not isinstance(module, module.stock_class):
         stock = module.stock_class.__name__
         note = f"isinstance(module, torch.nn.{stock}) is False while swapped: what looks for that passes it by"
     else:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
 from fastdl.nn.swapped import Swapped
-from fastdl.ops.packed import PackedWeight, pack_bytes
 from fastdl.ops.plain import KERNEL_DTYPES, is_plain
 from fastdl.optimize import REGISTRY, derived_reason, named_layers
 
@@ -39,7 +38,7 @@ def freeze(model: Model, max_bytes: int | None = None) -> Model:
         raise TypeError(f"fastdl.freeze: argument 'model': expected a torch.nn.Module, got {type(model).__name__}")
     if max_bytes is not None and max_bytes < 0:
         raise ValueError(f"fastdl.freeze: argument 'max_bytes': expected None or at least 0, got {max_bytes}")
-    packs: dict[int, PackedWeight] = {}  # by identity of the weight: tied layers share one
+    packs: dict[Any, Any] = {}  # by identity of the weight: tied layers share one
     left: list[str] = []
     frozen = spent = 0
     full = False
@@ -48,17 +47,17 @@ def freeze(model: Model, max_bytes: int | None = None) -> Model:
         if isinstance(module, Swapped) and module.packed_weight is None:
             continue  # the layers inside have the weights
         reason = _unpackable(module)
-        weight = None if reason is not None else getattr(module, module.packed_weight)
-        if reason is None and id(weight) not in packs:
-            size = pack_bytes(weight)
+        key = None if reason is not None else module.pack_key()
+        if reason is None and key not in packs:
+            size = module.pack_size()
             full = full or (max_bytes is not None and spent + size > max_bytes)
             if full:
                 reason = f"its pack of {size} bytes does not fit max_bytes={max_bytes} with {spent} spent before it"
             else:
-                packs[id(weight)] = PackedWeight.of(weight, fqn)
+                packs[key] = module.make_pack(fqn)
                 spent += size
         if reason is None:
-            module._pack = packs[id(weight)]
+            module._pack = packs[key]
             frozen += 1
         elif isinstance(module, Swapped):
             left.append(f"{fqn}: {reason}")

@@ -9,10 +9,17 @@ from typing import TypeVar
 
 from torch import nn
 
+from fastdl.fold import fold, unfold
 from fastdl.nn import (
     GRU,
     LSTM,
     RNN,
+    Conv1d,
+    Conv2d,
+    Conv3d,
+    ConvTranspose1d,
+    ConvTranspose2d,
+    ConvTranspose3d,
     GRUCell,
     Linear,
     LSTMCell,
@@ -22,6 +29,7 @@ from fastdl.nn import (
     TransformerDecoderLayer,
     TransformerEncoderLayer,
 )
+from fastdl.nn.folded import FOLDED
 from fastdl.nn.swapped import Swapped
 
 FORWARD_OVERRIDDEN = "forward overridden on the instance: the class is called only if that calls it"
@@ -35,6 +43,12 @@ REGISTRY: dict[type[nn.Module], type[Swapped]] = {
     for cls in (
         Linear,
         NonDynamicallyQuantizableLinear,
+        Conv1d,
+        Conv2d,
+        Conv3d,
+        ConvTranspose1d,
+        ConvTranspose2d,
+        ConvTranspose3d,
         MultiheadAttention,
         TransformerEncoderLayer,
         TransformerDecoderLayer,
@@ -48,7 +62,13 @@ REGISTRY: dict[type[nn.Module], type[Swapped]] = {
 }
 
 
-def optimize(model: Model, *, filter_fn: Callable[[nn.Module, str], bool] | None = None, strict: bool = False) -> Model:
+def optimize(
+    model: Model,
+    *,
+    filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    strict: bool = False,
+    fold_batchnorm: bool = False,
+) -> Model:
     """Set the class of every known layer of `model` to its fastdl counterpart, in place, and return `model`.
 
     Parameters, buffers, hooks, names, state dicts and optimizers stay what they are. Known are exact types only; a
@@ -59,6 +79,11 @@ def optimize(model: Model, *, filter_fn: Callable[[nn.Module, str], bool] | None
         model: any module; itself swapped when it is a known layer.
         filter_fn: `filter_fn(module, fqn) -> bool`, asked for each layer that could be swapped; False leaves it.
         strict: RuntimeError, with `model` untouched, naming every layer that could not be swapped and the reason.
+        fold_batchnorm: in eval mode, have each convolution do the work of the batch norm that takes its result, where
+            torch.fx or an nn.Sequential shows that nothing else does. Parameters and buffers stay untouched, training
+            mode computes the two apart, and `explain` names the pairs. The folded weight is made on each call, once
+            after `freeze`. Copies and pickles are not folded. Before changing how the model calls these layers,
+            `restore` it. filter_fn is asked for each batch norm, too.
 
     Warns:
         UserWarning when `model` ends up without any fastdl layer.
@@ -81,6 +106,8 @@ def optimize(model: Model, *, filter_fn: Callable[[nn.Module, str], bool] | None
         raise RuntimeError("fastdl.optimize: strict=True, and these layers cannot be swapped:\n  " + "\n  ".join(left))
     for module in swaps:
         module.__class__ = REGISTRY[type(module)]
+    if fold_batchnorm:
+        fold(model, filter_fn)
     if not swaps and not present:
         found = "; left alone: " + ", ".join(left) if left else ""
         warnings.warn(f"fastdl.optimize: nothing was swapped in {type(model).__name__}{found}", stacklevel=2)
@@ -107,8 +134,9 @@ def restore(model: Model) -> Model:
         raise TypeError(f"fastdl.restore: argument 'model': expected a torch.nn.Module, got {type(model).__name__}")
     left: list[str] = []
     for fqn, module in named_layers(model):
-        if type(module) in REGISTRY.values():
+        if type(module) in REGISTRY.values() or type(module) in FOLDED.values():
             module.drop_pack()
+            unfold(module)
             module.__class__ = type(module).stock_class
         elif isinstance(module, Swapped):
             left.append(f"{fqn} ({type(module).__name__}): {derived_reason(module)}")

@@ -43,6 +43,12 @@ def gemm_reference(a: Tensor, b: Tensor, bias: Tensor | None = None, initial: Te
     return GemmReference(expected, scale, depth)
 
 
+def sum_reference(run: Callable[..., Tensor], operands: Sequence[Tensor | None], depth: int) -> GemmReference:
+    """Float64 reference of any sums of products, run(*operands), of at most `depth` terms each: a convolution, say."""
+    doubles = [None if x is None else x.detach().double() for x in operands]
+    return GemmReference(run(*doubles), run(*(None if x is None else x.abs() for x in doubles)), depth)
+
+
 # --- error measures -----------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class ErrorMeasures:

@@ -18,8 +18,8 @@ The document (`schema` 1):
         warm, cold, idle   null (not measured, or the check failed) or
             fastdl, torch  {ms, q1_ms, q3_ms, rounds, inner}: median and quartiles of a call
             speedup, speedup_q1, speedup_q3    torch's time / fastdl's, over paired rounds
-        parts          {"existing output" | "forward only" | "without mask": null or as `warm`}; "without mask" compares
-                       fastdl with a mask (as "fastdl") with fastdl without one (as "torch")
+        parts          {"existing output" | "forward only" | "contiguous" | "channels_last" | "without mask": null or as
+                       `warm`}; "without mask" compares fastdl with one ("fastdl") with fastdl without one ("torch")
         gflops, gbytes fastdl's rates, warm, in 1e9 a second; bytes are the operands and the result once
         fma_percent    of the FMA peak measured beside the row
         read_percent   of the read bandwidth of `memory`, the fastest level that holds the operands and the result

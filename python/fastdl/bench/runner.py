@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fastdl import _C
-from fastdl.bench import attention, gemm, rnn
+from fastdl.bench import attention, conv, gemm, rnn
 from fastdl.bench.harness import Stopwatch, geometric_mean, measure_case
 from fastdl.bench.host import Peaks
 from fastdl.bench.settings import Settings
@@ -19,7 +19,7 @@ from fastdl.bench.shapes import Shape, load
 from fastdl.machine import OtherLoad, describe
 
 SCHEMA = 1
-OPERATIONS = {"gemm": gemm, "attention": attention, "rnn": rnn}
+OPERATIONS = {"gemm": gemm, "attention": attention, "rnn": rnn, "conv": conv}
 
 Progress = Callable[[int, int, str], None]
 """Called with (rows done, rows in all, name of the next row)."""

@@ -15,6 +15,7 @@ else:
 
 
 _UNSAID = {"batch": 1, "layers": 1, "directions": 1, "proj": 0}  # what a name leaves out
+_UNSAID |= {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,17 @@ def _rnn(row: dict[str, Any]) -> list[Shape]:
     return shapes
 
 
-_EXPAND = {"gemm": _gemm, "attention": _attention, "rnn": _rnn}
+def _conv(row: dict[str, Any]) -> list[Shape]:
+    head = (row["model"], row["layer"], tuple(row["families"]), tuple(row.get("tags", ())))
+    sizes = {f"in{i}": n for i, n in enumerate(row["size"])} | {"K": row["K"]}
+    sizes |= {f"k{i}": n for i, n in enumerate(row["kernel"])}
+    options = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+    sizes |= {name: row.get(name, default) for name, default in options.items()}
+    batches = row["N"] if isinstance(row["N"], list) else [row["N"]]
+    return [Shape(*head, {"N": N, "C": row["C"]} | sizes) for N in batches]
+
+
+_EXPAND = {"gemm": _gemm, "attention": _attention, "rnn": _rnn, "conv": _conv}
 
 
 @cache
@@ -91,7 +102,7 @@ def _load(operation: str) -> tuple[Shape, ...]:
 
 
 def load(operation: str, family: str = "", tag: str = "") -> list[Shape]:
-    """Shapes of an operation ("gemm", "attention", "rnn") in file order, all or those of one family and with one tag.
+    """Shapes of an operation ("gemm", "conv", ...) in file order, all or those of one family and with one tag.
 
     Raises ValueError for an operation without shapes.
     """

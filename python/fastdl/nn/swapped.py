@@ -11,6 +11,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from fastdl.ops.packed import PackedWeight, pack_bytes
+
 
 def method_named(name: str, function: types.FunctionType) -> types.FunctionType:
     """A copy of a stock class's method under another name: the script compiler goes by names, and takes each once."""
@@ -31,11 +33,23 @@ class Swapped:
     stock_class: ClassVar[type[torch.nn.Module]]  # what `restore` and pickles turn an instance into
     packed_weight: ClassVar[str | None] = "weight"  # the parameter that `freeze` packs; None: the layer has none itself
     unpackable: ClassVar[str | None] = None  # why `freeze` cannot pack that parameter
-    _pack = None  # a PackedWeight, set by `freeze`; not annotated, since the script compiler reads annotations
+    _pack = None  # what make_pack gives, set by `freeze`; not annotated, since the script compiler reads annotations
 
     def drop_pack(self) -> None:
         """Read the weight itself again from now on."""
         self.__dict__.pop("_pack", None)
+
+    def pack_size(self) -> int:
+        """Bytes of the pack of this layer."""
+        return pack_bytes(getattr(self, self.packed_weight))
+
+    def pack_key(self) -> Any:
+        """Layers of equal keys share a pack: by identity of the weight."""
+        return id(getattr(self, self.packed_weight))
+
+    def make_pack(self, name: str) -> Any:
+        """The pack of this layer, for the weight as it is; name: for messages."""
+        return PackedWeight.of(getattr(self, self.packed_weight), name)
 
     def __reduce_ex__(self, protocol: int) -> Any:
         # Whole-model pickles must load where fastdl is not installed. Subclasses (parametrised, FSDP2, the user's
@@ -62,7 +76,7 @@ class Swapped:
 
     def _attributes(self) -> dict[str, Any]:
         """What a stock instance would hold."""
-        return {name: value for name, value in self.__dict__.items() if name != "_pack"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_pack", "_fold")}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         self.drop_pack()

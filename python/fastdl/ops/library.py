@@ -18,13 +18,15 @@ def register(
     vmap: Callable[..., Any],
     flops: Callable[..., int] | None,
     raw_flops: bool = False,
+    exact_strides: bool = False,
 ) -> None:
     """Define torch.ops.fastdl.<name> by its schema, CPU implementation, fake, vmap rule and FLOP count.
 
-    `flops` gets the shapes of the tensors, with `raw_flops` the tensors themselves.
+    `flops` gets the shapes of the tensors, with `raw_flops` the tensors themselves. exact_strides: Inductor is to keep
+    the layouts that eager tensors had; without it, it need not, since the kernels take any strides.
     """
-    # The kernels take any strides, so Inductor need not restore the layouts that eager tensors had.
-    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
+    layout = torch.Tag.needs_exact_strides if exact_strides else torch.Tag.flexible_layout
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, layout))
     name = schema.partition("(")[0]
     _library.impl(name, native, "CPU")
     torch.library.register_fake(f"fastdl::{name}", fake, lib=_library)
