@@ -109,7 +109,9 @@ struct Head {
   }
   const void* k_row(i64 j) const { return at(args.k, offset(d.k, batch, kv, span.k_begin + j), d.dtype); }
   const void* v_row(i64 j) const { return at(args.v, offset(d.v, batch, kv, span.k_begin + j), d.dtype); }
-  const float* lse() const { return args.lse + (batch * d.H + head) * (d.sequences ? d.total_q : d.Lq) + span.q_begin; }
+  const float* lse() const {
+    return args.lse + 2 * ((batch * d.H + head) * (d.sequences ? d.total_q : d.Lq) + span.q_begin);
+  }
 
   // Rows as A: in place, else packed to `out`, [strip][steps][m].
   Operand strip_operand(const void* rows, const AttentionStrides& step, i64 depth, float* out) const {
@@ -181,7 +183,7 @@ struct Head {
     x.scores = softmax_args(d, args, span, sequence, head, begin, key, n);
     x.scores.s_row = s_row, x.scores.m = m;
     x.scores.begin = static_cast<int>(columns.begin / nr * nr), x.scores.end = static_cast<int>(columns.end);
-    x.lse = lse() + begin, x.delta = scratch.delta + begin, x.factor = dropout_factor(d);
+    x.lse = lse() + 2 * begin, x.delta = scratch.delta + begin, x.factor = dropout_factor(d);
     x.stop = static_cast<int>(round_up(n, 16));
     return x;
   }
