@@ -445,9 +445,8 @@ def test_scratch_is_linear_in_the_lengths(row):
         own += 2 * buffer(rows_ * (wide + 16)) + buffer(L)
         own += 2 * buffer(row["mr"] * (wide + 16)) if unit == 2 else 0
         shared = -(-p["chunks"] * H * L * dp * 4 // 4096) * 4096 if p["chunks"] > 1 else 0
-        if dtype != torch.float32:
-            keys = min(p["chunk"], panel[L]) if (H, Hkv) != (4, 4) else wide
-            own += buffer(0 if p["chunks"] > 1 else L * dp) + buffer(keys * dp) + buffer(keys * dvp)
+        keys = min(p["chunk"], panel[L]) if (H, Hkv) != (4, 4) else wide
+        own += buffer(0 if p["chunks"] > 1 else L * dp) + buffer(keys * dp) + buffer(keys * dvp)
         assert p["workspace_bytes"] == shared + 2 * own
     assert plan(32768, D=32, H=1)["workspace_bytes"] <= 2.01 * plan(16384, D=32, H=1)["workspace_bytes"]
 

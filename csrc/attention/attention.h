@@ -85,7 +85,11 @@ struct AttentionSpan {
   i64 q_begin, k_begin, Lq, Lk;
   i64 offset;  // the corner that j - i counts from: seen where lo <= j - i - offset <= hi
 };
+
 AttentionSpan attention_span(const AttentionDesc& desc, const AttentionArgs& args, i64 sequence);
+
+// Before rows of a result [batch, heads, rows, depth] are written: see advise_huge_pages.
+void advise_result(void* data, const AttentionStrides& step, i64 batch, i64 heads, i64 rows, i64 depth, DType dtype);
 
 AttentionPlan attention_plan(const AttentionDesc& desc, const Machine& machine,
                              const AttentionKernel* forced = nullptr);
