@@ -186,7 +186,7 @@ def test_reference_is_torchs_math():
     expected = F.scaled_dot_product_attention(*args, mask, scale=0.4, enable_gqa=True)
     torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
     scores = 0.4 * args[0] @ args[1].repeat_interleave(2, 1).mT + mask
-    torch.testing.assert_close(lse, scores.logsumexp(-1), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(lse.sum(-1), scores.logsumexp(-1), rtol=1e-10, atol=1e-10)
     grads = torch.autograd.grad(expected.sum(), args)
     written_out = reference.attention_backward(torch.ones_like(out), *args, mask, None, None, None, Options(0.4))
     torch.testing.assert_close(written_out[:3], grads, rtol=1e-10, atol=1e-10)
@@ -501,7 +501,6 @@ def test_masks_of_the_lowest_number_are_no_holes():
         against_reference(qkv(dtype=dtype), mask, dtype)
 
 
-@pytest.mark.xfail(strict=True, reason="beside a log-sum-exp of 1e38 float32 loses log n: P is 1 instead of 1/n")
 def test_gradients_of_rows_of_the_lowest_number():
     args = qkv()
     mask = torch.full((5, 7), torch.finfo(torch.float32).min)

@@ -48,7 +48,7 @@ def operands(dtype, B=1, H=2, Hkv=None, Lq=5, Lk=7, D=8, Dv=None):
 
 def forward(query, key, value, mask=None, **options):
     out = torch.empty(*query.shape[:3], value.shape[3], dtype=query.dtype)
-    lse = torch.empty(query.shape[:3])
+    lse = torch.empty(*query.shape[:3], 2)
     _C.attention(out, lse, query, key, value, mask, **options)
     return out, lse
 
@@ -394,7 +394,7 @@ def test_sizes_of_zero(row):
     dtype, name = DTYPES[row["dtype"]], row["name"]
     for B, H, Hkv, Lq, Lk in ((0, 2, 1, 4, 5), (1, 0, 0, 4, 5), (1, 0, 2, 4, 5), (1, 2, 1, 0, 5), (1, 2, 1, 4, 0)):
         q, k, v, do = operands(dtype, B, H, Hkv, Lq, Lk)
-        out, lse = torch.zeros_like(do), torch.full((B, H, Lq), -math.inf)
+        out, lse = torch.zeros_like(do), torch.full((B, H, Lq, 2), -math.inf)
         grads = [torch.full_like(x, math.nan) for x in (q, k, v)]
         _C.attention_backward(*grads, None, do, q, k, v, out, lse, scale=1.0, kernel=name)
         assert all((g == 0).all() for g in grads)
@@ -445,9 +445,8 @@ def test_scratch_is_linear_in_the_lengths(row):
         own += 2 * buffer(rows_ * (wide + 16)) + buffer(L)
         own += 2 * buffer(row["mr"] * (wide + 16)) if unit == 2 else 0
         shared = -(-p["chunks"] * H * L * dp * 4 // 4096) * 4096 if p["chunks"] > 1 else 0
-        if dtype != torch.float32:
-            keys = min(p["chunk"], panel[L]) if (H, Hkv) != (4, 4) else wide
-            own += buffer(0 if p["chunks"] > 1 else L * dp) + buffer(keys * dp) + buffer(keys * dvp)
+        keys = min(p["chunk"], panel[L]) if (H, Hkv) != (4, 4) else wide
+        own += buffer(0 if p["chunks"] > 1 else L * dp) + buffer(keys * dp) + buffer(keys * dvp)
         assert p["workspace_bytes"] == shared + 2 * own
     assert plan(32768, D=32, H=1)["workspace_bytes"] <= 2.01 * plan(16384, D=32, H=1)["workspace_bytes"]
 
@@ -468,7 +467,7 @@ def test_refusals():
         ("share memory", {"dq": torch.empty(1, 1, 5, 8).expand(1, 2, 5, 8)}),
         ("'dout': expected shape", {"dout": torch.empty(1, 2, 5, 7)}),
         ("'out': expected shape", {"out": torch.empty(1, 2, 7, 8)}),
-        ("'lse'", {"lse": torch.empty(1, 2, 7)}),
+        ("'lse'", {"lse": torch.empty(1, 2, 7, 2)}),
         ("'dmask': expected None", {"dmask": torch.empty(1, 1, 5, 7)}),
         ("'dmask': expected None", {"dmask": torch.empty(1, 1, 5, 7), "m": mask.bool()}),
         ("'dmask': expected", {"dmask": torch.empty(1, 1, 5, 6), "m": mask}),

@@ -41,9 +41,15 @@ def operands(generator, dtype, B=1, H=1, Hkv=None, Lq=1, Lk=1, D=1, Dv=None):
 
 
 def attention(q, k, v, mask=None, *, out=None, row=None, threads=1, **options):
-    """(out, lse) of _C.attention, both NaN before; row: a row of the kernel table to force."""
+    """(out, lse) of _C.attention; row: a row of the kernel table to force."""
+    out, lse = attention_pair(q, k, v, mask, out=out, row=row, threads=threads, **options)
+    return out, lse[..., 0]
+
+
+def attention_pair(q, k, v, mask=None, *, out=None, row=None, threads=1, **options):
+    """As attention, with what rounding took from lse beside it; both NaN before."""
     out = torch.full((*q.shape[:3], v.shape[3]), math.nan, dtype=q.dtype) if out is None else out
-    lse = torch.full(q.shape[:3], math.nan)
+    lse = torch.full((*q.shape[:3], 2), math.nan)
     options.setdefault("scale", q.shape[-1] ** -0.5)
     _C.attention(out, lse, q, k, v, mask, kernel=row["name"] if row else "", threads=threads, **options)
     return out, lse
@@ -379,6 +385,21 @@ def test_huge_scores_choose_their_maximum(row, generator, magnitude):
 
 
 @every_row
+@pytest.mark.parametrize("score", [0.0, 1000.1, -3e30, torch.finfo(torch.float32).min])
+def test_lse_keeps_what_rounding_takes(row, score):
+    """Beside a score of 1e38 one float would lose the log of the number of keys."""
+    dtype, Lk = DTYPES[row["dtype"]], 700
+    q, k, v = (torch.zeros(1, 1, L, 3, dtype=dtype) for L in (row["mr"] + 1, Lk, Lk))
+    lse = attention_pair(q, k, v, torch.full((1, 1, 1, 1), score).expand(1, 1, q.shape[2], Lk), row=row)[1]
+    whole = torch.tensor(score).double() + math.log(Lk)
+    assert torch.equal(lse[..., 0], whole.float().expand_as(lse[..., 0]))
+    torch.testing.assert_close(
+        (lse[..., 0].double() - torch.tensor(score).double()) + lse[..., 1].double(),
+        torch.tensor(math.log(Lk)).double().expand_as(lse[..., 0]), rtol=1e-6, atol=0
+    )  # fmt: skip
+
+
+@every_row
 def test_nan_and_infinity_go_through(row, generator):
     dtype = DTYPES[row["dtype"]]
     for what, value in itertools.product("qkv", (math.nan, math.inf, -math.inf)):
@@ -401,7 +422,7 @@ def test_masked_keys_may_hold_anything(generator):
 
 def test_errors_name_the_argument():
     q, k, v = (torch.ones(2, 4, 5, 8) for _ in range(3))
-    out, lse = torch.ones(2, 4, 5, 8), torch.ones(2, 4, 5)
+    out, lse = torch.ones(2, 4, 5, 8), torch.ones(2, 4, 5, 2)
 
     def fails(pattern, error=RuntimeError, **changed):
         values = {"out": out, "lse": lse, "query": q, "key": k, "value": v, "mask": None, "scale": 1.0, **changed}
@@ -424,6 +445,7 @@ def test_errors_name_the_argument():
     fails("'out'.*do not share", out=torch.ones(1, 4, 5, 8).expand(2, 4, 5, 8))
     fails("'out'.*overlap", out=q)
     fails("'lse'.*contiguous", lse=lse[:, :, :4])
+    fails("'lse'", lse=lse[..., 0].contiguous())
     fails("'lse'", lse=lse.bfloat16())
     fails("'mask'.*expected shape", mask=torch.ones(2, 4, 5, 4))
     fails("'mask'.*bool, float32", mask=torch.ones(2, 4, 5, 5, dtype=torch.int32))

@@ -511,7 +511,7 @@ def test_saved_tensor_hooks_are_called(args):
     packed = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(tuple(t.shape)) or t.clone(), lambda t: t):
         out = attention(*args)
-    lse = (2, 4, 5)
+    lse = (2, 4, 5, 2)
     assert packed == [(2, 4, 5, 8), (2, 4, 7, 8), (2, 4, 7, 6), (1, 4, 5, 7), (2, 4, 5, 6), lse]
     grads = torch.autograd.grad(out.sum(), args)
     torch.testing.assert_close(grads, torch.autograd.grad(torchs(*args).sum(), args), rtol=1e-4, atol=1e-5)
@@ -524,7 +524,7 @@ def test_lse_is_the_references(args):
     doubles = (x.double() for x in (q, k, v, mask[None]))
     expected, wanted = reference.attention(*doubles, None, None, None, options)
     torch.testing.assert_close((out.double(), lse.double()), (expected, wanted), rtol=1e-4, atol=1e-5)
-    assert lse.dtype == torch.float32
+    assert lse.shape == wanted.shape and lse.dtype == torch.float32
 
 
 def test_threads_share_nothing(args):

@@ -3,6 +3,7 @@
 #include <atomic>
 
 #include "attention/cpu/kernel_dropout.h"
+#include "base/arena.h"
 #include "base/check.h"
 #include "base/log.h"
 #include "base/parallel.h"
@@ -73,6 +74,12 @@ AttentionSpan attention_span(const AttentionDesc& d, const AttentionArgs& args, 
   return s;
 }
 
+void advise_result(void* data, const AttentionStrides& step, i64 batch, i64 heads, i64 rows, i64 depth, DType dtype) {
+  if (!data || batch == 0 || heads == 0 || rows == 0 || step.batch < 0 || step.head < 0 || step.row < 0) return;
+  const i64 elements = (batch - 1) * step.batch + (heads - 1) * step.head + (rows - 1) * step.row + depth;
+  advise_huge_pages(data, elements * kItemSize[static_cast<int>(dtype)]);
+}
+
 AttentionPlan attention(const AttentionDesc& d, const AttentionArgs& args, const AttentionKernel* forced, int threads) {
   const CpuInfo& cpu = cpu_info();
   const Machine machine = {cpu.isa, current_team(threads).threads, cpu.l1d, cpu.l2, cpu.l3};
@@ -83,6 +90,7 @@ AttentionPlan attention(const AttentionDesc& d, const AttentionArgs& args, const
     log_once(line);
   }
   attention_count_call(*plan.kernel);
+  advise_result(args.out, d.out, d.B, d.H, d.sequences ? d.total_q : d.Lq, d.Dv, d.dtype);
   attention_run(d, plan, args);
   return plan;
 }

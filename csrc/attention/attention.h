@@ -3,6 +3,8 @@
 //
 // Q [B,H,Lq,D], K [B,Hkv,Lk,D], V [B,Hkv,Lk,Dv], O [B,H,Lq,Dv], any strides (O: unit stride along Dv); query head h
 // reads key head h / (H / Hkv). Keys outside lo <= j - i <= hi are not seen; a row that sees none gives 0, lse -Inf.
+// lse is two floats a row: the value rounded, and what rounding took from it (0 where that is not finite), for beside
+// scores of 1e38 one float loses the log of the number of keys.
 // Dropout zeroes elements of P after the sum and divides by 1 - p. Softmax and sums are float32, rounded once. Each
 // row is summed in an order that depends on its shape and the kernel alone, so results do not change with the threads.
 #pragma once
@@ -56,7 +58,7 @@ struct AttentionArgs {
   const void* k;
   const void* v;
   void* out;
-  float* lse;                  // [B,H,Lq], or null
+  float* lse;                  // [B,H,Lq,2], or null
   const void* mask = nullptr;  // MaskKind::boolean: bytes
   const i64* seq_q = nullptr;  // [sequences + 1]: first row of each sequence
   const i64* seq_k = nullptr;
@@ -83,7 +85,11 @@ struct AttentionSpan {
   i64 q_begin, k_begin, Lq, Lk;
   i64 offset;  // the corner that j - i counts from: seen where lo <= j - i - offset <= hi
 };
+
 AttentionSpan attention_span(const AttentionDesc& desc, const AttentionArgs& args, i64 sequence);
+
+// Before rows of a result [batch, heads, rows, depth] are written: see advise_huge_pages.
+void advise_result(void* data, const AttentionStrides& step, i64 batch, i64 heads, i64 rows, i64 depth, DType dtype);
 
 AttentionPlan attention_plan(const AttentionDesc& desc, const Machine& machine,
                              const AttentionKernel* forced = nullptr);

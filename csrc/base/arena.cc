@@ -1,5 +1,6 @@
 #include "base/arena.h"
 
+#include <cstdint>
 #include <cstdlib>
 #include <mutex>
 #include <new>
@@ -41,6 +42,15 @@ Buffer allocate(i64 bytes) {
 }
 
 }  // namespace
+
+void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] i64 bytes) {
+#if defined(__linux__)
+  constexpr std::uintptr_t kUnit = kHugePage;
+  const auto begin = reinterpret_cast<std::uintptr_t>(data), first = (begin + kUnit - 1) / kUnit * kUnit;
+  const auto last = (begin + static_cast<std::uintptr_t>(bytes)) / kUnit * kUnit;
+  if (bytes > 0 && first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
 
 ArenaLease::ArenaLease(i64 bytes) : data_(nullptr), size_(0) {
   if (bytes <= 0) return;

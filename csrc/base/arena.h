@@ -19,4 +19,8 @@ class ArenaLease {
   i64 size_;
 };
 
+// Asks for huge pages under the memory of a result that is about to be written: the whole ones inside it. A fresh
+// mapping of small pages costs 0.7 us for every 4 KB. Nothing where none fits, or the system does not know of them.
+void advise_huge_pages(void* data, i64 bytes);
+
 }  // namespace fastdl

@@ -157,11 +157,12 @@ void set_out(Problem* p, const TensorView& out, const TensorView& q, const Tenso
 
 float* lse_data(const Problem& p, const TensorView& lse, i64 rows) {
   const i64 heads = p.desc.H;
-  bool fits = lse.ndim == 3 && lse.dtype == DType::f32 && lse.size(1) == heads && lse.size(2) == rows;
-  for (i64 i = 2, step = 1; fits && i >= 0; step *= lse.shape[i--])
+  bool fits =
+      lse.ndim == 4 && lse.dtype == DType::f32 && lse.size(1) == heads && lse.size(2) == rows && lse.size(3) == 2;
+  for (i64 i = 3, step = 1; fits && i >= 0; step *= lse.shape[i--])
     fits = lse.shape[i] <= 1 || lse.strides[i] == step || lse.numel() == 0;
   if (!fits)
-    fail(kOp, ": argument 'lse': expected contiguous float32 [B, ", heads, ", ", rows, "], got ", shape_string(lse));
+    fail(kOp, ": argument 'lse': expected contiguous float32 [B, ", heads, ", ", rows, ", 2], got ", shape_string(lse));
   return static_cast<float*>(lse.data);
 }
 

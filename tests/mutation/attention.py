@@ -109,8 +109,8 @@ MUTATIONS = [
     Mutation(
         "last row of an odd strip left out of the pairs",
         GRAD_KERNEL,
-        "const bool dead = row >= f.m || t.lse[row] == -kInfinity;",
-        "const bool dead = row >= f.m || t.lse[row] == -kInfinity || (R == 2 && row + 1 == f.m && r == 0);",
+        "const bool dead = row >= f.m || t.lse[2 * row] == -kInfinity;",
+        "const bool dead = row >= f.m || t.lse[2 * row] == -kInfinity || (R == 2 && row + 1 == f.m && r == 0);",
         f"{GRADS} -k test_every_tail",
     ),
     Mutation(

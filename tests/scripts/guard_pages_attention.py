@@ -36,7 +36,7 @@ def main(name):
             for key, shape in shapes.items()
         }
         out = homes["out"].place(torch.zeros(1, 2, Lq, Dv, dtype=dtype), at_end)
-        lse = lse_home.place(torch.zeros(1, 2, Lq), at_end)
+        lse = lse_home.place(torch.zeros(1, 2, Lq, 2), at_end)
         added = torch.randn(1, 2, Lq, Lk, generator=generator)
         boolean = bool_home.place((added > -1).byte(), at_end).view(torch.bool)
         for mask in (None, float_home.place(added, at_end), homes["same"].place(added.to(dtype), at_end), boolean):

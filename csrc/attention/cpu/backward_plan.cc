@@ -67,10 +67,8 @@ AttentionBackwardPlan attention_backward_plan(const AttentionDesc& d, const Mach
   p.s_bytes = 2 * buffer(rows * s_row);  // P and dS: float32, or as pairs and as 16 bits beside the strip's float32
   if (unit == 2) p.s_bytes += 2 * buffer(kernel.mr * s_row);
   p.row_bytes = buffer(d.Lq);
-  if (d.dtype != DType::f32) {  // else the gradients themselves are where sums grow
-    const i64 keys = group != 1 ? std::min(p.chunk, round_up(d.Lk, nr)) : p.key_block;
-    p.sum_bytes = buffer(p.chunks > 1 ? 0 : d.Lq * dp) + buffer(keys * dp) + buffer(keys * dvp);
-  }
+  const i64 keys = group != 1 ? std::min(p.chunk, round_up(d.Lk, nr)) : p.key_block;
+  p.sum_bytes = buffer(p.chunks > 1 ? 0 : d.Lq * dp) + buffer(keys * dp) + buffer(keys * dvp);
   return p;
 }
 
@@ -92,6 +90,10 @@ void attention_backward(const AttentionDesc& d, const AttentionArgs& args, const
   const AttentionBackwardPlan plan = attention_backward_plan(d, machine, forced);
   if (log_enabled()) log_once(describe(d, plan));
   attention_count_call(*plan.kernel);
+  const i64 rows = d.sequences ? d.total_q : d.Lq, keys = d.sequences ? d.total_k : d.Lk;
+  advise_result(grads.dq, grads.dq_step, d.B, d.H, rows, d.D, d.dtype);
+  advise_result(grads.dk, grads.dk_step, d.B, d.Hkv, keys, d.D, d.dtype);
+  advise_result(grads.dv, grads.dv_step, d.B, d.Hkv, keys, d.Dv, d.dtype);
   attention_backward_run(d, plan, args, grads);
 }
 

@@ -98,7 +98,8 @@ struct Decode {
       f.out_row = d.out.row, f.m = 1, f.dv = static_cast<int>(d.Dv);
       p.kernel->ops->finish(f);
       if (!args.lse) continue;
-      args.lse[(batch * d.H + h) * (d.sequences ? d.total_q : d.Lq) + i] = row_lse(d, *c.max, *c.sum);
+      const i64 rows_of_head = d.sequences ? d.total_q : d.Lq;
+      store_lse(d, *c.max, *c.sum, args.lse + 2 * ((batch * d.H + h) * rows_of_head + i));
     }
   }
 };

@@ -96,7 +96,8 @@ struct AttentionOps {
 struct SoftmaxGradArgs {
   SoftmaxArgs scores;  // s to dropout as there, the running values unused
   const float* g;      // dP, laid out as s; null: no dS
-  const float *lse, *delta;
+  const float* lse;  // [m,2]: rounded, and what rounding took from it
+  const float* delta;
   float factor;  // 1 / (1 - p)
   float scale;
   bool capped;     // dS is that of the scores before the softcap, else that of the mask

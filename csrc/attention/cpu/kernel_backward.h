@@ -61,14 +61,15 @@ void softmax_grad(const SoftmaxGradArgs& t) {
 
   for (int i = 0; i < f.m; i += R) {
     i64 first[R], last[R];
-    V lse[R], delta[R];
+    V lse[R], rest[R], delta[R];
     std::uint64_t key[R];
     for (int r = 0; r < R; ++r) {
       const i64 row = i + r;
-      const bool dead = row >= f.m || t.lse[row] == -kInfinity;
+      const bool dead = row >= f.m || t.lse[2 * row] == -kInfinity;
       first[r] = dead ? 0 : clamped(f.see_begin + row, f.begin, f.end);
       last[r] = dead ? 0 : clamped(f.see_end + row, first[r], f.end);
-      lse[r] = L::set1(dead ? 0.0f : t.lse[row]);
+      lse[r] = L::set1(dead ? 0.0f : t.lse[2 * row]);
+      rest[r] = L::set1(dead ? 0.0f : -kLog2E * t.lse[2 * row + 1]);
       delta[r] = L::set1(dead || !t.g ? 0.0f : t.delta[row]);
       key[r] = dropout ? dropout_row_key(f.dropout.seed, f.dropout.batch, f.dropout.head, f.dropout.row + row) : 0;
     }
@@ -98,7 +99,7 @@ void softmax_grad(const SoftmaxGradArgs& t) {
         } else {
           x = L::fma(s, scale, L::sub(L::zero(), lse[r]));
         }
-        p[r] = exp2_falling<L>(L::mul(x, log2e));
+        p[r] = exp2_falling<L>(L::fma(x, log2e, rest[r]));
         if (t.g) {
           auto g = L::load(t.g + row * f.s_row + j);
           if (dropout) g = L::mul(drop<L>(g, key[r], f.dropout.col + j, f.dropout.threshold), factor);

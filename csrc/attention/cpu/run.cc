@@ -195,8 +195,8 @@ void run_block(const Head& h, i64 head, i64 block, const Scratch& scratch) {
     kernel.ops->finish(f);
     if (!h.args.lse) continue;
     const i64 rows = d.sequences ? d.total_q : d.Lq;
-    float* const lse = h.args.lse + (h.batch * d.H + head) * rows + h.span.q_begin + begin;
-    for (i64 r = 0; r < m; ++r) lse[r] = row_lse(d, max[r], sum[r]);
+    float* const lse = h.args.lse + 2 * ((h.batch * d.H + head) * rows + h.span.q_begin + begin);
+    for (i64 r = 0; r < m; ++r) store_lse(d, max[r], sum[r], lse + 2 * r);
   }
 }
 

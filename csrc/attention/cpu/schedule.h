@@ -25,10 +25,19 @@ inline bool plain(const AttentionDesc& d) {
 }
 // From the unit that running maxima are in to that of the scores.
 inline float max_unit(const AttentionDesc& d) { return plain(d) ? d.scale : 1.0f; }
-// log sum_j exp S(i,j) from the running maximum and sum of a row.
-inline float row_lse(const AttentionDesc& d, float max, float sum) {
-  const double highest = static_cast<double>(max) * max_unit(d);
-  return sum == 0 ? -INFINITY : static_cast<float>(highest + std::log(static_cast<double>(sum)));
+// lse from the running maximum and sum of a row. The two are added without a loss: rounding is known exactly from what
+// the smaller part still adds (Knuth's sum of two).
+inline void store_lse(const AttentionDesc& d, float max, float sum, float* lse) {
+  lse[1] = 0;
+  if (sum == 0) {
+    lse[0] = -INFINITY;
+    return;
+  }
+  const double a = static_cast<double>(max) * max_unit(d), b = std::log(static_cast<double>(sum));
+  const double whole = a + b, part = whole - a, lost = (a - (whole - part)) + (b - part);
+  lse[0] = static_cast<float>(whole);
+  const double rest = (whole - static_cast<double>(lse[0])) + lost;
+  if (std::isfinite(rest)) lse[1] = static_cast<float>(rest);
 }
 
 // Keys [begin, end).

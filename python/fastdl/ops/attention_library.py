@@ -32,7 +32,7 @@ def _fake_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *options: Any
 ) -> tuple[Tensor, Tensor]:
     shapes.operation(query, key, value, mask)
-    lse = query.new_empty(query.shape[:3] if options[-1] else (0,), dtype=_lse_dtype(query))
+    lse = query.new_empty((*query.shape[:3], 2) if options[-1] else (0,), dtype=_lse_dtype(query))
     return native.empty_like(query, value.shape[3]), lse
 
 

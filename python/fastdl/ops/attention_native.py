@@ -45,7 +45,7 @@ def attention(
     align_end: bool,
     save_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(O, lse [B, H, Lq]); an empty tensor for lse unless `save_lse`."""
+    """(O, lse [B, H, Lq, 2]); an empty tensor for lse unless `save_lse`."""
     if query.dtype is torch.float64:
         shapes.operation(query, key, value, mask)
         if cu_q is not None and cu_k is not None:
@@ -58,7 +58,7 @@ def attention(
     if not query.ndim == key.ndim == value.ndim == 4:  # all else the native function checks
         shapes.operation(query, key, value, mask)
     out = empty_like(query, value.shape[3])
-    lse = torch.empty(query.shape[:3] if save_lse else (0,), dtype=torch.float32, device="cpu")
+    lse = torch.empty((*query.shape[:3], 2) if save_lse else (0,), dtype=torch.float32, device="cpu")
     _C.attention(
         out,
         lse if save_lse else None,

@@ -111,11 +111,16 @@ def attention(
     drop: Drop | None,
     options: Options,
 ) -> tuple[Tensor, Tensor]:
-    """(O, lse)."""
+    """(O, lse): the log-sum-exp of each row of scores, and what rounding took from it (0 where it is not finite)."""
     p = _parts(query, key, value, mask, cu_q, cu_k, options)
     probabilities = p.probabilities if drop is None else drop(p.probabilities)
-    lse = torch.logsumexp(p.scores, -1) if key.shape[2] else p.scores.new_full(query.shape[:3], -math.inf)
-    return (probabilities @ p.value).to(query.dtype), lse
+    out = (probabilities @ p.value).to(query.dtype)
+    if not key.shape[2]:
+        return out, p.scores.new_tensor((-math.inf, 0.0)).expand(*query.shape[:3], 2)
+    highest = p.scores.amax(-1)
+    lse = torch.logsumexp(p.scores, -1)
+    rest = (highest - lse) + torch.log(torch.exp(p.scores - highest[..., None]).sum(-1))
+    return out, torch.stack((lse, torch.where(rest.isfinite(), rest, 0.0)), -1)
 
 
 def attention_backward(
