@@ -1,5 +1,6 @@
 #include "base/arena.h"
 
+#include <cstdint>
 #include <cstdlib>
 #include <mutex>
 #include <new>
@@ -41,6 +42,16 @@ Buffer allocate(i64 bytes) {
 }
 
 }  // namespace
+
+void advise_fresh([[maybe_unused]] void* data, [[maybe_unused]] i64 bytes) {
+#if defined(__linux__)
+  constexpr i64 kMapped = i64{32} << 20;  // glibc's largest threshold
+  if (bytes < kMapped) return;
+  const auto begin = (reinterpret_cast<std::uintptr_t>(data) + kHugePage - 1) / kHugePage * kHugePage;
+  const auto end = (reinterpret_cast<std::uintptr_t>(data) + static_cast<std::uintptr_t>(bytes)) / kHugePage * kHugePage;
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
 
 ArenaLease::ArenaLease(i64 bytes) : data_(nullptr), size_(0) {
   if (bytes <= 0) return;

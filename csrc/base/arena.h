@@ -19,4 +19,8 @@ class ArenaLease {
   i64 size_;
 };
 
+// Asks for huge pages under an output that is about to be written. From 32 MB on torch's allocator maps every tensor
+// anew, and a fresh 4 KB page costs 0.7 us; below, and for memory in use, nothing changes.
+void advise_fresh(void* data, i64 bytes);
+
 }  // namespace fastdl

@@ -30,6 +30,7 @@ void run_matmul(py::handle out, py::handle a, py::handle b, py::handle bias, boo
   GemmProblem p = matmul_problem(result, view(a, op, "a"), view(b, op, "b"), op);
   add_bias(&p, bias, result, op);
   p.args.accumulate = accumulate;
+  if (!accumulate) advise_fresh(result);
   run(p, kernel, threads, op);
 }
 
@@ -39,6 +40,7 @@ void run_linear(py::handle out, py::handle input, py::handle weight, py::handle 
   const TensorView result = view(out, op, "out");
   GemmProblem p = weight_problem(result, view(input, op, "input"), view(weight, op, "weight"), op);
   add_bias(&p, bias, result, op);
+  advise_fresh(result);
   run(p, kernel, threads, op);
 }
 

@@ -173,6 +173,7 @@ class Call {
     for (const Argument& a : arguments_) {
       if (!a.output) continue;
       require_writable(a.view, op_);
+      advise_fresh(a.view);
       for (const Argument& b : arguments_)
         if (&a != &b && !in_place(a, b)) require_apart(a.view, b.view, op_, b.name, a.name);
     }
