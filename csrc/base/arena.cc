@@ -48,7 +48,8 @@ void advise_fresh([[maybe_unused]] void* data, [[maybe_unused]] i64 bytes) {
   constexpr i64 kMapped = i64{32} << 20;  // glibc's largest threshold
   if (bytes < kMapped) return;
   const auto begin = (reinterpret_cast<std::uintptr_t>(data) + kHugePage - 1) / kHugePage * kHugePage;
-  const auto end = (reinterpret_cast<std::uintptr_t>(data) + static_cast<std::uintptr_t>(bytes)) / kHugePage * kHugePage;
+  const auto end =
+      (reinterpret_cast<std::uintptr_t>(data) + static_cast<std::uintptr_t>(bytes)) / kHugePage * kHugePage;
   madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
 }
