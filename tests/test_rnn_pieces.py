@@ -62,7 +62,7 @@ def test_pieces_give_what_the_whole_gives(name: str, given: bool, T: int, reques
     x = torch.randn(T, 3, 12, requires_grad=True)
     states: tuple[Tensor, ...] = ()
     if given:
-        y, last = module(x)
+        _, last = module(x)
         states = tuple(torch.randn_like(s).requires_grad_() for s in (last if isinstance(last, tuple) else (last,)))
     expected = results(module, x, states)
     counts = request.getfixturevalue("cut")
