@@ -32,8 +32,8 @@ void parallel_together(int threads, Body&& body) {
   parallel_together(threads, [](void* b, int thread, int n) { (*static_cast<Body*>(b))(thread, n); }, &body);
 }
 
-// Where the threads of parallel_together meet. Waiting spins for a few microseconds, then sleeps, so that a team with
-// more threads than CPUs does not burn the time of those it waits for. What was written before is seen behind it.
+// Where the threads of parallel_together meet. Waiting spins for some tens of microseconds, then sleeps, so that a team
+// with more threads than CPUs does not burn the time of those it waits for. What was written before is seen behind it.
 class Barrier {
  public:
   void wait(int threads);

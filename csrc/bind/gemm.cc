@@ -30,6 +30,7 @@ void run_matmul(py::handle out, py::handle a, py::handle b, py::handle bias, boo
   GemmProblem p = matmul_problem(result, view(a, op, "a"), view(b, op, "b"), op);
   add_bias(&p, bias, result, op);
   p.args.accumulate = accumulate;
+  if (!accumulate) advise_huge_pages(result);
   run(p, kernel, threads, op);
 }
 
@@ -39,6 +40,7 @@ void run_linear(py::handle out, py::handle input, py::handle weight, py::handle 
   const TensorView result = view(out, op, "out");
   GemmProblem p = weight_problem(result, view(input, op, "input"), view(weight, op, "weight"), op);
   add_bias(&p, bias, result, op);
+  advise_huge_pages(result);
   run(p, kernel, threads, op);
 }
 
@@ -138,8 +140,8 @@ void run_sum_rows(py::handle out_, py::handle x_, int threads) {
 }
 
 // out[N, K] = grad[..., N]^T @ input[..., K], contracted over all leading dimensions: those that do not merge into one
-// run of rows in both become pairs to sum over.
-void run_linear_wgrad(py::handle out_, py::handle grad_, py::handle input_, int threads) {
+// run of rows in both become pairs to sum over. accumulate: added to what out holds.
+void run_linear_wgrad(py::handle out_, py::handle grad_, py::handle input_, bool accumulate, int threads) {
   const char* op = "fastdl.linear_wgrad";
   const TensorView out = view(out_, op, "out"), grad = view(grad_, op, "grad"), input = view(input_, op, "input");
   require_threads(threads, op);
@@ -174,7 +176,7 @@ void run_linear_wgrad(py::handle out_, py::handle grad_, py::handle input_, int 
   set_out(&p, out, op);
   require_apart(out, grad, op, "grad");
   require_apart(out, input, op, "input");
-  p.args.a = grad.data, p.args.b = input.data;
+  p.args.a = grad.data, p.args.b = input.data, p.args.accumulate = accumulate;
   run(p, "", threads, op);
 }
 
@@ -204,7 +206,7 @@ void bind_gemm(py::module_& m) {
         "activation"_a = "none", "residual"_a = py::none(), "pre"_a = py::none(), "packed"_a = py::none(),
         "kernel"_a = "", "threads"_a = 0);
   m.def("activation_grad", run_activation_grad, "out"_a, "grad"_a, "pre"_a, "activation"_a, "threads"_a = 0);
-  m.def("linear_wgrad", run_linear_wgrad, "out"_a, "grad"_a, "input"_a, "threads"_a = 0);
+  m.def("linear_wgrad", run_linear_wgrad, "out"_a, "grad"_a, "input"_a, "accumulate"_a = false, "threads"_a = 0);
   m.def("sum_rows", run_sum_rows, "out"_a, "x"_a, "threads"_a = 0);
   m.def("pack", run_pack, "out"_a, "b"_a, "kernel"_a);
   m.def("linear_packed", run_linear_packed, "out"_a, "input"_a, "packed"_a, "bias"_a, "N"_a, "kernel"_a,

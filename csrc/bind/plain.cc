@@ -126,6 +126,7 @@ py::object linear_output(PyObject* const* t, PyObject* packed) {
   if (!linear_shape(input, weight, t[2], shape)) return {};
   py::object out = new_empty(t[0], shape, input.ndim);
   const TensorView result = view(out, op, "out");
+  advise_huge_pages(result);
   GemmProblem p = weight_problem(result, input, weight, op);
   add_bias(&p, t[2], result, op);
   if (packed != Py_None) p.args.pack = own_pack(packed, p.desc, result, op);
@@ -139,7 +140,9 @@ py::object matmul_output(PyObject* const* t) {
   i64 shape[kMaxBatchDims + 2];
   if (!matmul_shape(a, b, shape)) return {};
   py::object out = new_empty(t[0], shape, std::max(a.ndim, b.ndim));
-  run(matmul_problem(view(out, op, "out"), a, b, op));
+  const TensorView result = view(out, op, "out");
+  advise_huge_pages(result);
+  run(matmul_problem(result, a, b, op));
   return out;
 }
 

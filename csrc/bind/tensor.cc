@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <string>
 
+#include "base/arena.h"
 #include "base/check.h"
 
 namespace py = pybind11;
@@ -181,6 +182,10 @@ void require_apart(const TensorView& out, const TensorView& in, const char* op, 
   };
   if (extent(out) == 0 || extent(in) == 0 || end(out) <= in.data || end(in) <= out.data) return;
   fail(op, ": argument '", written, "': expected memory apart from the inputs, got an overlap with '", argument, "'");
+}
+
+void advise_huge_pages(const TensorView& out) {
+  advise_huge_pages(out.data, extent(out) * kItemSize[static_cast<int>(out.dtype)]);
 }
 
 void init_tensors() {

@@ -46,6 +46,8 @@ void require_writable(const TensorView& out, const char* op);
 // Throws Error when the memory ranges of `out`, an argument named `written`, and of `in`, named `argument`, meet.
 void require_apart(const TensorView& out, const TensorView& in, const char* op, const char* argument,
                    const char* written = "out");
+// Asks for huge pages where `out` is large enough to be a mapping of its own: see base/arena.h.
+void advise_huge_pages(const TensorView& out);
 
 // Reads the exchange API off torch.Tensor; throws ImportError when torch is too old or too new for it.
 void init_tensors();

@@ -151,8 +151,8 @@ def linear_plan(
 def matmul_plan(out: Tensor, a: Tensor, b: Tensor, kernel: str = "", threads: int = 0) -> Plan:
     """The plan `gemm` would run for these tensors."""
 
-def linear_wgrad(out: Tensor, grad: Tensor, input: Tensor, threads: int = 0) -> None:
-    """out[N, K] = grad[..., N]^T @ input[..., K], contracted over all leading dimensions; any strides."""
+def linear_wgrad(out: Tensor, grad: Tensor, input: Tensor, accumulate: bool = False, threads: int = 0) -> None:
+    """out[N, K] (+)= grad[..., N]^T @ input[..., K], contracted over all leading dimensions; any strides."""
 
 def plain_rules(
     types: tuple[type, ...],
@@ -345,6 +345,9 @@ def rnn_backward(
     gru: d_recurrent [..., H], the gradient of h @ w_n^T + b_n. Projected: d_hidden [..., P], the whole gradient of h,
     and hidden [..., H], what was projected. All contiguous, as are d_gates and saved.
     """
+
+def advise_fresh(out: Tensor) -> None:
+    """Asks for huge pages under a tensor of 32 MB and more that is about to be written for the first time."""
 
 def rnn_saved_shape(mode: str, rows: int, B: int, H: int, P: int) -> tuple[int, int]: ...
 def rnn_plan(

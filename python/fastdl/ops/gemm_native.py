@@ -82,10 +82,11 @@ def linear_wgrad(grad: Tensor, input: Tensor) -> Tensor:
     return out
 
 
-def sum_rows(x: Tensor) -> Tensor:
-    """Sum of x[..., N] over all leading dimensions -> [N]."""
+def sum_rows(x: Tensor, out: Tensor | None = None) -> Tensor:
+    """Sum of x[..., N] over all leading dimensions -> [N], into `out` where given."""
     if x.dtype is torch.float64:
         return reference.sum_rows(x)
-    out = x.new_empty(x.shape[-1])
+    if out is None:
+        out = x.new_empty(x.shape[-1])
     _C.sum_rows(out, x)
     return out

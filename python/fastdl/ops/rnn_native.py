@@ -6,6 +6,7 @@ their arguments. float64 runs the reference.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -35,6 +36,50 @@ def _unit(x: Tensor | None) -> Tensor | None:
     return x if x is None or x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+def _fresh(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """An output that is written piece by piece, on huge pages where it is large."""
+    out = x.new_empty(shape)
+    _C.advise_fresh(out)
+    return out
+
+
+# --- pieces of time -----------------------------------------------------------------------------------------------
+_CUT_BYTES = 32 << 20  # gates from here on are mapped anew on every call, and no cache holds them
+_PIECE_BYTES, _PIECE_ROWS = 4 << 20, 512  # gates that a cache holds, and rows that are worth packing the weights for
+_MOST_WEIGHTS = 1 << 19  # elements of W_ih
+
+
+def _pieces(lead: Sequence[int], w: Weights, dtype: torch.dtype, reverse: bool) -> list[slice]:
+    """Steps of [T, B] that are worked on together, in the order of the forward pass.
+
+    A gate leaves the cache neither between the product that makes it and the step that takes it, nor between the loop
+    backwards and the three products of its gradients. In float32 alone: the state between pieces is a tensor, where the
+    kernel itself keeps c in float32.
+    """
+    GH = w.ih.shape[0]
+    whole = [slice(0, lead[0])]
+    if len(lead) != 2 or dtype is not torch.float32 or w.ih.numel() > _MOST_WEIGHTS:
+        return whole
+    T, B = lead
+    if T * B * GH * dtype.itemsize < _CUT_BYTES:
+        return whole
+    steps = max(1, max(_PIECE_ROWS, _PIECE_BYTES // (GH * dtype.itemsize)) // B)
+    pieces = [slice(begin, min(T, begin + steps)) for begin in range(0, T, steps)]
+    return pieces[::-1] if reverse else pieces
+
+
+def _last_step(piece: slice, reverse: bool) -> int:
+    """The step of a piece that the forward pass takes last."""
+    return piece.start if reverse else piece.stop - 1
+
+
+def _saved_of(saved: Tensor, piece: slice, lead: Sequence[int]) -> Tensor:
+    """The rows of `saved` that belong to a piece."""
+    if len(lead) != 2:
+        return saved
+    return saved[piece.start * lead[1] : piece.stop * lead[1]]
+
+
 # --- forward ------------------------------------------------------------------------------------------------------
 def rnn_layer(
     input: Tensor,
@@ -59,27 +104,66 @@ def rnn_layer(
         y, h_n, c_n = rnn_reference.layer(input, h0, c0, weights, mode, directions, steps)
         saved = input.new_zeros(saved_shape if save else (0,))  # of no use here: the gradient computes all anew
         return y, h_n, input.new_empty(0) if c_n is None else c_n, saved
-    y, h_n, c_n = input.new_empty(y_shape), input.new_empty(h_shape), input.new_empty(c_shape)
-    saved = input.new_empty(saved_shape if save else (0,))
+    y, h_n, c_n = _fresh(input, y_shape), input.new_empty(h_shape), input.new_empty(c_shape)
+    saved = _fresh(input, saved_shape if save else (0,))
     rows = saved.view(directions, input.shape[:-1].numel(), saved_shape[-1]) if save else None
     P = h_shape[-1]
     for d, w in enumerate(by_direction(weights, directions)):
-        _C.rnn(
+        _direction(
             y if directions == 1 else y[..., d * P : (d + 1) * P],
             h_n[d],
             c_n[d] if mode == "lstm" else None,
             None if rows is None else rows[d],
-            _input_gates(input, w, None if rows is None else rows[d]),
+            input,
             None if h0 is None else _unit(h0[d]),
             None if c0 is None else _unit(c0[d]),
-            w.hh,
-            w.bias_hh,
-            w.hr,
-            mode=mode,
-            batch_sizes=batch_sizes,
-            reverse=d == 1,
+            w,
+            mode,
+            batch_sizes,
+            d == 1,
         )
     return y, h_n, c_n, saved
+
+
+def _direction(
+    y: Tensor,
+    h_n: Tensor,
+    c_n: Tensor | None,
+    saved: Tensor | None,
+    input: Tensor,
+    h: Tensor | None,
+    c: Tensor | None,
+    w: Weights,
+    mode: str,
+    batch_sizes: Tensor | None,
+    reverse: bool,
+) -> None:
+    """One direction of a layer; writes y, h_n, c_n and saved."""
+    lead = input.shape[:-1]
+    pieces = _pieces(lead, w, input.dtype, reverse)
+    for piece in pieces[:-1]:
+        part = None if saved is None else _saved_of(saved, piece, lead)
+        gates = _input_gates(input[piece], w, part)
+        c_next = None if c_n is None else c_n.new_empty(c_n.shape)
+        _C.rnn(y[piece], None, c_next, part, gates, h, c, w.hh, w.bias_hh, w.hr, mode=mode, reverse=reverse)
+        h, c = y[_last_step(piece, reverse)], c_next
+    piece = pieces[-1]
+    part = None if saved is None else _saved_of(saved, piece, lead)
+    _C.rnn(
+        y[piece],
+        h_n,
+        c_n,
+        part,
+        _input_gates(input[piece], w, part),
+        h,
+        c,
+        w.hh,
+        w.bias_hh,
+        w.hr,
+        mode=mode,
+        batch_sizes=batch_sizes,
+        reverse=reverse,
+    )
 
 
 def _input_gates(input: Tensor, w: Weights, saved: Tensor | None) -> Tensor:
@@ -87,10 +171,15 @@ def _input_gates(input: Tensor, w: Weights, saved: Tensor | None) -> Tensor:
     GH = w.ih.shape[0]
     if saved is None or saved.shape[-1] < GH:
         return gemm_native.linear(input, w.ih, w.bias_ih)
-    lead = input.shape[:-1]
-    gates = saved.view(-1)[: lead.numel() * GH].view(*lead, GH)
+    gates = _first_part(saved, input.shape[:-1], GH)
     _C.linear(gates, input, w.ih, w.bias_ih)
     return gates
+
+
+def _first_part(saved: Tensor, lead: Sequence[int], GH: int) -> Tensor:
+    """The gates [*lead, G*H] in what a native call saves; behind them lies [rows, H]."""
+    rows = math.prod(lead)
+    return saved.view(-1)[: rows * GH].view(*lead, GH)
 
 
 # --- backward -----------------------------------------------------------------------------------------------------
@@ -135,38 +224,26 @@ def rnn_layer_backward(
     P, each = weights[1].shape[1], len(weights) // directions
     rows = saved.view(directions, input.shape[:-1].numel(), saved.shape[-1])
     dy = _unit(dy)
-    dx = None
+    dx = _fresh(input, input.shape) if needs[0] else None
     dh0 = input.new_empty(h0.shape) if needs[1] else None
     dc0 = input.new_empty(c0.shape) if needs[2] else None
     dweights: list[Tensor] = []
     for d, w in enumerate(by_direction(weights, directions)):
         part = slice(d * P, (d + 1) * P)
-        y_part = y if directions == 1 else y[..., part]
-        gates = _gate_gradients(
-            dy if dy is None or directions == 1 else dy[..., part],
+        dweights += _direction_backward(
+            None if dy is None else dy[..., part],
             None if dh_n is None else _unit(dh_n[d]),
             None if dc_n is None or mode != "lstm" else _unit(dc_n[d]),
+            dx,
             None if dh0 is None else dh0[d],
             None if dc0 is None else dc0[d],
             rows[d],
-            y_part,
+            input,
+            y[..., part],
             None if h0 is None else _unit(h0[d]),
             None if c0 is None else _unit(c0[d]),
             w,
             mode,
-            batch_sizes,
-            d == 1,
-        )
-        if needs[0] and dx is None:
-            dx = gemm_native.matmul(gates.input, w.ih)
-        elif needs[0]:
-            _C.gemm(dx, gates.input, w.ih, accumulate=True)
-        dweights += _weight_gradients(
-            gates,
-            input,
-            y_part,
-            None if h0 is None else h0[d],
-            w,
             batch_sizes,
             d == 1,
             needs[3 + d * each : 3 + (d + 1) * each],
@@ -174,13 +251,15 @@ def rnn_layer_backward(
     return (none if dx is None else dx), (none if dh0 is None else dh0), (none if dc0 is None else dc0), dweights
 
 
-def _gate_gradients(
+def _direction_backward(
     dy: Tensor | None,
-    dh_n: Tensor | None,
-    dc_n: Tensor | None,
+    dh: Tensor | None,
+    dc: Tensor | None,
+    dx: Tensor | None,
     dh0: Tensor | None,
     dc0: Tensor | None,
     saved: Tensor,
+    input: Tensor,
     y: Tensor,
     h0: Tensor | None,
     c0: Tensor | None,
@@ -188,85 +267,149 @@ def _gate_gradients(
     mode: str,
     batch_sizes: Tensor | None,
     reverse: bool,
-) -> _Gates:
-    """The loop over time, backwards; writes dh0 and dc0 where given."""
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """One direction of a layer: the parameters' gradients; writes dx (in reverse adds to it), dh0 and dc0.
+
+    Piece by piece the loop over time, then the products of its gradients, while a cache has them.
+    """
+    lead = input.shape[:-1]
+    pieces = _pieces(lead, w, input.dtype, reverse)
+    whole = _gates_like(y[min(pieces, key=lambda x: x.start)], w, mode)  # the others are not longer
+    sums: list[Tensor | None] = [None] * len(needs)
+    for index in reversed(range(len(pieces))):
+        piece = pieces[index]
+        part, gates = _saved_of(saved, piece, lead), whole
+        h, c, dh_before, dc_before = h0, c0, dh0, dc0
+        if index:
+            earlier = pieces[index - 1]
+            h = y[_last_step(earlier, reverse)]
+            dh_before = y.new_empty(h.shape)
+            if mode == "lstm":
+                c = _last_state(_saved_of(saved, earlier, lead), lead[1], w.hh.shape[0], reverse)
+                dc_before = y.new_empty(c.shape)
+        if len(pieces) > 1:
+            gates = _Gates(*(None if x is None else x[: piece.stop - piece.start] for x in whole))
+        _C.rnn_backward(
+            gates.input,
+            dh_before,
+            dc_before,
+            None if dy is None else dy[piece],
+            dh,
+            dc,
+            part,
+            y[piece],
+            h,
+            c,
+            w.hh,
+            w.bias_hh,
+            w.hr,
+            mode=mode,
+            batch_sizes=batch_sizes,
+            reverse=reverse,
+            d_recurrent=gates.recurrent,
+            d_hidden=gates.hidden,
+            hidden=gates.unprojected,
+        )
+        dh, dc = dh_before, dc_before
+        if dx is not None:
+            _C.gemm(dx[piece], gates.input, w.ih, accumulate=reverse)
+        _add_weight_gradients(sums, gates, input[piece], y, piece, h0, w, batch_sizes, reverse, needs)
+    none = y.new_empty(0)
+    return [none.new_empty(0) if x is None else x for x in sums]
+
+
+def _gates_like(y: Tensor, w: Weights, mode: str) -> _Gates:
+    """Room for the gradients of the steps of y."""
     lead, (GH, P) = y.shape[:-1], w.hh.shape
     H = GH // GATES[mode]
-    d_gates = y.new_empty(*lead, GH)
-    recurrent = y.new_empty(*lead, H) if mode == "gru" else None
-    hidden = unprojected = None
-    if w.hr is not None:
-        hidden, unprojected = y.new_empty(*lead, P), y.new_empty(*lead, H)
-    _C.rnn_backward(
-        d_gates,
-        dh0,
-        dc0,
-        dy,
-        dh_n,
-        dc_n,
-        saved,
-        y,
-        h0,
-        c0,
-        w.hh,
-        w.bias_hh,
-        w.hr,
-        mode=mode,
-        batch_sizes=batch_sizes,
-        reverse=reverse,
-        d_recurrent=recurrent,
-        d_hidden=hidden,
-        hidden=unprojected,
+    return _Gates(
+        y.new_empty(*lead, GH),
+        y.new_empty(*lead, H) if mode == "gru" else None,
+        None if w.hr is None else y.new_empty(*lead, P),
+        None if w.hr is None else y.new_empty(*lead, H),
     )
-    return _Gates(d_gates, recurrent, hidden, unprojected)
 
 
-def _weight_gradients(
+def _last_state(saved: Tensor, B: int, GH: int, reverse: bool) -> Tensor:
+    """What a piece of an lstm saved as the c of its last step [B, H]."""
+    rows, H = saved.shape[0], saved.shape[1] - GH
+    states = saved.view(-1)[rows * GH :].view(rows, H)
+    return states[:B] if reverse else states[-B:]
+
+
+def _add_weight_gradients(
+    sums: list[Tensor | None],
     gates: _Gates,
     input: Tensor,
     y: Tensor,
+    piece: slice,
     h0: Tensor | None,
     w: Weights,
     batch_sizes: Tensor | None,
     reverse: bool,
     needs: Sequence[bool],
-) -> list[Tensor]:
-    """The parameters' gradients in their order, each a product or a sum over all steps; empty where not needed."""
+) -> None:
+    """The parameters' gradients in their order, each a product or a sum over the steps of a piece; None: not needed."""
     need_ih, need_hh, *rest = needs
     need_b_ih, need_b_hh = rest[:2] if w.bias_ih is not None else (False, False)
-    none = y.new_empty(0)
-    grads = [gemm_native.linear_wgrad(gates.input, input) if need_ih else none]
-    grads.append(_recurrent_gradient(gates, y, h0, batch_sizes, reverse) if need_hh else none)
-    if w.bias_ih is not None:
-        db = gemm_native.sum_rows(gates.input) if need_b_ih or need_b_hh else none
-        grads.append(db if need_b_ih else none)
-        if need_b_hh and gates.recurrent is not None:
-            H = gates.recurrent.shape[-1]
-            grads.append(torch.cat([db[: 2 * H], gemm_native.sum_rows(gates.recurrent)]))
-        else:  # a tensor of its own: whoever writes into one gradient must not change the other
-            grads.append(db.clone() if need_b_hh else none)
-    if w.hr is not None:
-        grads.append(gemm_native.linear_wgrad(gates.hidden, gates.unprojected) if rest[-1] else none)
-    return [x.new_empty(0) if x is none else x for x in grads]
+    if need_ih:
+        sums[0] = _wgrad(sums[0], gates.input, input)
+    if need_hh:
+        sums[1] = _recurrent_gradient(sums[1], gates, y, piece, h0, batch_sizes, reverse)
+    if need_b_ih or need_b_hh:
+        db = gemm_native.sum_rows(gates.input)
+        if need_b_hh:  # a tensor of its own: whoever writes into one gradient must not change the other
+            other = db.clone()
+            if gates.recurrent is not None:
+                gemm_native.sum_rows(gates.recurrent, other[-gates.recurrent.shape[-1] :])
+            sums[3] = other if sums[3] is None else sums[3].add_(other)
+        if need_b_ih:
+            sums[2] = db if sums[2] is None else sums[2].add_(db)
+    if w.hr is not None and rest[-1]:
+        sums[-1] = _wgrad(sums[-1], gates.hidden, gates.unprojected)
+
+
+def _wgrad(sum: Tensor | None, grad: Tensor, input: Tensor) -> Tensor:
+    """sum + grad[..., N]^T input[..., K], in place; None: 0."""
+    if sum is None:
+        return gemm_native.linear_wgrad(grad, input)
+    _C.linear_wgrad(sum, grad, input, accumulate=True)
+    return sum
 
 
 def _recurrent_gradient(
-    gates: _Gates, y: Tensor, h0: Tensor | None, batch_sizes: Tensor | None, reverse: bool
+    sum: Tensor | None,
+    gates: _Gates,
+    y: Tensor,
+    piece: slice,
+    h0: Tensor | None,
+    batch_sizes: Tensor | None,
+    reverse: bool,
 ) -> Tensor:
-    """dW_hh: the gates' gradients times the h that each step started from."""
-    sides = [gates.input]
+    """dW_hh: the gates' gradients times the h that each step started from; added to `sum` where given."""
+    GH = gates.input.shape[-1]
+    accumulate = sum is not None
+    if sum is None:
+        sum = y.new_empty(GH, y.shape[-1])
+    sides = [(sum, gates.input)]
     if gates.recurrent is not None:
-        sides = [gates.input[..., : 2 * gates.recurrent.shape[-1]], gates.recurrent]
+        split = GH - gates.recurrent.shape[-1]
+        sides = [(sum[:split], gates.input[..., :split]), (sum[split:], gates.recurrent)]
     if batch_sizes is not None:
         before = _states_before(y, h0, batch_sizes, reverse)
-        parts = [gemm_native.linear_wgrad(g, before) for g in sides]
-    else:  # y one step on; h0 apart, which is mostly absent
-        later, first = (slice(None, -1), slice(-1, None)) if reverse else (slice(1, None), slice(None, 1))
-        before = y[1:] if reverse else y[:-1]
-        parts = [gemm_native.linear_wgrad(g[later], before) for g in sides]
-        if h0 is not None:
-            parts = [p.add_(gemm_native.linear_wgrad(g[first], h0[None])) for p, g in zip(parts, sides, strict=True)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+        for part, g in sides:
+            _C.linear_wgrad(part, g, before)
+        return sum
+    # y one step on; h0 apart, which is mostly absent
+    before = y[piece.start + 1 : piece.stop + 1] if reverse else y[max(0, piece.start - 1) : piece.stop - 1]
+    count = before.shape[0]
+    for part, g in sides:
+        later, first = (g[:count], g[count:]) if reverse else (g[g.shape[0] - count :], g[: g.shape[0] - count])
+        _C.linear_wgrad(part, later, before, accumulate=accumulate)
+        if h0 is not None and first.shape[0]:
+            _C.linear_wgrad(part, first, h0[None], accumulate=True)
+    return sum
 
 
 def _states_before(y: Tensor, h0: Tensor, batch_sizes: Tensor, reverse: bool) -> Tensor:
