@@ -346,7 +346,7 @@ def rnn_backward(
     and hidden [..., H], what was projected. All contiguous, as are d_gates and saved.
     """
 
-def advise_fresh(out: Tensor) -> None:
+def advise_huge_pages(out: Tensor) -> None:
     """Asks for huge pages under a tensor of 32 MB and more that is about to be written for the first time."""
 
 def rnn_saved_shape(mode: str, rows: int, B: int, H: int, P: int) -> tuple[int, int]: ...

@@ -39,7 +39,7 @@ def _unit(x: Tensor | None) -> Tensor | None:
 def _fresh(x: Tensor, shape: Sequence[int]) -> Tensor:
     """An output that is written piece by piece, on huge pages where it is large."""
     out = x.new_empty(shape)
-    _C.advise_fresh(out)
+    _C.advise_huge_pages(out)
     return out
 
 
