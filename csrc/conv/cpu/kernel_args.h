@@ -44,6 +44,15 @@ struct ConvScatterArgs {
   i64 m, n;
 };
 
+// A panel of weights whose channels and taps are one run: dst[(t*units + c/k_unit)*nr + j] = src[j*j_step + c*taps +
+// t], units = ceil(channels/k_unit), zeros behind column n.
+struct ConvPackArgs {
+  const void* src;
+  i64 j_step, taps, channels;
+  int n;
+  float* dst;
+};
+
 enum class ConvKind : std::uint8_t {
   kDense,  // forward and dgrad: tiles of output pixels x output channels
   kWgrad,  // the gradient of the weight
@@ -54,6 +63,7 @@ struct ConvFunctions {
   void (*tile)(const ConvTileArgs&);
   void (*band)(const ConvBandArgs&);
   void (*scatter)(const ConvScatterArgs&);
+  void (*pack)(const ConvPackArgs&);
 };
 
 struct ConvKernel {
