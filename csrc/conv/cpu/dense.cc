@@ -120,6 +120,14 @@ class Part {
     pointers_ = reinterpret_cast<const float**>(scratch + p_.band_bytes + p_.sum_bytes);
     sum_row_ = ceil_div(columns_, kernel_.nr / 2) * kernel_.nr / 2;
     const i64 nr = kernel_.nr;
+    in_place_ = reads_in_place();
+    if (writes_in_place()) {
+      const ConvTensor& out = x_.out;
+      const i64 first = plane_ / axis(0).count * out.n_step + plane_ % axis(0).count * out.step[0] + h0_ * out.step[1] +
+                        w0_ * out.step[2] + (group_ * x_.columns + k0_) * out.c_step;
+      sum_ = static_cast<float*>(out.data) + first, sum_row_ = out.step[2];
+      written_ = true;
+    }
     weights_ = x_.pack + group_ * p_.group_floats + phase_->pack + k0_ / nr * phase_->steps * nr;
   }
 
@@ -129,6 +137,11 @@ class Part {
       const i64 all_taps = axis(0).taps * axis(1).taps * axis(2).taps;
       i64 position = all_taps * x_.units(c0);  // of the weights of the band to come
       const i64 n1 = p_.shared[1] ? axis(1).taps : 1, n2 = p_.shared[2] ? axis(2).taps : 1;
+      if (in_place_) {
+        point_into_image(c0);
+        multiply(position, 1, 1);
+        continue;
+      }
       set_pointers();
       for (i64 t0 = 0; t0 < axis(0).taps; ++t0) {
         for (i64 t1 = 0; t1 < axis(1).taps; t1 += n1) {
@@ -140,8 +153,9 @@ class Part {
         }
       }
     }
-    if (!started_) std::fill_n(sum_, pixels_ * sum_row_, 0.0f);
-    finish();
+    for (i64 i = 0; i < pixels_ && !started_; ++i) std::fill_n(sum_ + i * sum_row_, columns_, 0.0f);
+    const ConvArgs& a = x_.args;
+    if (!written_ || a.bias || a.residual || a.pre || a.activation != Activation::none) finish();
   }
 
  private:
@@ -159,6 +173,48 @@ class Part {
       for (i64 h = 0; h < rows_; ++h)
         for (i64 w = 0; w < width_; ++w)
           *out++ = band_ + (s * plane + h * out_step(1) * width + w * out_step(2)) * floats_;
+  }
+
+  // One tap, whose pixels are all in the image, and channels as the tiles read them: nothing to copy.
+  bool reads_in_place() const {
+    for (int i = 0; i < 3; ++i) {
+      const ConvAxis& a = axis(i);
+      if (a.taps != 1 || a.first < 0 || (a.count - 1) * a.in_step + a.first >= x_.size[i]) return false;
+    }
+    const ConvTensor& in = x_.in;
+    if (in.c_step != 1 && x_.channels > 1) return false;
+    if (kernel_.k_unit == 1) return x_.d.dtype == DType::f32;
+    const bool whole_pairs = (x_.channels | in.n_step | in.step[0] | in.step[1] | in.step[2]) % 2 == 0;
+    return whole_pairs && reinterpret_cast<std::uintptr_t>(in.data) % sizeof(float) == 0;
+  }
+
+  void point_into_image(i64 c0) {
+    const ConvTensor& in = x_.in;
+    const float** out = pointers_;
+    for (i64 s = 0; s < planes_; ++s) {
+      const i64 n = (plane_ + s) / axis(0).count, z = (plane_ + s) % axis(0).count;
+      for (i64 h = h0_; h < h0_ + rows_; ++h) {
+        const i64 offset = n * in.n_step + (group_ * x_.channels + c0) * in.c_step +
+                           (z * axis(0).in_step + axis(0).first) * in.step[0] +
+                           (h * axis(1).in_step + axis(1).first) * in.step[1] +
+                           (w0_ * axis(2).in_step + axis(2).first) * in.step[2];
+        for (i64 w = 0; w < width_; ++w)
+          *out++ = static_cast<const float*>(at(in.data, offset + w * axis(2).in_step * in.step[2], x_.d.dtype));
+      }
+    }
+  }
+
+  // Sums in what is written itself, where its pixels follow each other as those of the part do.
+  bool writes_in_place() const {
+    const ConvTensor& out = x_.out;
+    const i64 row = out.step[2];
+    if (x_.d.dtype != DType::f32 || !x_.d.channels_last || row < columns_) return false;
+    if (axis(0).out_step != 1 || axis(1).out_step != 1 || axis(2).out_step != 1) return false;
+    if (rows_ * planes_ == 1) return true;
+    if (width_ != axis(2).count || out.step[1] != width_ * row) return false;
+    if (planes_ == 1) return true;
+    const bool depths = axis(0).count == 1 || out.step[0] == rows_ * out.step[1];
+    return depths && (x_.d.N == 1 || out.n_step == axis(0).count * rows_ * out.step[1]);
   }
 
   void copy_band(i64 c0, i64 t0, i64 t1, i64 t2) {
@@ -278,7 +334,7 @@ class Part {
   const ConvPhase* phase_;
   i64 group_, plane_, planes_, h0_, rows_, w0_, width_, k0_, columns_, pixels_;
   i64 channels_ = 0, floats_ = 0, sum_row_;
-  bool started_ = false;
+  bool started_ = false, in_place_, written_ = false;
   const float* weights_;
   float* band_;
   float* sum_;
