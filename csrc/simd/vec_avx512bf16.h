@@ -31,6 +31,11 @@ struct VecAvx512Bf16 : VecAvx512 {
     const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, y));
     return _mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
   }
+  // Widened elements as the first of pairs, the second zero; and such pairs with widened elements as their second.
+  static FASTDL_INLINE V low(V x) { return _mm512_castsi512_ps(_mm512_srli_epi32(_mm512_castps_si512(x), 16)); }
+  static FASTDL_INLINE V join(V pairs, V y) {
+    return _mm512_castsi512_ps(_mm512_or_si512(_mm512_castps_si512(pairs), _mm512_castps_si512(y)));
+  }
   // pair of 32 elements each, in order.
   static FASTDL_INLINE void interleave(const bf16* x, const bf16* y, V* low, V* high) {
     const __m512i a = _mm512_loadu_si512(x), b = _mm512_loadu_si512(y);

@@ -21,6 +21,7 @@ from pathlib import Path
 from queue import SimpleQueue
 
 import attention
+import conv
 import gemm
 import rnn
 
@@ -32,7 +33,7 @@ BENCHES = 2  # bugs at a time: one compiles while another's tests start
 TESTS_FAILED = 1  # pytest's exit status; 2 and above: interrupted, internal error, bad usage, nothing collected
 
 
-MUTATIONS = [*gemm.MUTATIONS, *attention.MUTATIONS, *rnn.MUTATIONS]
+MUTATIONS = [*gemm.MUTATIONS, *attention.MUTATIONS, *rnn.MUTATIONS, *conv.MUTATIONS]
 
 
 class Workbench:

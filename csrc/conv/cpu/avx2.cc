@@ -17,6 +17,6 @@ const ConvFunctions direct_f32 = direct_functions<L, float>();
 const ConvFunctions direct_bf16 = direct_functions<L, bf16>();
 const ConvFunctions direct_f16 = direct_functions<L, f16>();
 extern const ConvFunctions wgrad;
-const ConvFunctions wgrad = {{}, {}, {}, run_wgrad_tile<L, 6, 2>};
+const ConvFunctions wgrad = wgrad_functions<L, 6, 2>();
 
 }  // namespace fastdl::avx2

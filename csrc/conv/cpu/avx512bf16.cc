@@ -11,8 +11,8 @@ extern const ConvFunctions dense_bf16;
 const ConvFunctions dense_bf16 = dense_pairs<L, VecAvx512, 14, 2>();
 
 extern const ConvFunctions direct_bf16;
-const ConvFunctions direct_bf16 = {nullptr, nullptr, nullptr, nullptr, &direct_ops_pairs<L, VecAvx512>};
+const ConvFunctions direct_bf16 = direct_functions_pairs<L, VecAvx512>();
 extern const ConvFunctions wgrad;
-const ConvFunctions wgrad = {{}, {}, {}, run_wgrad_tile<L, 14, 2>};
+const ConvFunctions wgrad = wgrad_functions<L, 14, 2>();
 
 }  // namespace fastdl::avx512bf16

@@ -111,6 +111,33 @@ void conv_band(const ConvBandArgs& t) {
   }
 }
 
+// See ConvPackArgs. Blocks of W columns x W weights are transposed; a pair gets its second half in a second visit.
+template <class L, class T, int NV, bool kPairs>
+void conv_pack_panel(const ConvPackArgs& t) {
+  constexpr int W = L::width, NR = NV * W;
+  const T* const src = static_cast<const T*>(t.src);
+  const i64 units = kPairs ? (t.channels + 1) / 2 : t.channels, count = t.channels * t.taps;
+  for (int j = 0; j < NR; j += W) {
+    i64 c = 0, tap = 0;
+    for (i64 e = 0; e < count; e += W) {
+      const Lanes<L> lanes(count - e);
+      typename L::V r[W];
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) r[i] = j + i < t.n ? lanes.load(src + (j + i) * t.j_step + e) : L::zero();
+      L::transpose(r);
+      for (int i = 0; i < lanes.n; ++i) {
+        float* const d = t.dst + (tap * units + (kPairs ? c / 2 : c)) * NR + j;
+        if constexpr (kPairs) {
+          L::store(d, c % 2 ? L::join(L::load(d), r[i]) : L::low(r[i]));
+        } else {
+          L::store(d, r[i]);
+        }
+        if (++tap == t.taps) tap = 0, ++c;
+      }
+    }
+  }
+}
+
 // See ConvScatterArgs.
 template <class L, class T, Activation kActivation>
 void conv_scatter_with(const ConvScatterArgs& t) {
@@ -163,7 +190,7 @@ void conv_scatter(const ConvScatterArgs& t) {
 
 template <class L, class T, int MR, int NV>
 constexpr ConvFunctions dense_functions() {
-  return {conv_run_tile<L, MR, NV>, conv_band<L, T>, conv_scatter<L, T>};
+  return {conv_run_tile<L, MR, NV>, conv_band<L, T>, conv_scatter<L, T>, conv_pack_panel<L, T, NV, false>};
 }
 
 }  // namespace

@@ -45,6 +45,15 @@ struct ConvScatterArgs {
   i64 m, n;
 };
 
+// A panel of weights whose channels and taps are one run: dst[(t*units + c/k_unit)*nr + j] = src[j*j_step + c*taps +
+// t], units = ceil(channels/k_unit), zeros behind column n.
+struct ConvPackArgs {
+  const void* src;
+  i64 j_step, taps, channels;
+  int n;
+  float* dst;
+};
+
 // Output pixels side by side in scratch: `steps` floats of a packed column each, a and b floats from the operands'
 // first.
 struct ConvWgradRun {
@@ -74,9 +83,10 @@ enum class ConvKind : std::uint8_t {
 
 // What a schedule calls; null where its kind has no use for it.
 struct ConvFunctions {
-  void (*tile)(const ConvTileArgs&);
-  void (*band)(const ConvBandArgs&);
-  void (*scatter)(const ConvScatterArgs&);
+  void (*tile)(const ConvTileArgs&) = nullptr;
+  void (*band)(const ConvBandArgs&) = nullptr;
+  void (*scatter)(const ConvScatterArgs&) = nullptr;
+  void (*pack)(const ConvPackArgs&) = nullptr;
   void (*wgrad_tile)(const ConvWgradArgs&) = nullptr;
   const DirectOps* direct = nullptr;
 };

@@ -23,7 +23,9 @@ constexpr DirectOps direct_ops = {
 
 template <class L, class T>
 constexpr ConvFunctions direct_functions() {
-  return {nullptr, nullptr, nullptr, nullptr, &direct_ops<L, T>};
+  ConvFunctions f = {};
+  f.direct = &direct_ops<L, T>;
+  return f;
 }
 
 // See DirectOps::image.
@@ -63,6 +65,13 @@ constexpr DirectOps direct_ops_pairs = {
     run_plane<L>,
     nullptr,
 };
+
+template <class L, class Plain>
+constexpr ConvFunctions direct_functions_pairs() {
+  ConvFunctions f = {};
+  f.direct = &direct_ops_pairs<L, Plain>;
+  return f;
+}
 
 }  // namespace
 }  // namespace fastdl

@@ -9,7 +9,28 @@ namespace {
 // See ConvBandArgs: 16 bits as they are.
 template <class L>
 void conv_band_pairs(const ConvBandArgs& t) {
+  constexpr int W = L::width;
   const bf16* const src = static_cast<const bf16*>(t.src);
+  if (t.c_step != 1 && t.pixel_step == 1 && t.channels >= 8) {  // transpose blocks of W pairs of channels x W pixels
+    for (i64 c = 0; c < t.channels; c += 2 * W) {
+      const i64 left = t.channels - c;
+      const Lanes<L> units((left + 1) / 2);
+      for (i64 p = 0; p < t.pixels; p += W) {
+        const Lanes<L> pixels(t.pixels - p);
+        typename L::V r[W];
+#pragma GCC unroll 16
+        for (int i = 0; i < W; ++i) {
+          const bf16* s = src + (c + 2 * i) * t.c_step + p;
+          r[i] = 2 * i + 1 < left ? L::pair(s, s + t.c_step, pixels.mask)
+                 : 2 * i < left   ? L::low(L::load(s, pixels.mask))
+                                  : L::zero();
+        }
+        L::transpose(r);
+        for (int i = 0; i < pixels.n; ++i) units.store(t.dst + (p + i) * t.row + c / 2, r[i]);
+      }
+    }
+    return;
+  }
   for (i64 p = 0; p < t.pixels; ++p) {
     const bf16* s = src + p * t.pixel_step;
     float* d = t.dst + p * t.row;
@@ -31,7 +52,7 @@ void conv_band_pairs(const ConvBandArgs& t) {
 // Plain: the level in which fma is what it says, for all that is not a product of pairs.
 template <class L, class Plain, int MR, int NV>
 constexpr ConvFunctions dense_pairs() {
-  return {conv_run_tile<L, MR, NV>, conv_band_pairs<L>, conv_scatter<Plain, bf16>};
+  return {conv_run_tile<L, MR, NV>, conv_band_pairs<L>, conv_scatter<Plain, bf16>, conv_pack_panel<L, bf16, NV, true>};
 }
 
 }  // namespace

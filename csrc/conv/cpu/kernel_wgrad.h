@@ -69,5 +69,12 @@ void run_wgrad_tile(const ConvWgradArgs& t) {
   table.fn[t.m - 1][(t.n + L::width - 1) / L::width - 1](t);
 }
 
+template <class L, int MR, int NV>
+constexpr ConvFunctions wgrad_functions() {
+  ConvFunctions f = {};
+  f.wgrad_tile = run_wgrad_tile<L, MR, NV>;
+  return f;
+}
+
 }  // namespace
 }  // namespace fastdl

@@ -1,5 +1,6 @@
 // Which kernel, which blocks, how many threads. Pure: everything follows from the problem and the machine given.
 #include <algorithm>
+#include <cmath>
 #include <numeric>
 
 #include "base/check.h"
@@ -39,9 +40,8 @@ i64 extent(const ConvAxis& a, i64 n, bool shared) {
 }
 
 // --- dense ---------------------------------------------------------------------------------------------------------
-constexpr i64 kPixels = 512;    // of a part
-constexpr i64 kColumns = 256;   // output channels of a part
-constexpr i64 kChannels = 256;  // of a band
+constexpr i64 kPixels = 512;   // of a part: their sums, the band and a panel stay in L2
+constexpr i64 kColumns = 256;  // output channels of a part
 
 struct Blocks {
   const ConvDesc& d;
@@ -63,6 +63,42 @@ struct Blocks {
     p.pointer_bytes = page(pixels() * 8);
   }
 };
+
+// Cuts parts smaller where that shares the work better among threads. The time of a part, an element of the sum apart:
+// products, reading weights (kReadCost), copying the image (kCopyCost).
+constexpr double kReadCost = 4, kCopyCost = 8;
+void balance(const ConvDesc& d, const Blocks& b, i64 columns, int threads) {
+  ConvPlan& p = b.p;
+  if (threads == 1) return;
+  const i64 mr = p.kernel->mr, nr = p.kernel->nr, planes = d.N * b.axis[0].count, height = b.axis[1].count;
+  if (planes == 0 || height == 0 || columns == 0) return;
+  double phases = 1, taps = 1;
+  for (int i = 0; i < 3; ++i) taps *= static_cast<double>(b.axis[i].taps);
+  if (d.pass == ConvPass::dgrad)
+    for (int i = 0; i < 3; ++i) phases *= static_cast<double>(std::min(d.stride[i], std::max<i64>(1, d.in[i])));
+  const i64 rows0 = p.rows, planes0 = p.planes, columns0 = p.k_block;
+  double best = -1;
+  for (i64 cut_k = 1; cut_k <= threads && ceil_div(columns0, cut_k) >= nr; ++cut_k) {
+    const i64 k_block = round_up(ceil_div(columns0, cut_k), nr);
+    for (i64 cut = 1; cut <= 4 * threads && cut <= planes0 * rows0; ++cut) {
+      // Whole planes while there are several, then rows.
+      const i64 many = std::max<i64>(1, ceil_div(planes0, cut));
+      const i64 rows = cut <= planes0 ? rows0 : ceil_div(rows0, ceil_div(cut, planes0));
+      const i64 blocks = ceil_div(planes, many) * ceil_div(height, rows) * ceil_div(b.axis[2].count, p.w_block);
+      const double parts = phases * static_cast<double>(d.groups * blocks * ceil_div(columns, k_block));
+      const double rounds = std::ceil(parts / threads);
+      const double pixels = static_cast<double>(round_up(many * rows * p.w_block, mr));
+      const double halo = static_cast<double>(extent(b.axis[1], rows, p.shared[1])) / static_cast<double>(rows);
+      const double cost =
+          rounds * (static_cast<double>(k_block) * (pixels + kReadCost) + kCopyCost / taps * pixels * halo);
+      if (best >= 0 && cost >= best * 0.99) continue;
+      best = cost;
+      p.k_block = k_block, p.planes = many, p.rows = rows;
+    }
+  }
+  if (p.rows < height) p.planes = 1;
+  b.count_bytes();
+}
 
 void plan_dense(const ConvDesc& d, const Machine&, ConvPlan* plan) {
   ConvPlan& p = *plan;
@@ -86,7 +122,11 @@ void plan_dense(const ConvDesc& d, const Machine&, ConvPlan* plan) {
   const i64 height = std::max<i64>(1, b.axis[1].count), width = std::max<i64>(1, b.axis[2].count);
   const i64 planes = std::max<i64>(1, d.N * b.axis[0].count);
   p.k_block = even_block(std::max<i64>(1, columns), kColumns, kernel.nr);
-  p.c_block = even_block(std::max<i64>(1, channels), kChannels, kernel.k_unit);  // frozen packs know no sizes
+  // Channels such that a run of taps along the width is one product: neighbouring pixels then share most of what they
+  // read, and it stays in L1 beside a panel. Sizes have no say: frozen packs do not know them.
+  const i64 folded = d.dilation[2] == 1 || !forward ? ceil_div(d.kernel[2], forward ? 1 : d.stride[2]) : 3;
+  const i64 channel_limit = kernel.k_unit * std::max<i64>(16, kernel.kc / folded / 16 * 16);
+  p.c_block = even_block(std::max<i64>(1, channels), channel_limit, kernel.k_unit);
   p.w_block = even_block(width, kPixels, 1);
   p.rows = even_block(height, std::max<i64>(1, kPixels / p.w_block), 1);
   p.planes = p.rows == height ? std::clamp<i64>(kPixels / (p.rows * p.w_block), 1, planes) : 1;
@@ -108,6 +148,8 @@ void plan_dense(const ConvDesc& d, const Machine&, ConvPlan* plan) {
       p.rows = std::max<i64>(1, p.rows / 2);
     }
   }
+
+  balance(d, b, columns, p.threads);
 
   i64 floats = 0, part = 0;
   const i64 panels = ceil_div(columns, kernel.nr);

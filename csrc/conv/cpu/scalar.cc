@@ -13,7 +13,7 @@ const ConvFunctions dense_bf16 = dense_functions<L, bf16, 4, 2>();
 const ConvFunctions dense_f16 = dense_functions<L, f16, 4, 2>();
 
 extern const ConvFunctions wgrad;
-const ConvFunctions wgrad = {{}, {}, {}, run_wgrad_tile<L, 4, 2>};
+const ConvFunctions wgrad = wgrad_functions<L, 4, 2>();
 
 extern const ConvFunctions direct_f32, direct_bf16, direct_f16;
 const ConvFunctions direct_f32 = direct_functions<L, float>();

@@ -1,0 +1,96 @@
+"""Bugs to plant in convolution."""
+
+from mutation import Mutation
+
+DENSE = "csrc/conv/cpu/dense.cc"
+PLAN = "csrc/conv/cpu/plan.cc"
+KERNEL = "csrc/conv/cpu/kernel.h"
+BIND = "csrc/bind/conv.cc"
+TESTS = "tests/test_conv_native.py"
+
+MUTATIONS = [
+    Mutation(
+        "an image's last column taken for padding",
+        DENSE,
+        "(x_.size[2] - 1 - w_first) / w_step + 1",
+        "(x_.size[2] - 1 - w_first) / w_step",
+        f"{TESTS} -k 'test_grid_is_exact and f32'",
+    ),
+    Mutation(
+        "padding before the first column not cleared",
+        DENSE,
+        "        std::fill_n(out, begin * floats_, 0.0f);\n",
+        "",
+        f"{TESTS} -k 'test_grid_is_exact and f32'",
+    ),
+    Mutation(
+        "taps of a transposed phase in rising order",
+        PLAN,
+        "dilation / g, s, phase, last, -q}",
+        "dilation / g, s, phase, t, q}",
+        f"{TESTS} -k 'test_grid_is_exact and f32'",
+    ),
+    Mutation(
+        "kernel steps of a dilated kernel forgotten along the height",
+        DENSE,
+        "const i64 h_step = axis(1).tap_step * width * floats_",
+        "const i64 h_step = width * floats_",
+        f"{TESTS} -k 'test_grid_is_exact and f32'",
+    ),
+    Mutation(
+        "the sums of a block of channels lost",
+        DENSE,
+        "t.accumulate = started_;",
+        "t.accumulate = false;",
+        f"{TESTS} -k 'test_blocks_of and f32'",
+    ),
+    Mutation(
+        "a short last product of a run",
+        DENSE,
+        "std::min(piece, run - k)",
+        "piece",
+        f"{TESTS} -k 'test_blocks_of and f32'",
+    ),
+    Mutation(
+        "an odd last channel paired with its neighbour's",
+        "csrc/conv/cpu/kernel_pairs.h",
+        "c + 1 < t.channels ? s[(c + 1) * t.c_step] : bf16{0}",
+        "s[(c + 1) * t.c_step]",
+        f"{TESTS} -k 'test_guard_pages'",
+    ),
+    Mutation(
+        "the residual of the pixel before",
+        KERNEL,
+        "static_cast<const T*>(t.residual) + at : nullptr",
+        "static_cast<const T*>(t.residual) + at - t.i_step : nullptr",
+        f"{TESTS} -k 'test_epilogue and contiguous'",
+    ),
+    Mutation(
+        "the bias of the first group for all",
+        DENSE,
+        "const i64 column = group_ * x_.columns + k0_",
+        "const i64 column = k0_",
+        f"{TESTS} -k 'test_grid_is_exact and f32'",
+    ),
+    Mutation(
+        "blocks of channels that follow the number of threads",
+        PLAN,
+        "  balance(d, b, columns, p.threads);\n",
+        "  balance(d, b, columns, p.threads);\n  p.c_block = std::max<i64>(2, p.c_block / p.threads / 2 * 2);\n",
+        f"{TESTS} -k 'do_not_depend_on_threads'",
+    ),
+    Mutation(
+        "a thread's scratch above its limit",
+        PLAN,
+        "p.per_thread_bytes() > kConvThreadBytes;",
+        "p.per_thread_bytes() > 4 * kConvThreadBytes;",
+        f"{TESTS} -k 'test_workspace'",
+    ),
+    Mutation(
+        "a dilation that overflows",
+        BIND,
+        "!product(desc.kernel[i] - 1, desc.dilation[i], &reach) || reach > kMost",
+        "!product(desc.kernel[i] - 1, desc.dilation[i], &reach) && reach > kMost",
+        f"{TESTS} -k 'hostile'",
+    ),
+]
