@@ -23,11 +23,10 @@ void* at(void* p, i64 elements, DType dtype) {
   return static_cast<char*>(p) + elements * kItemSize[static_cast<int>(dtype)];
 }
 
-constexpr i64 kSlack = 64;  // floats: what packing writes past its rows
-constexpr i64 kRuns = 256;  // pixels of a block at most
-constexpr i64 kSumBytes = 640 << 10, kBandBytes = 512 << 10;
+constexpr i64 kSlack = 64;                                    // floats: what packing writes past its rows
+constexpr i64 kRuns = 256;                                    // pixels of a block at most
+constexpr i64 kSumBytes = 640 << 10, kBandBytes = 512 << 10;  // and of staging
 constexpr i64 kNarrowRows = 28;  // rows of outputs so narrow are packed once a tap: all of a block's are one run then
-constexpr i64 kTransposed = 16;  // channels that leave together
 
 int vector_width(const ConvKernel& kernel) { return kernel.nr / 2; }
 
@@ -51,7 +50,7 @@ void measure(const ConvDesc& d, const ConvKernel& kernel, ConvWgradPlan* plan) {
   // Pairs are formed of a row as it lies in memory, with its padding; in another layout by way of float32.
   const i64 staged = p.fold ? wide : p.w_block;
   const i64 finish = p.box[0] * p.box[1] * p.box[2];
-  const i64 leave = finish * kTransposed * kernel.nr + 2 * kTransposed * round_up(finish, width) + 4 * kSlack;
+  const i64 leave = finish * width * width + 2 * width * round_up(finish, width) + 4 * kSlack;
   const i64 stage = unit == 1 ? 0 : staged * (round_up(p.c_block, 2) / 2 + round_up(p.c_block, width)) + 4 * kSlack;
   p.stage_bytes = page(std::max(stage, leave) * 4);
   const i64 sums = p.k_block * (p.box[0] * p.box[1] * p.box[2] * p.c_block + 1);
@@ -162,7 +161,7 @@ void pack_line(const Part& x, const void* src, i64 start, i64 step, i64 count, i
     std::memcpy(out, first, static_cast<std::size_t>(in.size() * n) * 4);
   } else if (pitch == n && n <= kFewChannels && x.d.dtype == DType::f32) {
     copy_few<float>(first, pixel_step, t.c_step, in.size(), n, out);
-  } else if (pitch == n && n <= kFewChannels && x.d.dtype == DType::bf16) {
+  } else if (pitch == n && n <= kFewChannels && x.d.dtype == DType::bf16 && x.kernel.k_unit == 1) {
     copy_few<bf16>(first, pixel_step, t.c_step, in.size(), n, out);
   } else if (in.size() > 0) {
     x.packer.helpers->pack_a(first, pixel_step, t.c_step, in.size(), static_cast<int>(n), static_cast<int>(pitch), out,
@@ -418,12 +417,12 @@ void leave(const Part& x, const Scratch& s) {
                      (d.kernel[1] == 1 || w.step[1] == d.kernel[2]) &&
                      (d.kernel[0] == 1 || w.step[0] == d.kernel[1] * d.kernel[2]);
   const i64 wide = taps <= width ? taps : round_up(taps, width);
-  float* const by_k = s.stage;  // [tap][k][width]
-  float* const by_c = by_k + taps * nr * kTransposed + kSlack;
-  float* const dense = by_c + kTransposed * wide + kSlack;
-  for (i64 j = 0; j < x.k.size(); j += nr) {
-    const float* sums = s.sums + j * x.panel_rows();
-    const i64 columns = std::min(nr, x.k.size() - j);
+  float* const by_k = s.stage;  // [tap][k][width], `width` output channels at a time
+  float* const by_c = by_k + taps * width * width + kSlack;
+  float* const dense = by_c + width * wide + kSlack;
+  for (i64 j = 0; j < x.k.size(); j += width) {
+    const float* sums = s.sums + j / nr * nr * x.panel_rows() + j % nr;
+    const i64 columns = std::min(width, x.k.size() - j);
     if (x.with_bias())
       scatter(sums + (x.panel_rows() - 1) * nr, columns, x.args.dbias_step,
               at(x.args.dbias, (k_first + j) * x.args.dbias_step, d.dtype), d.dtype);
@@ -431,14 +430,14 @@ void leave(const Part& x, const Scratch& s) {
       const i64 n = std::min(width, x.c.size() - c);
       for (i64 t = 0; t < taps; ++t)
         x.plain.helpers->pack_a(sums + (t * x.c.size() + c) * nr, 1, nr, columns, static_cast<int>(n),
-                                static_cast<int>(width), by_k + t * nr * width, nullptr);
+                                static_cast<int>(width), by_k + t * width * width, nullptr);
       FinishArgs f = {};
       void* const out = at(w.data, (k_first + j) * w.n_step + (x.c.begin + c) * w.c_step, d.dtype);
       if (w.c_step == 1 || (plain && taps == 1)) {
         for (i64 t = 0; t < taps; ++t) {
           const i64 z = x.tap[0] + t / x.taps[2] / x.taps[1], h = x.tap[1] + t / x.taps[2] % x.taps[1];
           const i64 offset = z * w.step[0] + h * w.step[1] + (x.tap[2] + t % x.taps[2]) * w.step[2];
-          f.sum = by_k + t * nr * width, f.sum_row = width, f.c = at(out, offset, d.dtype), f.c_row = w.n_step;
+          f.sum = by_k + t * width * width, f.sum_row = width, f.c = at(out, offset, d.dtype), f.c_row = w.n_step;
           f.m = static_cast<int>(columns), f.n = static_cast<int>(n);
           x.packer.helpers->finish(f);
         }
@@ -447,7 +446,7 @@ void leave(const Part& x, const Scratch& s) {
       for (i64 k = 0; k < columns; ++k) {
         void* const to = at(out, k * w.n_step, d.dtype);
         if (plain) {
-          x.plain.helpers->pack_a(by_k + k * width, 1, nr * width, n, static_cast<int>(taps), static_cast<int>(wide),
+          x.plain.helpers->pack_a(by_k + k * width, 1, width * width, n, static_cast<int>(taps), static_cast<int>(wide),
                                   by_c, nullptr);
           f.sum = by_c;
           if (wide != taps) {
@@ -462,7 +461,7 @@ void leave(const Part& x, const Scratch& s) {
         for (i64 t = 0; t < taps; ++t) {
           const i64 z = x.tap[0] + t / x.taps[2] / x.taps[1], h = x.tap[1] + t / x.taps[2] % x.taps[1];
           const i64 offset = z * w.step[0] + h * w.step[1] + (x.tap[2] + t % x.taps[2]) * w.step[2];
-          scatter(by_k + (t * nr + k) * width, n, w.c_step, at(to, offset, d.dtype), d.dtype);
+          scatter(by_k + (t * width + k) * width, n, w.c_step, at(to, offset, d.dtype), d.dtype);
         }
       }
     }
@@ -528,7 +527,7 @@ ConvWgradPlan conv_wgrad_plan(const ConvDesc& d, const ConvKernel& kernel, int t
 
   p.k_block = round_up(even(round_up(K, nr), 512), nr);
   p.c_block = C;
-  constexpr i64 kMinChannels = 32, kTaps = 128;
+  constexpr i64 kMinChannels = 32, kTaps = 512;
   for (measure(d, kernel, &p);; measure(d, kernel, &p)) {
     const i64 all = p.box[0] * p.box[1] * p.box[2];
     const bool large = p.sum_bytes > kSumBytes || p.band_bytes > kBandBytes || p.stage_bytes > kBandBytes;
