@@ -338,6 +338,8 @@ py::dict plan_shape(const std::string& pass, const Sizes& x, const Sizes& w, con
   out["parts"] = p.parts;
   out["threads"] = p.threads;
   out["weight_bytes"] = p.w_bytes;
+  out["chunks"] = p.wgrad.chunks;
+  out["chunk_bytes"] = p.wgrad.chunk_bytes;
   out["thread_bytes"] = p.per_thread_bytes();
   out["workspace_bytes"] = p.workspace_bytes();
   out["why"] = p.why;

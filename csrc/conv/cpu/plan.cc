@@ -233,7 +233,11 @@ ConvPlan conv_plan(const ConvDesc& d, const Machine& machine, const ConvKernel* 
          dtype_name(d.dtype), " ", conv_pass_name(d.pass));
   p.threads = serial_nanoseconds(d) < kSerialNanoseconds ? 1 : std::max(1, machine.threads);
   if (kernel.kind == ConvKind::kDense) plan_dense(d, machine, &p);
-  if (kernel.kind == ConvKind::kWgrad) p.wgrad = conv_wgrad_plan(d, kernel, p.threads);
+  if (kernel.kind == ConvKind::kWgrad) {
+    p.wgrad = conv_wgrad_plan(d, kernel, p.threads);
+    p.c_block = p.wgrad.c_block, p.k_block = p.wgrad.k_block, p.rows = p.wgrad.rows, p.w_block = p.wgrad.w_block;
+    p.parts = p.wgrad.parts() * d.groups * p.wgrad.chunks;
+  }
   return p;
 }
 
@@ -267,7 +271,7 @@ std::string describe(const ConvDesc& d, const ConvPlan& p) {
                 " kernel=", three(d.kernel), " stride=", three(d.stride), " pad=", three(d.pad),
                 " dilation=", three(d.dilation), d.frozen ? " frozen" : "", " -> ", p.kernel->name,
                 " c_block=", p.c_block, " k_block=", p.k_block, " planes=", p.planes, " rows=", p.rows,
-                " w_block=", p.w_block, " phases=", p.phases.size(), " threads=", p.threads,
+                " w_block=", p.w_block, " phases=", p.phases.size(), " chunks=", p.wgrad.chunks, " threads=", p.threads,
                 " workspace=", p.workspace_bytes(), "B: ", p.why);
 }
 

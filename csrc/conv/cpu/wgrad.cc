@@ -23,11 +23,10 @@ void* at(void* p, i64 elements, DType dtype) {
   return static_cast<char*>(p) + elements * kItemSize[static_cast<int>(dtype)];
 }
 
-constexpr i64 kSlack = 64;  // floats: what packing writes past its rows
-constexpr i64 kRuns = 256;  // pixels of a block at most
-constexpr i64 kSumBytes = 640 << 10, kBandBytes = 512 << 10;
+constexpr i64 kSlack = 64;                                    // floats: what packing writes past its rows
+constexpr i64 kRuns = 256;                                    // pixels of a block at most
+constexpr i64 kSumBytes = 640 << 10, kBandBytes = 512 << 10;  // and of staging
 constexpr i64 kNarrowRows = 28;  // rows of outputs so narrow are packed once a tap: all of a block's are one run then
-constexpr i64 kTransposed = 16;  // channels that leave together
 
 int vector_width(const ConvKernel& kernel) { return kernel.nr / 2; }
 
@@ -51,7 +50,7 @@ void measure(const ConvDesc& d, const ConvKernel& kernel, ConvWgradPlan* plan) {
   // Pairs are formed of a row as it lies in memory, with its padding; in another layout by way of float32.
   const i64 staged = p.fold ? wide : p.w_block;
   const i64 finish = p.box[0] * p.box[1] * p.box[2];
-  const i64 leave = finish * kTransposed * kernel.nr + 2 * kTransposed * round_up(finish, width) + 4 * kSlack;
+  const i64 leave = finish * width * width + 2 * width * round_up(finish, width) + 4 * kSlack;
   const i64 stage = unit == 1 ? 0 : staged * (round_up(p.c_block, 2) / 2 + round_up(p.c_block, width)) + 4 * kSlack;
   p.stage_bytes = page(std::max(stage, leave) * 4);
   const i64 sums = p.k_block * (p.box[0] * p.box[1] * p.box[2] * p.c_block + 1);
@@ -135,14 +134,39 @@ void find_block(const Part& x, i64 index, Block* out) {
   }
 }
 
+// Few channels: element by element costs less than a vector store each pixel that reaches over its neighbours.
+constexpr i64 kFewChannels = 4;
+template <class T, class U>
+void copy_few(const void* src, i64 pixel_step, i64 c_step, i64 count, i64 n, U* out) {
+  const T* const x = static_cast<const T*>(src);
+  for (i64 j = 0; j < n; ++j)
+    for (i64 o = 0; o < count; ++o) {
+      if constexpr (sizeof(U) == 4) {
+        out[o * n + j] = widen(x[o * pixel_step + j * c_step]);
+      } else {
+        out[o * n + j] = x[o * pixel_step + j * c_step];
+      }
+    }
+}
+
 // dst[o*pitch + j] = src[(start + o*step)*w_step + j*c_step], zero outside [0, size): float32.
 void pack_line(const Part& x, const void* src, i64 start, i64 step, i64 count, i64 n, i64 pitch, float* dst) {
   const ConvTensor& t = x.args.x;
   const Range in = inside(start, step, count, x.d.in[2]);
   std::memset(dst, 0, static_cast<std::size_t>(in.begin * pitch) * 4);
-  if (in.size() > 0)
-    x.packer.helpers->pack_a(at(src, (start + in.begin * step) * t.step[2], x.d.dtype), step * t.step[2], t.c_step,
-                             in.size(), static_cast<int>(n), static_cast<int>(pitch), dst + in.begin * pitch, nullptr);
+  const void* const first = at(src, (start + in.begin * step) * t.step[2], x.d.dtype);
+  const i64 pixel_step = step * t.step[2];
+  float* const out = dst + in.begin * pitch;
+  if (pitch == n && x.d.dtype == DType::f32 && (n == 1 || t.c_step == 1) && pixel_step == n) {
+    std::memcpy(out, first, static_cast<std::size_t>(in.size() * n) * 4);
+  } else if (pitch == n && n <= kFewChannels && x.d.dtype == DType::f32) {
+    copy_few<float>(first, pixel_step, t.c_step, in.size(), n, out);
+  } else if (pitch == n && n <= kFewChannels && x.d.dtype == DType::bf16 && x.kernel.k_unit == 1) {
+    copy_few<bf16>(first, pixel_step, t.c_step, in.size(), n, out);
+  } else if (in.size() > 0) {
+    x.packer.helpers->pack_a(first, pixel_step, t.c_step, in.size(), static_cast<int>(n), static_cast<int>(pitch), out,
+                             nullptr);
+  }
   std::memset(dst + in.end * pitch, 0, static_cast<std::size_t>((count - in.end) * pitch) * 4);
 }
 
@@ -161,6 +185,8 @@ const void* stage_line(const Part& x, const void* src, i64 start, i64 step, i64 
   } else if (t.c_step == 1) {
     for (i64 o = 0; o < in.size(); ++o)
       std::memcpy(out + bytes(in.begin + o), at(src, o * step * t.step[2], x.d.dtype), bytes(1));
+  } else if (n <= kFewChannels) {
+    copy_few<bf16>(src, step * t.step[2], t.c_step, in.size(), n, reinterpret_cast<bf16*>(out + bytes(in.begin)));
   } else {
     const i64 width = vector_width(x.kernel), pitch = n <= width ? n : round_up(n, width);
     float* const wide = stage + ceil_div(count * n, 2) + kSlack;
@@ -268,14 +294,63 @@ void pack_y(const Part& x, const Block& b, float* dst) {
   }
 }
 
+// Asks for the dy of the next block while tiles work on this one: [row][segment][line].
+class Ahead {
+ public:
+  Ahead(const Part& x, const Block* next) : x_(x), next_(next) {
+    if (!next) return;
+    const ConvTensor& t = x.args.y;
+    const i64 item = kItemSize[static_cast<int>(x.d.dtype)];
+    const bool across = t.c_step == 1;  // a segment is the channels of a pixel, else the pixels of a channel
+    if (!across && t.step[2] != 1) return;
+    segments_ = across ? next->width : x.k.size();
+    step_ = (across ? t.step[2] : t.c_step) * item;
+    bytes_ = (across ? x.k.size() : next->width) * item;
+    if (across && step_ == bytes_) bytes_ *= segments_, segments_ = 1;  // the whole row is one
+    lines_ = next->count * segments_ * ceil_div(bytes_, kLine);
+    enter();
+  }
+  i64 lines() const { return lines_; }
+  void fetch(i64 lines) {
+    for (; lines > 0 && row_ < next_->count; --lines) {
+      __builtin_prefetch(at_ + byte_, 0, 2);
+      if ((byte_ += kLine) < bytes_) continue;
+      byte_ = 0, at_ += step_;
+      if (++segment_ < segments_) continue;
+      segment_ = 0;
+      if (++row_ < next_->count) enter();
+    }
+  }
+
+ private:
+  static constexpr i64 kLine = 64;
+  void enter() {
+    const ConvTensor& t = x_.args.y;
+    const Row& r = next_->rows[row_];
+    const i64 channel = x_.group * (x_.d.K / x_.d.groups) + x_.k.begin;
+    at_ = static_cast<const char*>(
+        at(t.data, r.n * t.n_step + channel * t.c_step + r.z * t.step[0] + r.h * t.step[1] + next_->w * t.step[2],
+           x_.d.dtype));
+  }
+  const Part& x_;
+  const Block* next_;
+  const char* at_ = nullptr;
+  i64 segments_ = 0, step_ = 0, bytes_ = 0, lines_ = 0, segment_ = 0, byte_ = 0;
+  int row_ = 0;
+};
+
 // --- products ------------------------------------------------------------------------------------------------------
-void run_block(const Part& x, const Block& b, const Scratch& s, bool accumulate) {
+void run_block(const Part& x, const Block& b, const Block* next, const Scratch& s, bool accumulate) {
   const ConvDesc& d = x.d;
   const ConvWgradPlan& p = x.p;
   const i64 row = b.cols * p.pitch, nr = x.kernel.nr, panel = b.count * b.steps * nr;
   const i64 lines = p.fold ? x.taps[2] * x.c.size() : x.c.size(), tiles = ceil_div(lines, x.kernel.mr);
   const i64 tap_step = p.shared_cols ? d.dilation[2] * p.pitch : p.slots * row;
   ConvWgradRun runs[kRuns];
+  Ahead ahead(x, next);
+  const i64 calls =
+      panel == 0 ? 1 : ceil_div(x.k.size(), nr) * x.taps[0] * x.taps[1] * (p.fold ? 1 : x.taps[2]) * tiles;
+  const i64 each = ceil_div(ahead.lines(), std::max<i64>(1, calls));
   ConvWgradArgs t = {};
   t.a_step = p.shared_cols ? d.stride[2] * p.pitch : p.pitch;
   t.runs = runs, t.nr = nr;
@@ -305,6 +380,7 @@ void run_block(const Part& x, const Block& b, const Scratch& s, bool accumulate)
             t.a = s.band + t2 * tap_step + begin;
             t.c = c + begin * nr;
             x.kernel.functions->wgrad_tile(t);
+            if (each > 0) ahead.fetch(each);
           }
         }
       }
@@ -341,12 +417,12 @@ void leave(const Part& x, const Scratch& s) {
                      (d.kernel[1] == 1 || w.step[1] == d.kernel[2]) &&
                      (d.kernel[0] == 1 || w.step[0] == d.kernel[1] * d.kernel[2]);
   const i64 wide = taps <= width ? taps : round_up(taps, width);
-  float* const by_k = s.stage;  // [tap][k][width]
-  float* const by_c = by_k + taps * nr * kTransposed + kSlack;
-  float* const dense = by_c + kTransposed * wide + kSlack;
-  for (i64 j = 0; j < x.k.size(); j += nr) {
-    const float* sums = s.sums + j * x.panel_rows();
-    const i64 columns = std::min(nr, x.k.size() - j);
+  float* const by_k = s.stage;  // [tap][k][width], `width` output channels at a time
+  float* const by_c = by_k + taps * width * width + kSlack;
+  float* const dense = by_c + width * wide + kSlack;
+  for (i64 j = 0; j < x.k.size(); j += width) {
+    const float* sums = s.sums + j / nr * nr * x.panel_rows() + j % nr;
+    const i64 columns = std::min(width, x.k.size() - j);
     if (x.with_bias())
       scatter(sums + (x.panel_rows() - 1) * nr, columns, x.args.dbias_step,
               at(x.args.dbias, (k_first + j) * x.args.dbias_step, d.dtype), d.dtype);
@@ -354,14 +430,14 @@ void leave(const Part& x, const Scratch& s) {
       const i64 n = std::min(width, x.c.size() - c);
       for (i64 t = 0; t < taps; ++t)
         x.plain.helpers->pack_a(sums + (t * x.c.size() + c) * nr, 1, nr, columns, static_cast<int>(n),
-                                static_cast<int>(width), by_k + t * nr * width, nullptr);
+                                static_cast<int>(width), by_k + t * width * width, nullptr);
       FinishArgs f = {};
       void* const out = at(w.data, (k_first + j) * w.n_step + (x.c.begin + c) * w.c_step, d.dtype);
       if (w.c_step == 1 || (plain && taps == 1)) {
         for (i64 t = 0; t < taps; ++t) {
           const i64 z = x.tap[0] + t / x.taps[2] / x.taps[1], h = x.tap[1] + t / x.taps[2] % x.taps[1];
           const i64 offset = z * w.step[0] + h * w.step[1] + (x.tap[2] + t % x.taps[2]) * w.step[2];
-          f.sum = by_k + t * nr * width, f.sum_row = width, f.c = at(out, offset, d.dtype), f.c_row = w.n_step;
+          f.sum = by_k + t * width * width, f.sum_row = width, f.c = at(out, offset, d.dtype), f.c_row = w.n_step;
           f.m = static_cast<int>(columns), f.n = static_cast<int>(n);
           x.packer.helpers->finish(f);
         }
@@ -370,7 +446,7 @@ void leave(const Part& x, const Scratch& s) {
       for (i64 k = 0; k < columns; ++k) {
         void* const to = at(out, k * w.n_step, d.dtype);
         if (plain) {
-          x.plain.helpers->pack_a(by_k + k * width, 1, nr * width, n, static_cast<int>(taps), static_cast<int>(wide),
+          x.plain.helpers->pack_a(by_k + k * width, 1, width * width, n, static_cast<int>(taps), static_cast<int>(wide),
                                   by_c, nullptr);
           f.sum = by_c;
           if (wide != taps) {
@@ -385,7 +461,7 @@ void leave(const Part& x, const Scratch& s) {
         for (i64 t = 0; t < taps; ++t) {
           const i64 z = x.tap[0] + t / x.taps[2] / x.taps[1], h = x.tap[1] + t / x.taps[2] % x.taps[1];
           const i64 offset = z * w.step[0] + h * w.step[1] + (x.tap[2] + t % x.taps[2]) * w.step[2];
-          scatter(by_k + (t * nr + k) * width, n, w.c_step, at(to, offset, d.dtype), d.dtype);
+          scatter(by_k + (t * width + k) * width, n, w.c_step, at(to, offset, d.dtype), d.dtype);
         }
       }
     }
@@ -451,7 +527,7 @@ ConvWgradPlan conv_wgrad_plan(const ConvDesc& d, const ConvKernel& kernel, int t
 
   p.k_block = round_up(even(round_up(K, nr), 512), nr);
   p.c_block = C;
-  constexpr i64 kMinChannels = 32, kTaps = 128;
+  constexpr i64 kMinChannels = 32, kTaps = 512;
   for (measure(d, kernel, &p);; measure(d, kernel, &p)) {
     const i64 all = p.box[0] * p.box[1] * p.box[2];
     const bool large = p.sum_bytes > kSumBytes || p.band_bytes > kBandBytes || p.stage_bytes > kBandBytes;
@@ -523,18 +599,21 @@ void conv_run_wgrad(const ConvDesc& d, const ConvPlan& plan, const ConvArgs& arg
   const auto chunk_sums = [&](i64 index) { return reinterpret_cast<float*>(scratch.data() + index * each); };
   parallel(plan.threads, [&](int thread, int threads) {
     Scratch s = scratch_of(thread);
-    Block block;
+    Block blocks[2];
     const i64 all = parts * p.chunks;
     for (i64 i = all * thread / threads, end = all * (thread + 1) / threads; i < end; ++i) {
       const Part x = part_at(d, plan, args, i);
       if (p.chunks > 1) s.sums = chunk_sums(i);
       if (x.blocks.size() == 0)
         std::memset(s.sums, 0, static_cast<std::size_t>(round_up(x.k.size(), x.kernel.nr) * x.panel_rows()) * 4);
-      for (i64 j = x.blocks.begin; j < x.blocks.end; ++j) {
-        find_block(x, j, &block);
+      if (x.blocks.size() > 0) find_block(x, x.blocks.begin, blocks);
+      for (i64 j = 0; j < x.blocks.size(); ++j) {
+        const Block& block = blocks[j % 2];
+        Block* const next = j + 1 < x.blocks.size() ? blocks + (j + 1) % 2 : nullptr;
+        if (next) find_block(x, x.blocks.begin + j + 1, next);
         pack_y(x, block, s.y);
         pack_x(x, block, s);
-        run_block(x, block, s, j > x.blocks.begin);
+        run_block(x, block, next, s, j > 0);
       }
       if (p.chunks == 1) leave(x, s);
     }

@@ -1,0 +1,66 @@
+"""Bugs to plant in the weight gradient of convolutions."""
+
+from mutation import Mutation
+
+WGRAD = "csrc/conv/cpu/wgrad.cc"
+TILE = "csrc/conv/cpu/kernel_wgrad.h"
+TESTS = "tests/test_conv_wgrad.py"
+
+MUTATIONS = [
+    Mutation(
+        "packed pixels reach over the next tap's",
+        WGRAD,
+        "  p.pitch = lines <= width && copies == 1 ? lines : round_up(lines, width);",
+        "  p.pitch = lines <= width ? lines : round_up(lines, width);",
+        f"{TESTS} -k 'test_exact and (dilated or around_tiles)'",
+    ),
+    Mutation(
+        "padding on the left one pixel short",
+        WGRAD,
+        "std::min(count, ceil_div(-start, step))",
+        "std::min(count, -start / step)",
+        f"{TESTS} -k 'test_exact and strided'",
+    ),
+    Mutation(
+        "few channels of pairs widened",
+        WGRAD,
+        " && x.d.dtype == DType::bf16 && x.kernel.k_unit == 1)",
+        " && x.d.dtype == DType::bf16)",
+        f"{TESTS} -k 'test_exact and (one or around_tiles)'",
+    ),
+    Mutation(
+        "the sums of one chunk left out",
+        WGRAD,
+        "for (i64 chunk = 1; chunk < p.chunks; ++chunk)",
+        "for (i64 chunk = 1; chunk + 1 < p.chunks; ++chunk)",
+        f"{TESTS} -k test_exact_around_blocks",
+    ),
+    Mutation(
+        "each block's sums replace those before",
+        WGRAD,
+        "run_block(x, block, next, s, j > 0);",
+        "run_block(x, block, next, s, false);",
+        f"{TESTS} -k test_exact_around_blocks",
+    ),
+    Mutation(
+        "chunks by the number of threads",
+        WGRAD,
+        "  if (floats * 4 <= kSmall) p.chunks = std::max<i64>(p.chunks, 4);",
+        "  if (floats * 4 <= kSmall) p.chunks = std::max<i64>(4, threads);",
+        f"{TESTS} -k 'test_bits or test_workspace'",
+    ),
+    Mutation(
+        "the bias of a block's first row",
+        WGRAD,
+        "ConvWgradRun all = {0, 0, b.count * b.steps};",
+        "ConvWgradRun all = {0, 0, b.steps};",
+        f"{TESTS} -k 'test_exact and pixels'",
+    ),
+    Mutation(
+        "sums begin with what lay in scratch",
+        TILE,
+        "t.accumulate ? L::add(L::load(c + v * W), acc[i][v]) : acc[i][v]",
+        "L::add(L::load(c + v * W), acc[i][v])",
+        f"{TESTS} -k test_exact_around_tiles",
+    ),
+]
