@@ -5,8 +5,8 @@ import random
 
 import pytest
 import torch
-from conftest import DTYPES, VECTOR_WIDTH
 
+from conftest import DTYPES, VECTOR_WIDTH
 from fastdl import _C
 from fastdl.testing import UNIT_ROUNDOFF, GemmReference, assert_within_bound
 
@@ -19,6 +19,15 @@ every_row = pytest.mark.parametrize(
         for r in ROWS
     ],
 )
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """References of many small calls are no work for a team; teams have tests of their own."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def channels_last(x):
@@ -38,7 +47,9 @@ LAYOUTS = (torch.Tensor.contiguous, channels_last, gaps)
 class Problem:
     """One convolution: x [N, groups*inputs, *size], w [groups*outputs, inputs, *kernel]; operands of `values`."""
 
-    def __init__(self, N, groups, inputs, outputs, size, kernel, stride=1, padding=0, dilation=1, *, dtype, values=None):
+    def __init__(
+        self, N, groups, inputs, outputs, size, kernel, stride=1, padding=0, dilation=1, *, dtype, values=None
+    ):
         self.dims, self.groups, self.dtype = len(size), groups, dtype
         every = lambda v: v if isinstance(v, tuple) else (v,) * self.dims  # noqa: E731
         self.stride, self.padding, self.dilation, kernel = every(stride), every(padding), every(dilation), every(kernel)
@@ -98,7 +109,7 @@ def forced(problem, pass_, last, kernel):
     try:
         return bool(problem.plan(pass_, last, kernel=kernel))
     except RuntimeError as e:
-        assert "expected several groups" in str(e)  # noqa: PT017
+        assert "expected several groups" in str(e)
         return False
 
 
@@ -125,9 +136,11 @@ def groups_of(row, groups, *few):
 def test_tails_of_vectors_and_strips(row):
     dtype, W = DTYPES[row["dtype"]], VECTOR_WIDTH[row["isa"]]
     ran = set()
-    for groups, width in zip((2, W - 1, W, W + 1, 2 * W, 4 * W + 3, 6 * W), (1, 5, 6, 7, 13, W + 1, 3 * W), strict=True):
-        ran |= check_exact(Problem(2, *groups_of(row, groups, 2, 3), (3, width), 3, 1, 1, dtype=dtype), row)
-        ran |= check_exact(Problem(1, *groups_of(row, groups, 2, 1), (width,), 2, dtype=dtype), row)
+    for groups, width in zip(
+        (2, W - 1, W, W + 1, 2 * W, 4 * W + 3, 6 * W), (1, 5, 6, 7, 13, W + 1, 3 * W), strict=True
+    ):
+        ran |= check_exact(Problem(2, *groups_of(row, groups, 2, 4), (3, width), 3, 1, 1, dtype=dtype), row)
+        ran |= check_exact(Problem(1, *groups_of(row, groups, 2, 1), (width + 1,), 2, dtype=dtype), row)
     assert {"y", "dx"} <= ran
 
 
@@ -135,7 +148,16 @@ def test_tails_of_vectors_and_strips(row):
 @pytest.mark.parametrize("stride", [1, 2, 3])
 def test_strides_dilation_and_padding(row, stride):
     dtype = DTYPES[row["dtype"]]
-    for kernel, padding, dilation in itertools.product((1, 2, 3, 5), (0, 2, 4), (1, 2)):
+    for kernel, padding, dilation in (
+        (1, 0, 1),
+        (1, 2, 2),
+        (2, 0, 2),
+        (2, 4, 1),
+        (3, 2, 2),
+        (3, 0, 1),
+        (5, 4, 1),
+        (5, 2, 2),
+    ):
         size = max(1, (kernel - 1) * dilation + 1 - 2 * padding) + kernel
         shape = (size, size + 3)
         check_exact(Problem(2, *groups_of(row, 5, 2, 2), shape, kernel, stride, padding, dilation, dtype=dtype), row)
@@ -147,7 +169,9 @@ def test_strides_dilation_and_padding(row, stride):
 def test_three_dimensions_and_long_filters(row):
     dtype = DTYPES[row["dtype"]]
     check_exact(Problem(2, *groups_of(row, 18, 2, 2), (5, 6, 7), 3, 1, 1, dtype=dtype), row)
-    check_exact(Problem(1, *groups_of(row, 3, 2, 4), (5, 6, 7), (2, 3, 1), (2, 1, 3), (1, 2, 0), (1, 2, 1), dtype=dtype), row)
+    check_exact(
+        Problem(1, *groups_of(row, 3, 2, 4), (5, 6, 7), (2, 3, 1), (2, 1, 3), (1, 2, 0), (1, 2, 1), dtype=dtype), row
+    )
     check_exact(Problem(2, *groups_of(row, 33, 2, 2), (97,), 31, 1, 15, dtype=dtype), row)
     check_exact(Problem(1, *groups_of(row, 3, 2, 2), (40,), 31, 2, 30, 2, dtype=dtype), row)
     check_exact(Problem(1, *groups_of(row, 2, 2, 2), (900,), 5, 1, 400, 200, dtype=dtype), row)  # taps far apart
@@ -168,14 +192,16 @@ def test_sizes_of_groups(row, few):
 def test_blocks(row):
     """Images of more than one block, in every dimension."""
     dtype = DTYPES[row["dtype"]]
-    for size, kernel in (((130, 70), 3), ((5000,), 3), ((4, 66, 40), (3, 3, 1))):
-        problem = Problem(1, *groups_of(row, 34, 4, 2), size, kernel, 1, 1, dtype=dtype)
+    for size, kernel in (((130, 40), 3), ((5000,), 3), ((4, 66, 30), (3, 3, 1))):
+        problem = Problem(1, *groups_of(row, 18, 4, 2), size, kernel, 1, 1, dtype=dtype)
         assert check_exact(problem, row)
 
 
 @every_row
 def test_layouts_of_what_is_read(row):
-    problem = Problem(2, *groups_of(row, 2 * VECTOR_WIDTH[row["isa"]], 2, 2), (5, 7), 3, 2, 1, dtype=DTYPES[row["dtype"]])
+    problem = Problem(
+        2, *groups_of(row, 2 * VECTOR_WIDTH[row["isa"]], 2, 2), (5, 7), 3, 2, 1, dtype=DTYPES[row["dtype"]]
+    )
     first = problem.run(kernel=row["name"])
     for layout in LAYOUTS:
         got = problem.run(kernel=row["name"], x=layout(problem.x), w=layout(problem.w), dy=layout(problem.dy))
@@ -186,7 +212,9 @@ def test_layouts_of_what_is_read(row):
 @every_row
 def test_same_bits_on_any_team(row):
     for groups, size, kernel in ((40, (9, 20), 3), (3, (60, 33), 3), (70, (300,), 31)):
-        problem = Problem(3, *groups_of(row, groups, 4, 4), size, kernel, 1, 1, dtype=DTYPES[row["dtype"]], values=torch.randn)
+        problem = Problem(
+            3, *groups_of(row, groups, 4, 4), size, kernel, 1, 1, dtype=DTYPES[row["dtype"]], values=torch.randn
+        )
         for last in (True, False):
             first = [t.nan_to_num(99) for t in problem.run(last, kernel=row["name"], threads=1)]
             for threads in (2, 3, 5, 1):
@@ -298,7 +326,9 @@ def test_random_problems():
         each = lambda *of: tuple(r.choice(of) for _ in range(dims))  # noqa: E731, B023
         kernel, stride, padding, dilation = each(1, 2, 3), each(1, 1, 2, 3), each(0, 1, 2), each(1, 1, 2)
         size = tuple(r.randint(5, 40 if dims < 3 else 8) for _ in range(dims))
-        p = Problem(r.choice((1, 2)), r.choice((2, 5, 16, 33)), *few, size, kernel, stride, padding, dilation, dtype=dtype)
+        p = Problem(
+            r.choice((1, 2)), r.choice((2, 5, 16, 33)), *few, size, kernel, stride, padding, dilation, dtype=dtype
+        )
         x, w, dy = (r.choice(LAYOUTS)(t) for t in (p.x, p.w, p.dy))
         got = p.run(r.random() < 0.5, x=x, w=w, dy=dy, threads=r.choice((1, 2, 3)))
         expected = (p.reference(p.x, p.w, p.bias), *p.gradients(p.x, p.w, p.dy))

@@ -3,6 +3,7 @@
 import ctypes
 import mmap
 import sys
+from functools import partial
 
 import torch
 
@@ -49,13 +50,13 @@ for groups, inputs, outputs, size, kernel, stride in (
             tensors = [place(layout(t.to(dtype)), at_end) for t in (x, y)]
             tensors += [place(t.to(dtype), at_end) for t in (w, w[:, 0].flatten(1)[:, 0].contiguous())]
             ours, out, weight, bias = tensors
-            for run in (
-                lambda: _C.conv(out, ours, weight, bias, **options, kernel=row["name"]),
-                lambda: _C.conv_dgrad(ours, out, weight, **options, kernel=row["name"]),
-                lambda: _C.conv_wgrad(weight, out, ours, dbias=bias, **options, kernel=row["name"]),
+            for run, *operands in (
+                (_C.conv, out, ours, weight, bias),
+                (_C.conv_dgrad, ours, out, weight),
+                (partial(_C.conv_wgrad, dbias=bias), weight, out, ours),
             ):
                 try:
-                    run()
+                    run(*operands, **options, kernel=row["name"])
                     calls += 1
                 except RuntimeError as e:
                     assert "expected several groups" in str(e), e
