@@ -66,6 +66,24 @@ struct VecAvx2 {
   }
   static FASTDL_INLINE __m128i narrow_f16(V v) { return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
 
+  // Elements 0, 2, 4.. and 1, 3, 5.. of 2 * width; join rounds as stores do.
+  static FASTDL_INLINE void split(const bf16* p, V* even, V* odd) {
+    const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    *even = _mm256_castsi256_ps(_mm256_slli_epi32(x, 16));
+    *odd = _mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+  }
+  static FASTDL_INLINE void join(bf16* p, V even, V odd) {
+    const __m256i low = _mm256_srli_epi32(rounded_bf16(even), 16);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_blend_epi16(low, rounded_bf16(odd), 0xaa));
+  }
+  static FASTDL_INLINE __m256i rounded_bf16(V v) {  // in the upper half of each lane
+    const __m256i u = _mm256_castps_si256(v);
+    const __m256i bit = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+    const __m256i even = _mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), bit);
+    const __m256i quiet = _mm256_or_si256(u, _mm256_set1_epi32(0x400000));
+    return _mm256_blendv_epi8(even, quiet, _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q)));
+  }
+
   static FASTDL_INLINE V add(V a, V b) { return _mm256_add_ps(a, b); }
   static FASTDL_INLINE V sub(V a, V b) { return _mm256_sub_ps(a, b); }
   static FASTDL_INLINE V mul(V a, V b) { return _mm256_mul_ps(a, b); }

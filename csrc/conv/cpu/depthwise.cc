@@ -91,8 +91,11 @@ void gather(const Problem& x) {
   const bool dgrad = d.pass == ConvPass::dgrad;
   const ConvTensor &in = dgrad ? args.y : args.x, &out = dgrad ? args.x : args.y;
   const DirectSides s = direct_sides(d);
-  const bool plain = d.dtype == DType::f32 && args.activation == Activation::none && !args.residual && !args.pre;
-  const bool in_place = d.dtype == DType::f32 && (in.c_step == 1 || d.C == 1);
+  const bool bare = args.activation == Activation::none && !args.residual && !args.pre;
+  const bool split = bare && d.dtype == DType::bf16 && ops.strip_split && in.c_step == 1 && d.C % (2 * ops.width) == 0;
+  const bool plain = split || (bare && d.dtype == DType::f32);
+  const bool in_place = split || (d.dtype == DType::f32 && (in.c_step == 1 || d.C == 1));
+  const auto strip = split ? ops.strip_split : ops.strip;
   const i64 width = in_place ? q.place_channels : q.channels;
   const GemmHelpers& helpers = *gemm_pack_kernel(x.p.kernel->isa, d.dtype).helpers;
   std::vector<ConvAxis> axes[3];
@@ -133,6 +136,14 @@ void gather(const Problem& x) {
         x.copy_weights(c0, channels, weights, width);
         if (args.bias)
           ops.copy(direct_at(args.bias, c0 * args.bias_step, d.dtype), 0, args.bias_step, 1, channels, bias, 0);
+        if (split) {  // back to bfloat16, exactly: copied only to lie side by side
+          FinishArgs e = {};
+          e.sum = weights, e.sum_row = e.c_row = width, e.c = image;
+          e.m = static_cast<int>(x.taps), e.n = static_cast<int>(channels);
+          helpers.finish(e);
+          e.sum = bias, e.c = direct_at(static_cast<void*>(image), x.taps * width, d.dtype), e.m = 1;
+          if (args.bias) helpers.finish(e);
+        }
       }
       const void* const origin = direct_at(in.data, n * in.n_step + c0 * in.c_step, d.dtype);
       const i64 taps = ad.taps * ah.taps * aw.taps;
@@ -144,12 +155,12 @@ void gather(const Problem& x) {
                width;
       };
       i64 row_step = 0, lo = w0, hi = w1;
-      const float* base = nullptr;
+      const void* base = nullptr;
       if (in_place) {
         interior(aw, s.in[2], &lo, &hi);
         lo = std::min(std::max(lo, w0), w1), hi = std::max(lo, std::min(hi, w1));
         t.x_col = aw.in_step * in.step[2];
-        base = static_cast<const float*>(origin);
+        base = origin;
       } else if (taps) {
         const i64 first[3] = {od * ad.in_step + leftmost(ad), h0 * ah.in_step + leftmost(ah),
                               w0 * aw.in_step + leftmost(aw)};
@@ -171,12 +182,16 @@ void gather(const Problem& x) {
           }
         }
       }
-      t.w = weights, t.bias = args.bias ? bias : nullptr, t.channels = channels;
+      t.w = split ? image : weights, t.channels = channels;
+      if (args.bias) {
+        t.bias = bias;
+        if (split) t.bias = direct_at(static_cast<void*>(image), x.taps * width, d.dtype);
+      }
       for (i64 h = h0; h < h1; ++h) {
         const i64 y_at = n * out.n_step + c0 * out.c_step + (od * ad.out_step + ad.out_first) * out.step[0] +
                          (h * ah.out_step + ah.out_first) * out.step[1] +
                          (w0 * aw.out_step + aw.out_first) * out.step[2];
-        float* const y = plain ? static_cast<float*>(out.data) + y_at : sums;
+        void* const y = plain ? static_cast<void*>(direct_at(out.data, y_at, d.dtype)) : sums;
         t.y_col = plain ? aw.out_step * out.step[2] : channels;
         // Taps that are inside the image of output column j; of one within lo..hi all of the width's.
         const auto clip = [&](Taps* list, i64 j) {
@@ -196,10 +211,10 @@ void gather(const Problem& x) {
             }
           }
         };
-        const auto run = [&](const Taps& list, const float* from, i64 j, i64 cols) {
+        const auto run = [&](const Taps& list, const void* from, i64 j, i64 cols) {
           t.x = from, t.off = list.off, t.w_off = list.w, t.taps = list.count;
-          t.y = y + (j - w0) * t.y_col, t.cols = cols;
-          ops.strip(t);
+          t.y = direct_at(y, (j - w0) * t.y_col, split ? DType::bf16 : DType::f32), t.cols = cols;
+          strip(t);
         };
         if (in_place) {
           for (i64 j = w0; j < w1; ++j) {
@@ -214,7 +229,7 @@ void gather(const Problem& x) {
           }
         } else {
           run(all, base, w0, w1 - w0);
-          base += row_step;
+          base = static_cast<const float*>(base) + row_step;
         }
         if (plain) continue;
         FinishArgs e = {};
@@ -315,9 +330,11 @@ bool plan_depthwise(const ConvDesc& d, const DirectOps& ops, DirectPlan* plan) {
     const i64 rows = (b[1] - 1) * step[1] + most[1] + 1, cols = (b[2] - 1) * step[2] + most[2] + 1;
     q.x_floats = direct_round(q.channels * depth * rows * cols, 16);
     q.y_floats = direct_round(wgrad ? q.channels * b[1] * b[2] : q.place_channels * b[2], 16);
+    q.x_floats = std::max(q.x_floats, direct_round(q.place_channels * taps, 16));  // weights of bfloat16
     q.w_floats = direct_round((wgrad ? q.channels : q.place_channels) * taps, 16);
     q.row_floats = direct_round(q.place_channels, 16) + 8 * direct_round(taps, 16);  // bias, and lists of taps
-    return q.x_floats + q.y_floats + q.w_floats + q.row_floats <= kBudget && (!small || q.x_floats <= kImage);
+    return q.x_floats + q.y_floats + q.w_floats + q.row_floats <= kBudget &&
+           (!small || q.channels * depth * rows * cols <= kImage);
   };
   i64* const b = q.block;
   b[0] = b[1] = b[2] = 1;

@@ -6,14 +6,14 @@ namespace fastdl {
 
 // Depthwise, vectors over channels: y(j,c) = sum_t x(j,c + off_t) w(c + w_off_t) [+ bias(c)], j < cols, c < channels.
 struct StripArgs {
-  const float* x;  // x(j,c) = x[j*x_col + c]
+  const void* x;  // x(j,c) = x[j*x_col + c]; all float, of strip_split all bf16
   i64 x_col;
   const i64* off;    // [taps]
-  const float* w;    // [.., channels]
+  const void* w;     // [.., channels]
   const i64* w_off;  // [taps]
-  float* y;          // y(j,c) = y[j*y_col + c]
+  void* y;           // y(j,c) = y[j*y_col + c]
   i64 y_col;
-  const float* bias;  // or null
+  const void* bias;  // or null
   i64 taps, cols, channels;
 };
 
@@ -67,6 +67,7 @@ struct DirectOps {
   CopyFunction* copy_f32;
   CopyFunction* image;  // as copy; of pairs: those of src[2*i*i_step + j*j_step] and i_step behind it
   void (*strip)(const StripArgs&);
+  void (*strip_split)(const StripArgs&);  // channels: a multiple of two vectors; or null
   void (*strip_grad)(const StripGradArgs&);
   void (*plane)(const PlaneArgs&);
   void (*plane_grad)(const PlaneGradArgs&);

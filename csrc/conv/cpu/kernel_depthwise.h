@@ -22,8 +22,8 @@ void strip(const StripArgs& a, i64 j0, i64 c0) {
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) acc[j][v] = L::zero();
 
-  const float* const x0 = a.x + j0 * a.x_col + c0;
-  const float* const w0 = a.w + c0;
+  const float* const x0 = static_cast<const float*>(a.x) + j0 * a.x_col + c0;
+  const float* const w0 = static_cast<const float*>(a.w) + c0;
   const i64 col = a.x_col;
   for (i64 t = 0; t < a.taps; ++t) {
     const float* const w = w0 + a.w_off[t];
@@ -39,10 +39,10 @@ void strip(const StripArgs& a, i64 j0, i64 c0) {
       for (int v = 0; v < NV; ++v) acc[j][v] = L::fma(load(p, v), wv[v], acc[j][v]);
     }
   }
-  float* const y = a.y + j0 * a.y_col + c0;
+  float* const y = static_cast<float*>(a.y) + j0 * a.y_col + c0;
 #pragma GCC unroll 4
   for (int v = 0; v < NV; ++v) {
-    const auto b = a.bias ? load(a.bias + c0, v) : L::zero();
+    const auto b = a.bias ? load(static_cast<const float*>(a.bias) + c0, v) : L::zero();
 #pragma GCC unroll 6
     for (int j = 0; j < COLS; ++j) {
       const auto x = a.bias ? L::add(acc[j][v], b) : acc[j][v];
@@ -88,6 +88,89 @@ void run_strip(const StripArgs& a) {
     }
   }
 }
+
+// The same of bfloat16 in memory: a vector of 32-bit lanes is two of floats, channels 0, 2, 4.. and 1, 3, 5.., whose
+// widening is a shift and a mask. avx512: 6x2x2 24 + 4 + 2 + 1 = 31 of 32; avx2: 5x1x2 10 + 2 + 2 + 1 = 15 of 16.
+template <class L, int NV, int COLS>
+void strip_split(const StripArgs& a, i64 j0, i64 c0) {
+  constexpr int W = 2 * L::width;
+  typename L::V acc[COLS][NV][2];
+#pragma GCC unroll 6
+  for (int j = 0; j < COLS; ++j)
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; ++v) acc[j][v][0] = acc[j][v][1] = L::zero();
+  const bf16* const x0 = static_cast<const bf16*>(a.x) + j0 * a.x_col + c0;
+  const bf16* const w0 = static_cast<const bf16*>(a.w) + c0;
+  const i64 col = a.x_col;
+  for (i64 t = 0; t < a.taps; ++t) {
+    const bf16* const w = w0 + a.w_off[t];
+    const bf16* const lo = x0 + a.off[t];
+    const bf16* const hi = lo + 3 * col;
+    typename L::V wv[NV][2];
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; ++v) L::split(w + v * W, &wv[v][0], &wv[v][1]);
+#pragma GCC unroll 6
+    for (int j = 0; j < COLS; ++j) {
+      const bf16* const p = j < 3 ? lo + j * col : hi + (j - 3) * col;
+#pragma GCC unroll 2
+      for (int v = 0; v < NV; ++v) {
+        typename L::V even, odd;
+        L::split(p + v * W, &even, &odd);
+        acc[j][v][0] = L::fma(even, wv[v][0], acc[j][v][0]);
+        acc[j][v][1] = L::fma(odd, wv[v][1], acc[j][v][1]);
+      }
+    }
+  }
+  bf16* const y = static_cast<bf16*>(a.y) + j0 * a.y_col + c0;
+#pragma GCC unroll 2
+  for (int v = 0; v < NV; ++v) {
+    typename L::V even = L::zero(), odd = L::zero();
+    if (a.bias) L::split(static_cast<const bf16*>(a.bias) + c0 + v * W, &even, &odd);
+#pragma GCC unroll 6
+    for (int j = 0; j < COLS; ++j) {
+      const auto lo = a.bias ? L::add(acc[j][v][0], even) : acc[j][v][0];
+      const auto hi = a.bias ? L::add(acc[j][v][1], odd) : acc[j][v][1];
+      L::join(y + j * a.y_col + v * W, lo, hi);
+    }
+  }
+}
+
+template <class L, int NV, int COLS>
+struct StripSplitTable {
+  void (*fn[NV][COLS])(const StripArgs&, i64, i64) = {};
+
+  constexpr StripSplitTable() { vectors<NV>(); }
+  template <int V>
+  constexpr void vectors() {
+    columns<V, COLS>();
+    if constexpr (V > 1) vectors<V - 1>();
+  }
+  template <int V, int C>
+  constexpr void columns() {
+    fn[V - 1][C - 1] = strip_split<L, V, C>;
+    if constexpr (C > 1) columns<V, C - 1>();
+  }
+};
+
+template <class L>
+void run_strip_split(const StripArgs& a) {
+  constexpr int W = 2 * L::width, NV = L::width == 16 ? 2 : 1, COLS = L::width == 16 ? 6 : 5;
+  static constexpr StripSplitTable<L, NV, COLS> table;
+  for (i64 c = 0; c < a.channels; c += NV * W) {
+    const int vectors = a.channels - c < NV * W ? 1 : NV;
+    for (i64 j = 0; j < a.cols; j += COLS) table.fn[vectors - 1][(a.cols - j < COLS ? a.cols - j : COLS) - 1](a, j, c);
+  }
+}
+
+// Whether a level takes bfloat16 vectors apart that way.
+template <class L, class T, class = void>
+struct StripSplit {
+  static constexpr void (*run)(const StripArgs&) = nullptr;
+};
+template <class L>
+struct StripSplit<L, bf16, decltype(L::split(nullptr, nullptr, nullptr))> {
+  static constexpr void (*run)(const StripArgs&) = run_strip_split<L>;
+};
 
 // TAPS sums x NV channel vectors in registers over all pixels. avx512: 12x2 24 + 2 + 1 = 27 of 32; avx2, scalar: 12x1.
 template <class L, int NV, int TAPS, bool kTail>
