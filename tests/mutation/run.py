@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import attention
+import conv_python
 import gemm
 import rnn
 
@@ -27,7 +28,7 @@ TIMEOUT = 120  # seconds a selection may take; a hang counts as noticed
 TESTS_FAILED = 1  # pytest's exit status; 2 and above: interrupted, internal error, bad usage, nothing collected
 
 
-MUTATIONS = [*gemm.MUTATIONS, *attention.MUTATIONS, *rnn.MUTATIONS]
+MUTATIONS = [*gemm.MUTATIONS, *attention.MUTATIONS, *rnn.MUTATIONS, *conv_python.MUTATIONS]
 
 
 class Workbench:
