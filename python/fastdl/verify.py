@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdl import _C, functional, verify_attention, verify_rnn
+from fastdl import _C, functional, verify_attention, verify_conv, verify_rnn
 from fastdl.testing import (
     LAYOUTS,
     GuardedOutput,
@@ -273,6 +273,7 @@ _OPERATIONS: dict[str, tuple[Callable[[dict[str, Any], bool], Iterator[Step]], C
     "gemm": (_kernel_steps, _operation_steps),
     "attention": (verify_attention.kernel_steps, verify_attention.operation_steps),
     "rnn": (verify_rnn.kernel_steps, verify_rnn.operation_steps),
+    "conv": (verify_conv.kernel_steps, verify_conv.operation_steps),
 }
 
 

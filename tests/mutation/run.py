@@ -23,6 +23,7 @@ from queue import SimpleQueue
 import attention
 import conv
 import conv_direct
+import conv_python
 import conv_wgrad
 import gemm
 import rnn
@@ -34,7 +35,7 @@ TIMEOUT = 120  # seconds a selection may take; a hang counts as noticed
 BENCHES = 2  # bugs at a time: one compiles while another's tests start
 TESTS_FAILED = 1  # pytest's exit status; 2 and above: interrupted, internal error, bad usage, nothing collected
 
-OPERATIONS = (attention, conv, conv_direct, conv_wgrad, gemm, rnn)
+OPERATIONS = (attention, conv, conv_direct, conv_python, conv_wgrad, gemm, rnn)
 MUTATIONS = [mutation for operation in OPERATIONS for mutation in operation.MUTATIONS]
 
 
