@@ -497,7 +497,7 @@ def test_scratch_is_what_the_formula_says(row, shape, threads):
     if row["kind"] == "decode":
         n, block = Lq * H // Hkv, row["key_block"]
         shared = page(B * Hkv * max(1, -(-Lk // block)) * n * (o_row + 2) * 4)
-        own = page(n * D * 4) + page(n * (block + 16) * 4) + page(2 * up(Lq, 16) * 4)
+        own = page(n * D * 4) + page(n * (block + 16) * 4) + page(2 * up(n, 16) * 4)
         assert plan["workspace_bytes"] == shared + threads * own
         return
     unit = 2 if "bf16" in row["isa"] else 1
