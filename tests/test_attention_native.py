@@ -474,6 +474,13 @@ def test_guard_pages(row, run_python):
     run_python("guard_pages_attention.py", row["name"])
 
 
+def test_peak_memory(run_python):
+    """Forward and backward: results plus the plan's workspace; no scores, no mask a head, no copy of K and V."""
+    report = run_python("peak_memory_attention.py", timeout=120)
+    if report.startswith("SKIP"):
+        pytest.skip(report)
+
+
 # --- plan ---------------------------------------------------------------------------------------------------------
 def up(n, unit):
     return -(-n // unit) * unit
