@@ -474,6 +474,13 @@ def test_guard_pages(row, run_python):
     run_python("guard_pages_attention.py", row["name"])
 
 
+def test_peak_memory(run_python):
+    """Forward and backward: results plus the plan's workspace; no scores, no mask a head, no copy of K and V."""
+    report = run_python("peak_memory_attention.py", timeout=120)
+    if report.startswith("SKIP"):
+        pytest.skip(report)
+
+
 # --- plan ---------------------------------------------------------------------------------------------------------
 def up(n, unit):
     return -(-n // unit) * unit
@@ -497,7 +504,7 @@ def test_scratch_is_what_the_formula_says(row, shape, threads):
     if row["kind"] == "decode":
         n, block = Lq * H // Hkv, row["key_block"]
         shared = page(B * Hkv * max(1, -(-Lk // block)) * n * (o_row + 2) * 4)
-        own = page(n * D * 4) + page(n * (block + 16) * 4) + page(2 * up(Lq, 16) * 4)
+        own = page(n * D * 4) + page(n * (block + 16) * 4) + page(2 * up(n, 16) * 4)
         assert plan["workspace_bytes"] == shared + threads * own
         return
     unit = 2 if "bf16" in row["isa"] else 1

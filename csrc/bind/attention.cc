@@ -349,19 +349,18 @@ void run_keep(py::handle out_, double dropout_p, i64 seed) {
 
 void bind_attention(py::module_& m) {
   using namespace py::literals;
+#define FASTDL_ATTENTION_OPTIONS                                                                        \
+  "lo"_a = INT64_MIN, "hi"_a = INT64_MAX, "softcap"_a = 0.0, "dropout_p"_a = 0.0, "seed"_a = 0,         \
+  "cu_seqlens_q"_a = py::none(), "cu_seqlens_k"_a = py::none(), "align_end"_a = false, "kernel"_a = "", \
+  "threads"_a = 0
   m.def("attention", run_attention, "out"_a, "lse"_a.none(true), "query"_a, "key"_a, "value"_a, "mask"_a = py::none(),
-        py::kw_only(), "scale"_a, "lo"_a = INT64_MIN, "hi"_a = INT64_MAX, "softcap"_a = 0.0, "dropout_p"_a = 0.0,
-        "seed"_a = 0, "cu_seqlens_q"_a = py::none(), "cu_seqlens_k"_a = py::none(), "align_end"_a = false,
-        "kernel"_a = "", "threads"_a = 0);
+        py::kw_only(), "scale"_a, FASTDL_ATTENTION_OPTIONS);
   m.def("attention_backward", run_attention_backward, "dq"_a.none(true), "dk"_a.none(true), "dv"_a.none(true),
         "dmask"_a.none(true), "dout"_a, "query"_a, "key"_a, "value"_a, "out"_a, "lse"_a, "mask"_a = py::none(),
-        py::kw_only(), "scale"_a, "lo"_a = INT64_MIN, "hi"_a = INT64_MAX, "softcap"_a = 0.0, "dropout_p"_a = 0.0,
-        "seed"_a = 0, "cu_seqlens_q"_a = py::none(), "cu_seqlens_k"_a = py::none(), "align_end"_a = false,
-        "kernel"_a = "", "threads"_a = 0);
+        py::kw_only(), "scale"_a, FASTDL_ATTENTION_OPTIONS);
   m.def("attention_plan", plan_attention, "query"_a, "key"_a, "value"_a, "mask"_a = py::none(), py::kw_only(),
-        "scale"_a = 1.0, "lo"_a = INT64_MIN, "hi"_a = INT64_MAX, "softcap"_a = 0.0, "dropout_p"_a = 0.0, "seed"_a = 0,
-        "cu_seqlens_q"_a = py::none(), "cu_seqlens_k"_a = py::none(), "align_end"_a = false, "kernel"_a = "",
-        "threads"_a = 0, "backward"_a = false);
+        "scale"_a = 1.0, FASTDL_ATTENTION_OPTIONS, "backward"_a = false);
+#undef FASTDL_ATTENTION_OPTIONS
   m.def("attention_keep", run_keep, "out"_a, py::kw_only(), "dropout_p"_a, "seed"_a);
 }
 

@@ -102,6 +102,27 @@ struct VecAvx512 {
   static FASTDL_INLINE void sum4(V a, V b, V c, V d, float* out) {
     _mm_storeu_ps(out, _mm_hadd_ps(_mm_hadd_ps(fold(a), fold(b)), _mm_hadd_ps(fold(c), fold(d))));
   }
+  // sum4 of four rows, out_row apart: 20 shuffles for 16 sums, half of those that sum4 takes.
+  static FASTDL_INLINE void sum4x4(const V (&x)[4][4], float* out, i64 out_row) {
+    V half[4][2], quarter[4];  // of column j: rows 0 and 2, rows 1 and 3 (by 256 bits); all rows (by 128 bits)
+    for (int j = 0; j < 4; ++j) {
+      for (int i = 0; i < 2; ++i) {
+        const V a = x[i == 0 ? 0 : 2][j], b = x[i == 0 ? 1 : 3][j];
+        half[j][i] = _mm512_add_ps(_mm512_mask_blend_ps(0xff00, a, b), _mm512_shuffle_f32x4(a, b, 0x4e));
+      }
+      quarter[j] = _mm512_add_ps(_mm512_shuffle_f32x4(half[j][0], half[j][1], 0x88),
+                                 _mm512_shuffle_f32x4(half[j][0], half[j][1], 0xdd));
+    }
+    const auto pair = [](V a, V b) __attribute__((always_inline)) {  // a0+a2, a1+a3, b2+b0, b3+b1 of every 128 bits
+      return _mm512_add_ps(_mm512_mask_blend_ps(0xcccc, a, b), _mm512_shuffle_ps(a, b, 0x4e));
+    };
+    const V even = pair(quarter[0], quarter[1]), odd = pair(quarter[2], quarter[3]);
+    const V sums = _mm512_add_ps(_mm512_shuffle_ps(even, odd, 0x88), _mm512_shuffle_ps(even, odd, 0xdd));
+    _mm_storeu_ps(out, _mm512_castps512_ps128(sums));
+    _mm_storeu_ps(out + out_row, _mm512_extractf32x4_ps(sums, 1));
+    _mm_storeu_ps(out + 2 * out_row, _mm512_extractf32x4_ps(sums, 2));
+    _mm_storeu_ps(out + 3 * out_row, _mm512_extractf32x4_ps(sums, 3));
+  }
 };
 
 }  // namespace

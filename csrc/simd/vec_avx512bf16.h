@@ -58,7 +58,8 @@ struct VecAvx512Bf16 : VecAvx512 {
     *low = _mm512_shuffle_f32x4(a, a, 0xd8);
     *high = _mm512_shuffle_f32x4(b, b, 0xd8);
   }
-  // The first n <= 32 of consecutive elements as pairs, zeros behind.
+  // 32 consecutive elements as pairs; the first n <= 32, zeros behind.
+  static FASTDL_INLINE V pairs(const bf16* x) { return _mm512_loadu_ps(x); }
   static FASTDL_INLINE V pairs(const bf16* x, int n) {
     return _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(static_cast<__mmask32>((std::uint64_t{1} << n) - 1), x));
   }

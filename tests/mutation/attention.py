@@ -114,6 +114,13 @@ MUTATIONS = [
         f"{GRADS} -k test_every_tail",
     ),
     Mutation(
+        "what rounding took from the log-sum-exp left out",
+        GRAD_KERNEL,
+        "p[r] = exp2_falling<L>(L::fma(x, log2e, rest[r]));",
+        "p[r] = exp2_falling<L>(L::mul(x, log2e));",
+        "tests/test_attention.py -k test_gradients_of_rows_of_the_lowest_number",
+    ),
+    Mutation(
         "a second block of keys overwrites dQ",
         GRAD,
         "t.accumulate = first_key(h, row, m) < key;",

@@ -49,7 +49,7 @@ struct Decode {
     char* const q = memory;
     float* const s = reinterpret_cast<float*>(memory + p.q_bytes);
     float* const row_max = reinterpret_cast<float*>(memory + p.q_bytes + p.s_bytes);
-    float* const row_sum = row_max + round_up(d.Lq, 16);
+    float* const row_sum = row_max + round_up(rows, 16);
     const i64 s_row = p.key_block + 16;
     for (i64 g = 0; g < group; ++g)
       for (i64 i = 0; i < Lq; ++i)
@@ -64,14 +64,19 @@ struct Decode {
     x.k_row = d.k.row, x.s = s + begin, x.s_row = s_row;
     x.m = static_cast<int>(used), x.n = static_cast<int>(end - begin), x.d = static_cast<int>(d.D);
     ops.scores(x);
-    for (i64 g = 0; g < group; ++g) {
+    // Rows that differ in nothing but their scores go through the softmax together.
+    const Seen w = window(d, span, 0, 1);
+    const bool alike =
+        d.mask == MaskKind::none && d.dropout_p == 0 && w.begin + used <= key + begin && w.end >= key + end;
+    for (i64 g = 0; g < (alike ? 1 : group); ++g) {
+      const i64 m = alike ? used : Lq;
       SoftmaxArgs f = softmax_args(d, args, span, sequence, head * group + g, 0, key, n);
-      f.s = s + g * Lq * s_row, f.s_row = s_row, f.m = static_cast<int>(Lq);
+      f.s = s + g * Lq * s_row, f.s_row = s_row, f.m = static_cast<int>(m);
       f.begin = static_cast<int>(begin), f.end = static_cast<int>(end);
       f.max = row_max, f.sum = row_sum, f.first = true;
       ops.softmax[static_cast<int>(d.mask)](f);
-      std::copy_n(row_max, Lq, max_out + g * Lq);
-      std::copy_n(row_sum, Lq, sum_out + g * Lq);
+      std::copy_n(row_max, m, max_out + g * Lq);
+      std::copy_n(row_sum, m, sum_out + g * Lq);
     }
     DecodeValuesArgs y = {};
     y.p = s + begin / p.kernel->k_unit, y.p_row = s_row,

@@ -96,7 +96,7 @@ struct AttentionOps {
 struct SoftmaxGradArgs {
   SoftmaxArgs scores;  // s to dropout as there, the running values unused
   const float* g;      // dP, laid out as s; null: no dS
-  const float* lse;  // [m,2]: rounded, and what rounding took from it
+  const float* lse;    // [m,2]: rounded, and what rounding took from it
   const float* delta;
   float factor;  // 1 / (1 - p)
   float scale;

@@ -23,20 +23,25 @@ void decode_scores_pairs_rows(const DecodeScoresArgs& t, int row, int begin, int
     for (int i = 0; i < MR; ++i)
 #pragma GCC unroll 4
       for (int l = 0; l < NR; ++l) acc[i][l] = L::zero();
-    for (int d = 0; d < t.d; d += W) {
-      const int count = t.d - d < W ? t.d - d : W;
+    const auto step = [&](auto load) __attribute__((always_inline)) {
       typename L::V x[NR];
 #pragma GCC unroll 4
-      for (int l = 0; l < NR; ++l) x[l] = L::pairs(k[l] + d, count);
+      for (int l = 0; l < NR; ++l) x[l] = load(k[l]);
 #pragma GCC unroll 4
       for (int i = 0; i < MR; ++i) {
-        const auto y = L::pairs(q + i * t.q_row + d, count);
+        const auto y = load(q + i * t.q_row);
 #pragma GCC unroll 4
         for (int l = 0; l < NR; ++l) acc[i][l] = L::fma(y, x[l], acc[i][l]);
       }
+    };
+    int d = 0;
+    for (; d + W <= t.d; d += W) {
+      step([&](const bf16* p) __attribute__((always_inline)) { return L::pairs(p + d); });
     }
-#pragma GCC unroll 4
-    for (int i = 0; i < MR; ++i) L::sum4(acc[i][0], acc[i][1], acc[i][2], acc[i][3], s + i * t.s_row + j);
+    if (d < t.d) {
+      step([&](const bf16* p) __attribute__((always_inline)) { return L::pairs(p + d, t.d - d); });
+    }
+    decode_sums<L>(acc, s + j, t.s_row);
   }
 }
 
@@ -51,9 +56,9 @@ void decode_scores_pairs(const DecodeScoresArgs& t) {
   }
 }
 
-// As decode_values: pairs along the keys, the rows of V interleaved in registers. Each kDecodeKeys keys are summed
+// As decode_values: pairs along the keys, the rows of V interleaved in registers. Each 2 kDecodeKeys keys are summed
 // afresh and added to o, which also puts the columns back in order. Registers: 16 sums + 4 of V + 1 of P.
-template <class L, int MR, int NP>
+template <class L, int MR, int NP, bool kTail>
 FASTDL_INLINE void decode_values_pairs_tile(const DecodeValuesArgs& t, int row, int column, int begin, int end) {
   constexpr int W = L::width;
   const int left = t.dv - column, last = left < NP * 2 * W ? left - (NP - 1) * 2 * W : 2 * W;
@@ -73,9 +78,11 @@ FASTDL_INLINE void decode_values_pairs_tile(const DecodeValuesArgs& t, int row, 
     typename L::V x[2 * NP];
 #pragma GCC unroll 4
     for (int v = 0; v < NP; ++v) {
-      const int count = v == NP - 1 ? last : 2 * W;
-      x[2 * v] = L::pairs(p + v * 2 * W, count);
-      x[2 * v + 1] = odd ? L::zero() : L::pairs(p + t.v_row + v * 2 * W, count);
+      const auto load = [&](const bf16* from) __attribute__((always_inline)) {
+        return kTail && v == NP - 1 ? L::pairs(from + v * 2 * W, last) : L::pairs(from + v * 2 * W);
+      };
+      x[2 * v] = load(p);
+      x[2 * v + 1] = odd ? L::zero() : load(p + t.v_row);
       L::interleave(&x[2 * v], &x[2 * v + 1]);
     }
 #pragma GCC unroll 4
@@ -104,14 +111,19 @@ template <class L, int MR>
 void decode_values_pairs_rows(const DecodeValuesArgs& t, int row, int begin, int end) {
   constexpr int W = 2 * L::width;
   int column = 0;
-  for (; column + W < t.dv; column += 2 * W) decode_values_pairs_tile<L, MR, 2>(t, row, column, begin, end);
-  if (column < t.dv) decode_values_pairs_tile<L, MR, 1>(t, row, column, begin, end);
+  for (; column + 2 * W <= t.dv; column += 2 * W) decode_values_pairs_tile<L, MR, 2, false>(t, row, column, begin, end);
+  if (column + W < t.dv) {
+    decode_values_pairs_tile<L, MR, 2, true>(t, row, column, begin, end);
+  } else if (column < t.dv) {
+    decode_values_pairs_tile<L, MR, 1, true>(t, row, column, begin, end);
+  }
 }
 
 template <class L>
 void decode_values_pairs(const DecodeValuesArgs& t) {
-  for (int begin = 0; begin < t.n; begin += kDecodeKeys) {
-    const int end = begin + kDecodeKeys < t.n ? begin + kDecodeKeys : t.n;
+  constexpr int kKeys = 2 * kDecodeKeys;  // of half the bytes
+  for (int begin = 0; begin < t.n; begin += kKeys) {
+    const int end = begin + kKeys < t.n ? begin + kKeys : t.n;
     int row = 0;
     for (; row + 4 <= t.m; row += 4) decode_values_pairs_rows<L, 4>(t, row, begin, end);
     for (; row < t.m; ++row) decode_values_pairs_rows<L, 1>(t, row, begin, end);

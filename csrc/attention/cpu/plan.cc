@@ -58,7 +58,7 @@ void plan_decode(const AttentionDesc& d, AttentionPlan* p) {
   p->shared_bytes = round_up(heads * p->blocks * rows * (o_row + 2) * 4, 4096);
   p->q_bytes = round_up(rows * d.D * 4, 4096);
   p->s_bytes = round_up(rows * (p->key_block + 16) * 4, 4096);
-  p->row_bytes = round_up(2 * round_up(d.Lq, 16) * 4, 4096);
+  p->row_bytes = round_up(2 * round_up(rows, 16) * 4, 4096);
 }
 
 }  // namespace
