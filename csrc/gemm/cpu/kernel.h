@@ -321,7 +321,8 @@ FASTDL_INLINE void sum_columns(const T* x, i64 rows, i64 row, i64 col, const Lan
     for (int l = 0; l < lanes.n; ++l) x[l] = widen(p[l * col]);
     return L::load(x);
   };
-  typename L::V partial[64][NV];  // partial[d] sums 2^i chunks, i falling with d: the binary digits of the chunks so far
+  typename L::V partial[64]
+                       [NV];  // partial[d] sums 2^i chunks, i falling with d: the binary digits of the chunks so far
   int depth = 0;
   for (i64 i = 0; i < rows; i += kChunk) {
     const i64 end = i + kChunk < rows ? i + kChunk : rows;
@@ -350,8 +351,8 @@ FASTDL_INLINE void sum_columns(const T* x, i64 rows, i64 row, i64 col, const Lan
 }
 
 // Column sums. Chunks of 32 rows are summed in order and the chunks pairwise, so that the rounding error grows with
-// 32 + log2(rows/32) instead of rows (Higham, "The Accuracy of Floating Point Summation", 1993). Four vectors at a time:
-// one row after the other is another page, which a single line of each does not pay for.
+// 32 + log2(rows/32) instead of rows (Higham, "The Accuracy of Floating Point Summation", 1993). Four vectors at a
+// time: one row after the other is another page, which a single line of each does not pay for.
 template <class L, class T>
 void sum_rows(const void* source, i64 rows, i64 cols, i64 row, i64 col, float* out, bool accumulate) {
   constexpr int W = L::width, NV = 4;
