@@ -1,6 +1,7 @@
 """Threads: same bits at any count and in every run; fork, nesting, affinity, one OpenMP runtime."""
 
 import ctypes
+import os
 import re
 import sys
 import threading
@@ -149,6 +150,24 @@ def test_serial_where_the_affinity_mask_is_smaller(run_python):
 
 
 @linux_only
+def test_long_calls_take_a_thread_a_cpu_where_torch_has_more(run_python):
+    code = (
+        "import os, torch\n"
+        "os.dup2(1, 2)\n"
+        "torch.set_num_threads(2 * len(os.sched_getaffinity(0)))\n"
+        "from fastdl import _C\n"
+        "x = torch.ones(1024, 1024)\n"
+        "out = torch.empty(1024, 1024)\n"
+        "_C.gemm(out, x, x)\n"
+        "assert bool((out == 1024).all())\n"
+        "_C.gemm(out[:8, :8], x[:8], x[:, :8])\n"
+    )
+    log = run_python("-c", code, env={"FASTDL_LOG": "1"})
+    cpus = len(os.sched_getaffinity(0))
+    threads = [int(n) for n in re.findall(r"threads=(\d+)", log)]
+    assert max(threads) <= cpus and (cpus == 1 or threads[0] > 1 == threads[-1]), log
+
+
 def test_one_openmp_runtime(run_python):
     code = (
         "import torch\n"

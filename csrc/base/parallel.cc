@@ -47,13 +47,17 @@ std::atomic<bool> g_forked{false};
 
 }  // namespace
 
-Team current_team(int requested) {
+Team current_team(int requested, [[maybe_unused]] double operations) {
 #if defined(_OPENMP)
   if (g_forked.load(std::memory_order_relaxed)) return {1, "serial in a forked child"};
   if (omp_in_parallel()) return {1, "serial inside a parallel region"};
   if (requested > 0) return {requested, "as requested"};
   const int threads = omp_get_max_threads();
-  if (threads > 1 && usable_cpus() < threads) return {1, "serial: fewer CPUs than threads"};
+  constexpr double kWorthTeam = 2e8;  // some 2 ms of one thread: forming the team, and torch's own again, takes 0.2
+  if (const int cpus = threads > 1 ? usable_cpus() : 1; cpus < threads) {
+    if (cpus > 1 && operations > kWorthTeam) return {cpus, "a thread a CPU: fewer CPUs than torch.get_num_threads()"};
+    return {1, "serial: fewer CPUs than threads"};
+  }
   return {threads, "torch.get_num_threads()"};
 #else
   (void)requested;
@@ -109,7 +113,7 @@ void wake_all([[maybe_unused]] std::atomic<int>* word) {
 
 // Pauses of some 40 cycles: about 50 us, as long as a sleeper takes to be back on a virtual machine. Shorter, one late
 // arrival is followed by others: who was woken is late in turn, and the rest sleep (2000 steps of 21 us, two threads,
-// 200 / 4000 pauses: 97..150 / 90 ms for two layers). Teams of more threads than CPUs are not formed: see current_team.
+// 200 / 4000 pauses: 97..150 / 90 ms for two layers). Unless asked for, no team has more threads than there are CPUs.
 constexpr int kSpins = 4000;
 
 }  // namespace

@@ -11,8 +11,10 @@ struct Team {
 };
 
 // The team that a region entered now would get. requested > 0 is taken as it is; 0 means torch.get_num_threads(),
-// cut to one thread where a team would not run side by side or could not run at all.
-Team current_team(int requested = 0);
+// cut to one thread where a team would not run side by side or could not run at all. operations: the multiplies and
+// adds of the call; where these take far longer than forming a team of another size, torch's threads are more than
+// there are CPUs, and CPUs are more than one, the team has a thread a CPU.
+Team current_team(int requested = 0, double operations = 0);
 
 // body(context, thread, threads) on every thread of the team; the caller's floating-point state (rounding, flushing
 // of denormals) holds in all of them. body must not throw.

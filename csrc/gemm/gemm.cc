@@ -124,7 +124,9 @@ void gemm_use_pack(GemmDesc* d, GemmArgs* args, const GemmKernel& kernel) {
 GemmPlan gemm(GemmDesc d, GemmArgs args, const GemmKernel* forced, int threads) {
   gemm_canonicalise(&d, &args);
   const CpuInfo& cpu = cpu_info();
-  const Machine machine = {cpu.isa, current_team(threads).threads, cpu.l1d, cpu.l2, cpu.l3};
+  const double operations = 2.0 * static_cast<double>(d.batch * d.pairs) * static_cast<double>(d.M) *
+                            static_cast<double>(d.N) * static_cast<double>(d.K);
+  const Machine machine = {cpu.isa, current_team(threads, operations).threads, cpu.l1d, cpu.l2, cpu.l3};
   if (args.pack && gemm_pack_pays(d, machine))
     gemm_use_pack(&d, &args, gemm_pack_kernel(cpu.isa, d.dtype, d.precision));
   const GemmPlan plan = gemm_plan(d, machine, forced);

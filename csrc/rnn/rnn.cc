@@ -52,7 +52,9 @@ void rnn_reset_calls() {
 
 void rnn(const RnnDesc& d, const RnnArgs& args, const RnnGradients* grads, const RnnKernel* forced, int threads) {
   const CpuInfo& cpu = cpu_info();
-  const Machine machine = {cpu.isa, current_team(threads).threads, cpu.l1d, cpu.l2, cpu.l3};
+  const double weights = static_cast<double>(kGates[static_cast<int>(d.cell)]) * d.H * d.P;
+  const double operations = 2 * weights * static_cast<double>(args.steps.rows);
+  const Machine machine = {cpu.isa, current_team(threads, operations).threads, cpu.l1d, cpu.l2, cpu.l3};
   const RnnPlan plan = rnn_plan(d, machine, forced);
   if (log_enabled()) {
     std::string line = describe(d, plan);

@@ -309,34 +309,58 @@ void activation_grad(const void* dy_, const void* z_, i64 count, Activation acti
   });
 }
 
+// NV vectors of column sums, the last partial where lanes is; see sum_rows.
+template <class L, class T, int NV>
+FASTDL_INLINE void sum_columns(const T* x, i64 rows, i64 row, i64 col, const Lanes<L>& lanes, float* out,
+                               bool accumulate) {
+  constexpr int W = L::width;
+  constexpr i64 kChunk = 32;
+  const auto load = [&](const T* p) {
+    if (col == 1) return lanes.load(p);
+    float x[W] = {};
+    for (int l = 0; l < lanes.n; ++l) x[l] = widen(p[l * col]);
+    return L::load(x);
+  };
+  typename L::V partial[64]
+                       [NV];  // partial[d] sums 2^i chunks, i falling with d: the binary digits of the chunks so far
+  int depth = 0;
+  for (i64 i = 0; i < rows; i += kChunk) {
+    const i64 end = i + kChunk < rows ? i + kChunk : rows;
+    typename L::V sum[NV];
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) sum[v] = L::zero();
+    for (i64 r = i; r < end; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) sum[v] = L::add(sum[v], load(x + r * row + v * W * col));
+    }
+    for (i64 carry = i / kChunk; carry & 1; carry >>= 1) {
+      --depth;
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) sum[v] = L::add(partial[depth][v], sum[v]);
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) partial[depth][v] = sum[v];
+    ++depth;
+  }
+#pragma GCC unroll 4
+  for (int v = 0; v < NV; ++v) {
+    auto total = L::zero();
+    for (int i = depth; i > 0; --i) total = L::add(total, partial[i - 1][v]);
+    lanes.store(out + v * W, accumulate ? L::add(lanes.load(out + v * W), total) : total);
+  }
+}
+
 // Column sums. Chunks of 32 rows are summed in order and the chunks pairwise, so that the rounding error grows with
-// 32 + log2(rows/32) instead of rows (Higham, "The Accuracy of Floating Point Summation", 1993).
+// 32 + log2(rows/32) instead of rows (Higham, "The Accuracy of Floating Point Summation", 1993). Four vectors at a
+// time: one row after the other is another page, which a single line of each does not pay for.
 template <class L, class T>
 void sum_rows(const void* source, i64 rows, i64 cols, i64 row, i64 col, float* out, bool accumulate) {
-  constexpr int W = L::width;
+  constexpr int W = L::width, NV = 4;
   const T* const x = static_cast<const T*>(source);
-  constexpr i64 kChunk = 32;
-  for (i64 j = 0; j < cols; j += W) {
-    const Lanes<L> lanes(cols - j);
-    const auto load = [&](const T* p) {
-      if (col == 1) return lanes.load(p);
-      float x[W] = {};
-      for (int l = 0; l < lanes.n; ++l) x[l] = widen(p[l * col]);
-      return L::load(x);
-    };
-    typename L::V partial[64];  // partial[d] sums 2^i chunks, i falling with d: the binary digits of the chunks so far
-    int depth = 0;
-    for (i64 i = 0; i < rows; i += kChunk) {
-      const i64 end = i + kChunk < rows ? i + kChunk : rows;
-      auto sum = L::zero();
-      for (i64 r = i; r < end; ++r) sum = L::add(sum, load(x + r * row + j * col));
-      for (i64 carry = i / kChunk; carry & 1; carry >>= 1) sum = L::add(partial[--depth], sum);
-      partial[depth++] = sum;
-    }
-    auto total = L::zero();
-    while (depth > 0) total = L::add(total, partial[--depth]);
-    lanes.store(out + j, accumulate ? L::add(lanes.load(out + j), total) : total);
-  }
+  i64 j = 0;
+  for (; j + NV * W <= cols; j += NV * W)
+    sum_columns<L, T, NV>(x + j * col, rows, row, col, Lanes<L>(W), out + j, accumulate);
+  for (; j < cols; j += W) sum_columns<L, T, 1>(x + j * col, rows, row, col, Lanes<L>(cols - j), out + j, accumulate);
 }
 
 template <class L, class T>
