@@ -275,8 +275,7 @@ class Part {
     const i64 m_tiles = ceil_div(pixels_, kernel_.mr);
     ConvTileArgs t = {};
     t.runs = runs, t.run_count = count, t.run = run, t.c_row = sum_row_, t.accumulate = started_;
-    // The panel to come is asked for while this one is used: weights come from L3 or memory. (Zen 4, 8 x 256 x 14 x 14
-    // 3x3 in float32: 217 GFLOP/s without, TBD with.)
+    // The panel to come is asked for while this one is used: weights come from L3 or memory.
     constexpr i64 kLine = 16;
     const i64 lines = count * run * nr / kLine;
     for (i64 j = 0; j < columns_; j += nr) {
