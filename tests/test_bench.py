@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 
 from fastdl import _C, machine
-from fastdl.bench import accuracy, attention, check, compare, gemm, harness, host, runner
+from fastdl.bench import accuracy, attention, check, compare, conv, gemm, harness, host, runner
 from fastdl.bench.report import print_document, read_json, write_json
 from fastdl.bench.settings import Settings
 from fastdl.bench.shapes import load
@@ -246,6 +246,57 @@ def test_attention_check_finds_one_wrong_element(family, budget, monkeypatch):
     case = attention.FAMILIES[family](small(load("attention", family)[0]), Settings())
     outcome, _ = harness.run_check(case)
     assert outcome.failure.startswith(("output: ", "dq: "))
+
+
+def small_conv(shape):
+    """At most 16 channels, and images as small as the kernel lets them be."""
+    d, shrunk = shape.dims, {"N": min(shape.dims["N"], 2)}
+    depthwise = d["groups"] == d["C"] > 1
+    shrunk |= {"groups": 8 if depthwise else min(d["groups"], 2)}
+    shrunk |= {name: 8 if depthwise else min(d[name], 16) for name in ("C", "K")}
+    for i in range(3):
+        if f"k{i}" in d:
+            shrunk[f"in{i}"] = min(d[f"in{i}"], d[f"k{i}"] * d["dilation"] + 8)
+    return replace(shape, dims=d | shrunk)
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [(f, "float32") for f in conv.FAMILIES] + [(f, "bfloat16") for f in conv.FAMILIES if f.endswith("-train")],
+)
+def test_conv_families_pass_their_check(family, dtype, monkeypatch):
+    monkeypatch.setattr(conv, "_PROBES", 1)
+    for shape in load("conv", family):
+        case = conv.FAMILIES[family](small_conv(shape), Settings(dtype=dtype))
+        outcome, kernels = harness.run_check(case)
+        assert outcome.failure == "" and sum(kernels.values()) >= case.kernel_calls, shape.name
+        assert 0 < outcome.error <= 3 * outcome.torch_error + 1e-9
+        assert set(case.parts) == ({"contiguous", "channels_last"} if "in1" in shape.dims else set())
+
+
+@pytest.mark.parametrize("family", ["dense", "transposed"])
+def test_conv_frozen_rows(family):
+    case = conv.FAMILIES[family](small_conv(load("conv", family)[0]), Settings(frozen=True))
+    outcome, kernels = harness.run_check(case)
+    assert outcome.failure == "" and kernels
+
+
+@pytest.mark.parametrize("budget", [1e9, 1e3], ids=["all of it", "a part"])
+@pytest.mark.parametrize("family", ["dense", "dense-train", "grouped-backward"])
+def test_conv_check_finds_one_wrong_element(family, budget, monkeypatch):
+    monkeypatch.setattr(conv, "_CHECK_FLOPS", budget)
+    right = conv.functional.conv2d
+
+    def wrong(x, *args, **options):
+        out = right(x, *args, **options)
+        delta = torch.zeros_like(out)
+        delta[-1, -1, -1, -1] = 0.2
+        return out + delta * (x.flatten()[-1] + 10 if "-" in family else 1)
+
+    monkeypatch.setattr(conv.functional, "conv2d", wrong)
+    case = conv.FAMILIES[family](small_conv(load("conv", family)[0]), Settings())
+    outcome, _ = harness.run_check(case)
+    assert outcome.failure.startswith(("output: ", "dx: "))
 
 
 @pytest.mark.parametrize(
