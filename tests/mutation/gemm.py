@@ -151,8 +151,8 @@ MUTATIONS = [
     Mutation(
         "dropped partial sums of a reduction",
         KERNEL,
-        "    while (depth > 0) total = L::add(total, partial[--depth]);",
-        "    if (depth > 0) total = L::add(total, partial[--depth]);",
+        "    for (int i = depth; i > 0; --i) total = L::add(total, partial[i - 1][v]);",
+        "    for (int i = depth; i > depth - 1; --i) total = L::add(total, partial[i - 1][v]);",
         f"{EXACT} -k test_sum_rows",
     ),
     Mutation(

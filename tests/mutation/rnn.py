@@ -13,15 +13,15 @@ MUTATIONS = [
     Mutation(
         "weight gradient of a reverse direction with the states of a forward one",
         OPS + "rnn_native.py",
-        "        before = y[1:] if reverse else y[:-1]\n",
-        "        before = y[:-1]\n",
+        "    before = y[piece.start + 1 : piece.stop + 1] if reverse else ",
+        "    before = ",
         f"{RNN_MODULES} -k 'test_layers and batched and bidirectional'",
     ),
     Mutation(
         "weight gradient without the first state",
         OPS + "rnn_native.py",
-        "        if h0 is not None:\n            parts = ",
-        "        if False:\n            parts = ",
+        "        if h0 is not None and first.shape[0]:",
+        "        if False:",
         f"{RNN_MODULES} -k 'test_layers and batched and states'",
     ),
     Mutation(
@@ -34,9 +34,23 @@ MUTATIONS = [
     Mutation(
         "recurrent bias of a GRU with the gradient of the other",
         OPS + "rnn_native.py",
-        "        if need_b_hh and gates.recurrent is not None:",
-        "        if False:",
+        "            if gates.recurrent is not None:",
+        "            if False:",
         f"{RNN_MODULES} -k 'test_layers and gru'",
+    ),
+    Mutation(
+        "pieces of time that all start from the first state",
+        OPS + "rnn_native.py",
+        "        h, c = y[_last_step(piece, reverse)], c_next\n",
+        "",
+        "tests/test_rnn_pieces.py -k 'lstm or two_ways'",
+    ),
+    Mutation(
+        "gradients of the states not carried from piece to piece",
+        OPS + "rnn_native.py",
+        "        dh, dc = dh_before, dc_before\n",
+        "",
+        "tests/test_rnn_pieces.py -k 'lstm or two_ways'",
     ),
     Mutation(
         "packed states left in the order of length",
