@@ -351,7 +351,9 @@ void bind_rnn(py::module_& m) {
         "h0"_a, "c0"_a, "w_hh"_a, "b_hh"_a, "w_hr"_a, py::kw_only(), "mode"_a, "batch_sizes"_a = py::none(),
         "reverse"_a = false, "d_recurrent"_a = py::none(), "d_hidden"_a = py::none(), "hidden"_a = py::none(),
         "kernel"_a = "", "threads"_a = 0);
-  m.def("advise_huge_pages", [](py::handle out) { advise_huge_pages(view(out, "fastdl.advise_huge_pages", "out")); }, "out"_a);
+  m.def(
+      "advise_huge_pages", [](py::handle out) { advise_huge_pages(view(out, "fastdl.advise_huge_pages", "out")); },
+      "out"_a);
   m.def("rnn_saved_shape", saved_shape, "mode"_a, "rows"_a, "B"_a, "H"_a, "P"_a);
   m.def("rnn_plan", plan_shape, "T"_a, "B"_a, "H"_a, "P"_a = 0, py::kw_only(), "mode"_a = "lstm", "backward"_a = false,
         "isa"_a = "", "threads"_a = 0, "kernel"_a = "", "dtype"_a = "float32");
