@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from functools import cache
 
 import pytest
 import torch
@@ -443,10 +444,23 @@ def losses(model, steps, seed, layout=torch.contiguous_format):
     return found
 
 
+@cache
+def calm_start():
+    """(a network, its first losses): training may amplify rounding, so it is one on which torch's two layouts agree."""
+    for seed in range(10):
+        torch.manual_seed(seed)
+        stock = resnet()
+        runs = [
+            losses(copy.deepcopy(stock), 12, 0, layout) for layout in (torch.contiguous_format, torch.channels_last)
+        ]
+        if runs[0][:10] == pytest.approx(runs[1][:10], rel=1e-5):
+            return stock, runs[0]
+    raise AssertionError("torch's two layouts differ from every start")
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_digits_train_with_the_same_losses(layout):
-    stock = resnet()
-    ours = fastdl.optimize(copy.deepcopy(stock))
-    expected, found = losses(stock, 12, 0), losses(ours, 12, 0, layout)
+    stock, expected = calm_start()
+    found = losses(fastdl.optimize(copy.deepcopy(stock)), 12, 0, layout)
     assert found[:10] == pytest.approx(expected[:10], rel=1e-4)
     assert found[-1] < found[0] and not calls.handbacks
