@@ -182,6 +182,7 @@ class Call {
     for (const Argument& a : arguments_) {
       if (!a.output) continue;
       require_writable(a.view, op());
+      advise_huge_pages(a.view);
       for (const Argument& b : arguments_)
         if (&a != &b) require_apart(a.view, b.view, op(), b.name, a.name);
     }
