@@ -242,7 +242,7 @@ def test_bad_isa_in_the_environment_is_named(run_python):
     run_python("-c", code, env={"FASTDL_ISA": "sse9"})
 
 
-@pytest.mark.parametrize("op", ["", "conv", "GEMM"])
+@pytest.mark.parametrize("op", ["", "pool", "GEMM"])
 def test_unknown_table(op):
     with pytest.raises(RuntimeError, match=r"kernels.*gemm"):
         _C.kernels(op)

@@ -1,7 +1,7 @@
 // What the convolution microkernels are given, and a row of the kernel table. Included by instruction-set units: plain
 // data only.
 #pragma once
-#include "conv/cpu/direct_args.h"
+#include "conv/cpu/kernel_direct_args.h"
 #include "gemm/cpu/kernel_args.h"
 
 namespace fastdl {

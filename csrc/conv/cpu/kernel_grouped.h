@@ -1,6 +1,6 @@
 // Microkernels of grouped convolutions, vectors over pixels, written once over a vector level L (simd/vec.h).
 #pragma once
-#include "conv/cpu/direct_args.h"
+#include "conv/cpu/kernel_direct_args.h"
 #include "gemm/cpu/kernel.h"
 
 namespace fastdl {
