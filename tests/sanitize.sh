@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds the native module with AddressSanitizer and UndefinedBehaviorSanitizer in a scratch folder and runs the exact,
-# stride and hostile-input tests of GEMM, attention and RNN on it. About 5 minutes on 2 cores.
+# stride and hostile-input tests of every operation on it. About 10 minutes on 2 cores.
 #
 #   tests/sanitize.sh [PYTEST_ARGUMENT...]      needs GCC, cmake, pybind11 and the test requirements in python's reach
 #
@@ -52,3 +52,5 @@ run tests/test_attention_backward.py -k "every_tail or layouts or broadcast_mask
   or zero or refusals" "$@"
 run tests/test_rnn_native.py -k "tails or packed or projections or special or nothing or strides or missing or bad \
   or apart or checks" "$@"
+run tests/test_conv_native.py tests/test_conv_wgrad.py tests/test_conv_direct.py \
+  -k "not guard_pages and not nothing_outside" "$@"

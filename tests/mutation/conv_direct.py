@@ -26,7 +26,7 @@ MUTATIONS = [
         GROUPED,
         "t.accumulate = k > 0;",
         "t.accumulate = false;",
-        f"{TESTS} -k 'test_sizes_of_groups and 66'",
+        f"{TESTS} -k 'test_sizes_of_groups and few9'",
     ),
     Mutation(
         "scratch around an image not cleared",
