@@ -287,6 +287,11 @@ class Part {
           __builtin_prefetch(next + l * kLine, 0, 2);
         const i64 begin = pixels_ * i / m_tiles;
         t.m = static_cast<int>(pixels_ * (i + 1) / m_tiles - begin);
+        // An image read where it lies comes from memory: ask for the rows of the next tile. (Zen 4, 1x1 256 -> 64 of
+        // 8x56x56: float32 150 -> 189, bfloat16 299 -> 390 GFLOP/s. Finishing tiles while hot gained nothing.)
+        if (in_place_ && j == 0)
+          for (i64 r = begin + t.m; r < std::min(pixels_, begin + t.m + kernel_.mr); ++r)
+            for (i64 l = 0; l < run; l += kLine) __builtin_prefetch(pointers_[r] + runs[0] + l, 0, 2);
         t.rows = pointers_ + begin;
         t.c = sum_ + begin * sum_row_ + j;
         kernel_.functions->tile(t);
