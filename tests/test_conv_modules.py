@@ -3,7 +3,6 @@
 import copy
 import io
 import pickle
-from functools import cache
 
 import pytest
 import torch
@@ -215,8 +214,9 @@ def test_packs_follow_what_they_were_made_for():
 
 # --- folded batch norms -------------------------------------------------------------------------------------------
 class Residual(nn.Module):
-    def __init__(self, channels, out, stride=1):
+    def __init__(self, channels, out, stride=1, activation=nn.ReLU):
         super().__init__()
+        self.activation = activation()
         self.conv1, self.bn1 = nn.Conv2d(channels, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out)
         self.conv2, self.bn2 = nn.Conv2d(out, out, 3, 1, 1, bias=False), nn.BatchNorm2d(out)
         self.down = None
@@ -224,17 +224,17 @@ class Residual(nn.Module):
             self.down = nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
 
     def forward(self, x):
-        y = F.relu(self.bn1(self.conv1(x)))
+        y = self.activation(self.bn1(self.conv1(x)))
         y = self.bn2(self.conv2(y))
-        return F.relu(y + (x if self.down is None else self.down(x)))
+        return self.activation(y + (x if self.down is None else self.down(x)))
 
 
-def resnet(width=8, classes=10, channels=1):
+def resnet(width=8, classes=10, channels=1, activation=nn.ReLU):
     """ResNet-18 in shape: a stem, four stages of two blocks, each but the first at half the size."""
-    layers = [nn.Conv2d(channels, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+    layers = [nn.Conv2d(channels, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), activation()]
     for stage in range(4):
         into, out = width * 2 ** max(stage - 1, 0), width * 2**stage
-        layers += [Residual(into, out, 1 if stage == 0 else 2), Residual(out, out)]
+        layers += [Residual(into, out, 1 if stage == 0 else 2, activation), Residual(out, out, 1, activation)]
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width * 8, classes))
 
 
@@ -428,7 +428,6 @@ def digits():
 
 
 def losses(model, steps, seed, layout=torch.contiguous_format):
-    """A rate at which torch's two layouts agree with each other: at 1e-2, theirs differ by 1e-2 after ten steps."""
     images, labels = digits()
     model.to(memory_format=layout)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
@@ -444,23 +443,12 @@ def losses(model, steps, seed, layout=torch.contiguous_format):
     return found
 
 
-@cache
-def calm_start():
-    """(a network, its first losses): training may amplify rounding, so it is one on which torch's two layouts agree."""
-    for seed in range(10):
-        torch.manual_seed(seed)
-        stock = resnet()
-        runs = [
-            losses(copy.deepcopy(stock), 12, 0, layout) for layout in (torch.contiguous_format, torch.channels_last)
-        ]
-        if runs[0][:10] == pytest.approx(runs[1][:10], rel=1e-5):
-            return stock, runs[0]
-    raise AssertionError("torch's two layouts differ from every start")
-
-
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_digits_train_with_the_same_losses(layout):
-    stock, expected = calm_start()
-    found = losses(fastdl.optimize(copy.deepcopy(stock)), 12, 0, layout)
-    assert found[:10] == pytest.approx(expected[:10], rel=1e-4)
+    """Without kinks: where a ReLU changes sides by rounding, torch's own layouts differ by 1e-3 in ten steps."""
+    torch.manual_seed(0)
+    stock = resnet(activation=nn.SiLU)
+    ours = fastdl.optimize(copy.deepcopy(stock))
+    expected, found = losses(stock, 12, 0), losses(ours, 12, 0, layout)
+    assert found[:10] == pytest.approx(expected[:10], rel=1e-5)
     assert found[-1] < found[0] and not calls.handbacks
