@@ -137,7 +137,7 @@ def test_epilogue(name, activation, residual, last, generator):
 
     operands = [x, w, b] + [r] * residual
     with torch.no_grad():
-        torch.testing.assert_close(ours(*operands), theirs(*operands), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours(*operands), theirs(*operands))
     leaves = [t.detach().clone().requires_grad_() for t in operands]
     for got, want in zip(*(torch.autograd.grad(f(*leaves), leaves, dy) for f in (ours, theirs)), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-5)
@@ -152,9 +152,9 @@ def test_unbatched(name, generator):
     x, w = torch.randn(3, *(6, 7, 8)[:n], generator=generator), torch.randn(3, 3, *(2, 3, 2)[:n], generator=generator)
     ours, theirs = getattr(functional, name)(x, w), getattr(F, name)(x, w)
     assert ours.shape == theirs.shape
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours, theirs)
     residual = torch.ones_like(theirs)
-    torch.testing.assert_close(getattr(functional, name)(x, w, residual=residual), theirs + 1, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(getattr(functional, name)(x, w, residual=residual), theirs + 1)
 
 
 def test_gradients_that_are_not_asked_for():
@@ -228,9 +228,7 @@ def test_arguments_as_lists_and_numpy_integers():
 
     x, w = torch.randn(1, 2, 8, 8), torch.randn(3, 2, 3, 3)
     for stride in ([2, 2], [2], numpy.int64(2), (2,)):
-        torch.testing.assert_close(
-            functional.conv2d(x, w, stride=stride), F.conv2d(x, w, stride=2), rtol=1e-4, atol=1e-5
-        )
+        torch.testing.assert_close(functional.conv2d(x, w, stride=stride), F.conv2d(x, w, stride=2))
 
 
 @pytest.mark.parametrize("strides", ["negated", "expanded", "sliced", "permuted"])
@@ -243,7 +241,7 @@ def test_unusual_operands(strides):
         "permuted": lambda t: t.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0),
     }[strides]
     a, b = change(x), change(w)
-    torch.testing.assert_close(functional.conv2d(a, b), F.conv2d(a, b), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(functional.conv2d(a, b), F.conv2d(a, b))
     # what the gradients of such leaves look like is autograd's affair; their values are not
     grads = [torch.autograd.grad(m.conv2d(a.requires_grad_(), b).square().sum(), a)[0] for m in (functional, F)]
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-3)
