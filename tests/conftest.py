@@ -3,9 +3,12 @@
 `@pytest.mark.rows(dtype=("bfloat16", "float16"), kind="tile")` narrows it to the rows that have one of these values.
 """
 
+import atexit
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,11 @@ import torch
 
 from fastdl import _C
 from fastdl.testing import LAYOUTS, UNIT_ROUNDOFF, GuardedOutput, integer_matrix
+
+# torch keeps compiled graphs on disk by the names of their operations: another build's shapes must not come back.
+if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="torchinductor-")
+    atexit.register(shutil.rmtree, os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
 
 SCRIPTS = Path(__file__).parent / "scripts"
 KERNELS = _C.kernels("gemm")
