@@ -4,7 +4,6 @@ import copy
 import io
 import math
 import pickle
-import this
 from itertools import chain
 
 import pytest
@@ -670,61 +669,3 @@ def test_freeze_and_unfreeze():
     torch.testing.assert_close(model(IDS), expected, rtol=0, atol=0)
     fastdl.unfreeze(model)
     torch.testing.assert_close(model(IDS), expected, rtol=0, atol=0)
-
-
-# --- learning -----------------------------------------------------------------------------------------------------
-class CharacterModel(nn.Module):
-    """Predicts the next character."""
-
-    def __init__(self, characters, hidden=64):
-        super().__init__()
-        self.embed = nn.Embedding(characters, 32)
-        self.lstm = nn.LSTM(32, hidden, num_layers=2, batch_first=True)
-        self.head = nn.Linear(hidden, characters)
-
-    def forward(self, ids):
-        return self.head(self.lstm(self.embed(ids))[0])
-
-
-def text():
-    """The Zen of Python, which the standard library keeps in rot13."""
-    return "".join(this.d.get(c, c) for c in this.s)
-
-
-def learn(model, ids, seed, steps=200, length=32, batch=16):
-    """Losses of every step of Adam on random pieces of the text."""
-    generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
-    losses = []
-    for _ in range(steps):
-        starts = torch.randint(len(ids) - length - 1, (batch, 1), generator=generator)
-        pieces = ids[starts + torch.arange(length + 1)]
-        loss = nn.functional.cross_entropy(model(pieces[:, :-1]).flatten(0, 1), pieces[:, 1:].flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
-
-
-def test_character_model_learns_as_stock():
-    """The same loss curve: the first 10 losses within 1e-4, the last ones within the spread of stock's own seeds."""
-    zen = text()
-    assert "Beautiful is better than ugly." in zen
-    characters = sorted(set(zen))
-    ids = torch.tensor([characters.index(c) for c in zen])
-    finals = {"stock": [], "ours": []}
-    for seed in range(3):
-        torch.manual_seed(seed)
-        stock = CharacterModel(len(characters))
-        ours = swapped(stock)
-        assert type(ours.lstm) is fastdl.nn.LSTM
-        expected, losses = learn(stock, ids, seed), learn(ours, ids, seed)
-        assert losses[:10] == pytest.approx(expected[:10], rel=1e-4)
-        for name, curve in (("stock", expected), ("ours", losses)):
-            finals[name].append(sum(curve[-20:]) / 20)
-        assert finals["ours"][-1] < 0.6 * losses[0]
-    spread = max(finals["stock"]) - min(finals["stock"])
-    for a, b in zip(finals["ours"], finals["stock"], strict=True):
-        assert abs(a - b) <= max(spread, 0.01 * b)
-    assert not calls.handbacks
