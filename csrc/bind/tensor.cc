@@ -64,6 +64,15 @@ dlpack::Tensor borrow(py::handle object, const char* op, const char* argument) {
 
 }  // namespace
 
+dlpack::Tensor borrowed_tensor(py::handle object, const char* op, const char* argument) {
+  dlpack::Tensor t = borrow(object, op, argument);
+  if (t.data) t.data = static_cast<char*>(t.data) + t.byte_offset;
+  return t;
+}
+bool kernel_dtype(dlpack::DataType t, DType* out) { return to_dtype(t, out); }
+std::string dlpack_dtype_name(dlpack::DataType t) { return dtype_string(t); }
+const dlpack::ExchangeApi& exchange_api() { return *g_api; }
+
 i64 TensorView::numel() const {
   i64 n = 1;
   for (int i = 0; i < ndim; ++i) n *= shape[i];

@@ -49,6 +49,12 @@ void require_apart(const TensorView& out, const TensorView& in, const char* op, 
 // Asks for huge pages where `out` is large enough to be a mapping of its own: see base/arena.h.
 void advise_huge_pages(const TensorView& out);
 
+// Any tensor with memory, as the exchange API shows it; data includes the byte offset.
+dlpack::Tensor borrowed_tensor(pybind11::handle object, const char* op, const char* argument);
+bool kernel_dtype(dlpack::DataType t, DType* out);  // false for dtypes that no kernel takes
+std::string dlpack_dtype_name(dlpack::DataType t);
+const dlpack::ExchangeApi& exchange_api();
+
 // Reads the exchange API off torch.Tensor; throws ImportError when torch is too old or too new for it.
 void init_tensors();
 

@@ -1,0 +1,9 @@
+// One function a file of bindings of the CUDA modules.
+#pragma once
+#include <pybind11/pybind11.h>
+
+namespace fastdl {
+
+void bind_cuda_probe(pybind11::module_& m);
+
+}  // namespace fastdl

@@ -1,0 +1,61 @@
+// The CUDA kernels as a module of their own: `_cuda`, and from the same sources `_twin`, their host twin.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <exception>
+
+#include "base/check.h"
+#include "bind/cuda_bind.h"
+#include "bind/tensor.h"
+#include "ptx/device.h"
+#if FASTDL_TWIN
+#include "ptx/twin/fiber.h"
+#endif
+
+namespace py = pybind11;
+
+namespace fastdl {
+namespace {
+
+py::dict gpu_dict(const Gpu& gpu) {
+  using namespace py::literals;
+  return py::dict("sm"_a = gpu.sm, "multiprocessors"_a = gpu.multiprocessors, "shared_bytes"_a = gpu.shared_bytes,
+                  "l2_bytes"_a = gpu.l2_bytes);
+}
+
+}  // namespace
+}  // namespace fastdl
+
+PYBIND11_MODULE(FASTDL_CUDA_MODULE, m, py::mod_gil_not_used()) {
+  m.doc() = "CUDA kernels of fastdl.";
+  m.attr("__version__") = FASTDL_VERSION;
+  m.attr("twin") = FASTDL_TWIN == 1;
+  py::register_exception_translator([](std::exception_ptr p) {
+    try {
+      if (p) std::rethrow_exception(p);
+    } catch (const fastdl::TypeMismatch& e) {
+      PyErr_SetString(PyExc_TypeError, e.what());
+    } catch (const fastdl::Error& e) {
+      PyErr_SetString(PyExc_RuntimeError, e.what());
+    }
+  });
+  fastdl::init_tensors();
+  m.def("gpu_count", &fastdl::gpu_count, "GPUs that can be used; 0 without a driver.");
+  m.def("gpu_info", [](int device) { return fastdl::gpu_dict(fastdl::gpu_info(device)); }, py::arg("device"));
+  m.def(
+      "gpu_named", [](const std::string& name) { return fastdl::gpu_dict(fastdl::gpu_named(name)); }, py::arg("name"));
+  m.def("gpu_name", &fastdl::gpu_name, py::arg("device"));
+#if FASTDL_TWIN
+  m.def("set_seed", &fastdl::twin::set_seed, py::arg("seed"),
+        "The order in which the threads of a block run: 0 one after the other, else random from this seed.");
+  m.def(
+      "take_counts",
+      [] {
+        const fastdl::twin::Counts counts = fastdl::twin::counts();
+        fastdl::twin::counts() = {};
+        return py::make_tuple(counts.conflicts, counts.collectives);
+      },
+      "(bank conflicts of ldmatrix, warp instructions) since the last call.");
+#endif
+  fastdl::bind_cuda_probe(m);
+}

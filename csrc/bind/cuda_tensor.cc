@@ -1,0 +1,91 @@
+#include "bind/cuda_tensor.h"
+
+#include "base/check.h"
+
+namespace py = pybind11;
+
+namespace fastdl {
+namespace {
+
+#if FASTDL_TWIN
+constexpr const char* kPlace = "cpu (this is the host twin)";
+bool on_device(const dlpack::Tensor& t) { return t.device.type == dlpack::kCpu; }
+#else
+constexpr const char* kPlace = "cuda";
+bool on_device(const dlpack::Tensor& t) { return t.device.type == dlpack::kCuda; }
+#endif
+
+dlpack::Tensor borrow(py::handle object, int* device, const char* op, const char* argument, const char* expected) {
+  const dlpack::Tensor t = borrowed_tensor(object, op, argument);
+  if (!on_device(t))
+    fail(op, ": argument '", argument, "': expected a ", expected, " tensor on ", kPlace, ", got ",
+         dlpack_dtype_name(t.dtype), " on device type ", t.device.type);
+  if (*device >= 0 && t.device.id != *device)
+    fail(op, ": argument '", argument, "': expected device index ", *device, " as the other tensors, got ",
+         t.device.id);
+  *device = t.device.id;
+  const TensorView v = {t.data, DType::f32, t.ndim, t.shape, t.strides};
+  if (!t.data && v.numel() > 0)
+    fail(op, ": argument '", argument, "': expected a tensor with memory, got one without, shape ", shape_string(v));
+  return t;
+}
+
+[[noreturn]] void fail_dtype(const dlpack::Tensor& t, const char* op, const char* argument, const char* expected) {
+  fail(op, ": argument '", argument, "': expected a ", expected, " tensor, got ", dlpack_dtype_name(t.dtype));
+}
+
+void require_flat(const dlpack::Tensor& t, const char* op, const char* argument, const char* expected) {
+  if (t.ndim != 1 || (t.shape[0] > 1 && t.strides[0] != 1))
+    fail(op, ": argument '", argument, "': expected a ", expected, " tensor, got ", t.ndim, " dimensions");
+}
+
+}  // namespace
+
+TensorView device_view(py::handle object, int* device, const char* op, const char* argument) {
+  constexpr const char* kExpected = "float32, bfloat16 or float16";
+  const dlpack::Tensor t = borrow(object, device, op, argument, kExpected);
+  DType dtype = DType::f32;
+  if (!kernel_dtype(t.dtype, &dtype)) fail_dtype(t, op, argument, kExpected);
+  return {t.data, dtype, t.ndim, t.shape, t.strides};
+}
+
+TensorView device_view_or_bool(py::handle object, int* device, const char* op, const char* argument, bool* boolean) {
+  constexpr const char* kExpected = "bool, float32, bfloat16 or float16";
+  const dlpack::Tensor t = borrow(object, device, op, argument, kExpected);
+  DType dtype = DType::f32;
+  *boolean = t.dtype.code == dlpack::kBool && t.dtype.bits == 8;
+  if (!*boolean && !kernel_dtype(t.dtype, &dtype)) fail_dtype(t, op, argument, kExpected);
+  return {t.data, dtype, t.ndim, t.shape, t.strides};
+}
+
+DeviceBytes device_bytes(py::handle object, int* device, const char* op, const char* argument) {
+  constexpr const char* kExpected = "1-D contiguous uint8";
+  const dlpack::Tensor t = borrow(object, device, op, argument, kExpected);
+  if (t.dtype.code != dlpack::kUInt || t.dtype.bits != 8) fail_dtype(t, op, argument, kExpected);
+  require_flat(t, op, argument, kExpected);
+  return {t.data, t.shape[0]};
+}
+
+DeviceIntegers device_integers(py::handle object, int* device, const char* op, const char* argument) {
+  constexpr const char* kExpected = "1-D contiguous int32";
+  const dlpack::Tensor t = borrow(object, device, op, argument, kExpected);
+  if (t.dtype.code != dlpack::kInt || t.dtype.bits != 32) fail_dtype(t, op, argument, kExpected);
+  require_flat(t, op, argument, kExpected);
+  return {static_cast<const std::int32_t*>(t.data), t.shape[0]};
+}
+
+Stream current_stream(int device, const char* op) {
+  Stream stream;
+  stream.device = device;
+#if FASTDL_TWIN
+  (void)op;
+#else
+  if (exchange_api().current_stream(dlpack::kCuda, device, &stream.handle) != 0) {
+    PyErr_Clear();
+    fail(op, ": no current stream on cuda:", device);
+  }
+#endif
+  return stream;
+}
+
+}  // namespace fastdl
