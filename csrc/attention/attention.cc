@@ -95,8 +95,6 @@ AttentionPlan attention(const AttentionDesc& d, const AttentionArgs& args, const
   return plan;
 }
 
-std::uint64_t dropout_threshold(double p) { return static_cast<std::uint64_t>(p * 4294967296.0); }
-
 void attention_keep(bool* keep, i64 B, i64 H, i64 Lq, i64 Lk, double dropout_p, std::uint64_t seed) {
   const std::uint64_t threshold = dropout_threshold(dropout_p);
   for (i64 b = 0; b < B; ++b)

@@ -105,8 +105,8 @@ AttentionPlan attention(const AttentionDesc& desc, const AttentionArgs& args, co
 void attention_backward(const AttentionDesc& desc, const AttentionArgs& args, const AttentionGrads& grads,
                         const AttentionKernel* forced, int threads);
 
-// An element is kept where its 32 bits (kernel_dropout.h) are at least this: p = 1 keeps none.
-std::uint64_t dropout_threshold(double p);
+// An element is kept where its 32 bits (kernel_random.h) are at least this: p = 1 keeps none.
+inline std::uint64_t dropout_threshold(double p) { return static_cast<std::uint64_t>(p * 4294967296.0); }
 // keep[B,H,Lq,Lk], contiguous: the elements that dropout keeps.
 void attention_keep(bool* keep, i64 B, i64 H, i64 Lq, i64 Lk, double dropout_p, std::uint64_t seed);
 
