@@ -5,5 +5,6 @@
 namespace fastdl {
 
 void bind_cuda_probe(pybind11::module_& m);
+void bind_cuda_gemm(pybind11::module_& m);
 
 }  // namespace fastdl
