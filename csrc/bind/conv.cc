@@ -11,14 +11,13 @@
 #include "base/check.h"
 #include "base/parallel.h"
 #include "bind/bind.h"
+#include "bind/conv_problem.h"
 #include "bind/gemm_problem.h"
 
 namespace py = pybind11;
 
 namespace fastdl {
 namespace {
-
-using Sizes = std::vector<i64>;
 
 const ConvKernel* forced_row(const std::string& name, const char* op) {
   if (name.empty()) return nullptr;
@@ -29,80 +28,12 @@ const ConvKernel* forced_row(const std::string& name, const char* op) {
   return &k;
 }
 
-std::string list(const i64* x, int n) {
-  std::string s = "[";
-  for (int i = 0; i < n; ++i) s += (i ? ", " : "") + std::to_string(x[i]);
-  return s + "]";
-}
-std::string list(const Sizes& x) { return list(x.data(), static_cast<int>(x.size())); }
-
-bool product(i64 a, i64 b, i64* out) { return !__builtin_mul_overflow(a, b, out); }
-
 // What one call is given, checked before anything is allocated.
-class Call {
+class Call : public ConvProblem {
  public:
-  ConvDesc desc = {};
   ConvArgs args = {};
 
-  // dims: spatial dimensions; the names of what x, w and y are called in messages.
-  Call(ConvPass pass, int dims) : dims_(dims) {
-    desc.pass = pass;
-    constexpr const char* kSuffix[] = {"", "_dgrad", "_wgrad"};
-    op_ = concat("fastdl.conv", dims, "d", kSuffix[static_cast<int>(pass)]);
-  }
-
-  const char* op() const { return op_.c_str(); }
-
-  // Fills the sizes from the shapes [N, C, in], [K, C/groups, kernel], [N, K, out].
-  void shapes(const Sizes& x, const Sizes& w, const Sizes& y, const Sizes& stride, const Sizes& padding,
-              const Sizes& dilation, i64 groups) {
-    const auto rank = static_cast<std::size_t>(dims_ + 2);
-    if (dims_ < 1 || dims_ > 3) wrong(names().x, "3 to 5 dimensions", x);
-    if (w.size() != rank) wrong(names().w, concat(rank, " dimensions"), w);
-    if (y.size() != rank) wrong(names().y, concat(rank, " dimensions"), y);
-    if (groups < 1) fail(op(), ": argument 'groups': expected at least 1, got ", groups);
-    const int first = 3 - dims_;
-    per_dimension(stride, "stride", 1, 1, desc.stride);
-    per_dimension(padding, "padding", 0, 0, desc.pad);
-    per_dimension(dilation, "dilation", 1, 1, desc.dilation);
-    desc.N = x[0], desc.C = x[1], desc.K = w[0], desc.groups = groups;
-    if (desc.C % groups != 0) wrong(names().x, concat("channels that ", groups, " groups divide"), x);
-    if (desc.K % groups != 0) wrong(names().w, concat("output channels that ", groups, " groups divide"), w);
-    if (w[1] != desc.C / groups) wrong(names().w, concat("[", desc.K, ", ", desc.C / groups, ", ...]"), w);
-    if (y[0] != desc.N || y[1] != desc.K) wrong(names().y, concat("[", desc.N, ", ", desc.K, ", ...]"), y);
-    for (int i = 0; i < 3; ++i) {
-      const bool there = i >= first;
-      const auto at = static_cast<std::size_t>(there ? i - first + 2 : 0);
-      desc.in[i] = there ? x[at] : 1, desc.out[i] = there ? y[at] : 1, desc.kernel[i] = there ? w[at] : 1;
-      if (desc.kernel[i] < 1) wrong(names().w, "a kernel of at least 1 in each dimension", w);
-      // Nothing computed from these may overflow: every position that a tap can have, and twice that.
-      constexpr i64 kMost = i64{1} << 60;
-      i64 reach, span;
-      if (!product(desc.kernel[i] - 1, desc.dilation[i], &reach) || reach > kMost)
-        fail(op(), ": argument 'dilation': expected a kernel of less than 2^60 positions, got ", desc.dilation[i],
-             " with a kernel of ", desc.kernel[i]);
-      if (desc.pad[i] > kMost) fail(op(), ": argument 'padding': expected at most 2^60, got ", desc.pad[i]);
-      if (!product(std::max<i64>(1, desc.out[i]), desc.stride[i], &span) || span > kMost)
-        fail(op(), ": argument 'stride': expected outputs within 2^60 positions, got ", desc.stride[i], " with ",
-             desc.out[i], " outputs");
-      // The last kernel ends where the padded image does, or less than a stride before.
-      if (desc.out[i] < 1) continue;
-      const i64 end = (desc.out[i] - 1) * desc.stride[i] + reach + 1 - desc.pad[i];  // of the last kernel
-      if (end <= desc.in[i] - desc.stride[i] || desc.in[i] > kMost)
-        fail(op(), ": argument '", names().y, "': expected all ", dims_, " spatial sizes to follow from ", names().x,
-             " ", list(x), ", ", names().w, " ", list(w), ", stride ", list(stride), ", padding ", list(padding),
-             " and dilation ", list(dilation), ", got ", list(y));
-    }
-    i64 size = 4;
-    for (i64 n : {desc.K, std::max<i64>(1, desc.C), desc.kernel[0], desc.kernel[1], desc.kernel[2], i64{64}})
-      if (!product(size, std::max<i64>(1, n), &size)) wrong(names().w, "fewer than 2^56 elements", w);
-    size = 4;
-    for (i64 n : {desc.N, std::max(desc.C, desc.K), desc.out[0], desc.out[1], desc.out[2], i64{64}})
-      if (!product(size, std::max<i64>(1, n), &size)) wrong(names().y, "fewer than 2^56 elements", y);
-    size = 4;
-    for (i64 n : {desc.N, std::max(desc.C, desc.K), desc.in[0], desc.in[1], desc.in[2], i64{64}})
-      if (!product(size, std::max<i64>(1, n), &size)) wrong(names().x, "fewer than 2^56 elements", x);
-  }
+  using ConvProblem::ConvProblem;
 
   void tensors(py::handle x, py::handle w, py::handle y, const Sizes& stride, const Sizes& padding,
                const Sizes& dilation, i64 groups) {
@@ -113,7 +44,7 @@ class Call {
     desc.dtype = tx.dtype;
     const auto sizes = [](const TensorView& t) { return Sizes(t.shape, t.shape + t.ndim); };
     shapes(sizes(tx), sizes(tw), sizes(ty), stride, padding, dilation, groups);
-    args.x = strided(tx), args.w = strided(tw), args.y = strided(ty);
+    args.x = conv_tensor(tx), args.w = conv_tensor(tw), args.y = conv_tensor(ty);
     if (pass == ConvPass::wgrad) return;
     const TensorView& out = pass == ConvPass::forward ? ty : tx;
     const bool last = out.size(1) <= 1 || out.stride(1) == 1;
@@ -171,7 +102,7 @@ class Call {
     constexpr i64 kMostPhases = 4096;
     i64 phases = 1;
     for (i64 s : desc.stride)
-      if (!product(phases, desc.pass == ConvPass::dgrad ? s : 1, &phases) || phases > kMostPhases)
+      if (__builtin_mul_overflow(phases, desc.pass == ConvPass::dgrad ? s : 1, &phases) || phases > kMostPhases)
         fail(op(), ": argument 'stride': expected steps of fewer than ", kMostPhases, " elements in a pack");
     desc.frozen = true;
   }
@@ -190,12 +121,6 @@ class Call {
     conv(desc, args, forced, threads);
   }
 
-  ConvTensor strided(const TensorView& t) const {
-    ConvTensor c = {t.data, t.stride(0), t.stride(1), {0, 0, 0}};
-    for (int i = 0; i < dims_; ++i) c.step[3 - dims_ + i] = t.stride(2 + i);
-    return c;
-  }
-
   static Machine this_machine(int threads) {
     const CpuInfo& cpu = cpu_info();
     return {cpu.isa, threads > 0 ? threads : current_team(0).threads, cpu.l1d, cpu.l2, cpu.l3};
@@ -207,13 +132,6 @@ class Call {
     const char* name;
     bool output;
   };
-  struct Names {
-    const char *x, *w, *y;
-  };
-  const Names& names() const {
-    static constexpr Names kNames[] = {{"input", "weight", "out"}, {"out", "weight", "grad"}, {"input", "out", "grad"}};
-    return kNames[static_cast<int>(desc.pass)];
-  }
   const char* written() const { return "out"; }
 
   TensorView add(py::handle object, const char* name, bool output) {
@@ -225,40 +143,10 @@ class Call {
     return t;
   }
 
-  template <class Text>
-  [[noreturn]] void wrong(const char* name, const Text& expected, const Sizes& got) const {
-    fail(op(), ": argument '", name, "': expected ", expected, ", got ", list(got));
-  }
-
-  void per_dimension(const Sizes& values, const char* name, i64 least, i64 missing, i64* out) const {
-    if (static_cast<int>(values.size()) != dims_)
-      fail(op(), ": argument '", name, "': expected ", dims_, " integers, got ", list(values));
-    for (int i = 0; i < 3; ++i) out[i] = i < 3 - dims_ ? missing : values[static_cast<std::size_t>(i - 3 + dims_)];
-    for (i64 v : values)
-      if (v < least) fail(op(), ": argument '", name, "': expected at least ", least, ", got ", list(values));
-  }
-
-  int dims_;
-  std::string op_;
   std::vector<Argument> arguments_;
 };
 
-int spatial(py::handle x, const char* op, const char* name) {
-  const TensorView t = view(x, op, name);
-  if (t.ndim < 3 || t.ndim > 5) fail(op, ": argument '", name, "': expected 3 to 5 dimensions, got ", shape_string(t));
-  return t.ndim - 2;
-}
-
-Activation activation_named(const std::string& name, const char* op) {
-  constexpr std::pair<const char*, Activation> kNames[] = {{"none", Activation::none},
-                                                           {"relu", Activation::relu},
-                                                           {"gelu", Activation::gelu},
-                                                           {"gelu_tanh", Activation::gelu_tanh},
-                                                           {"silu", Activation::silu}};
-  for (const auto& [known, activation] : kNames)
-    if (name == known) return activation;
-  fail(op, ": argument 'activation': expected none, relu, gelu, gelu_tanh or silu, got '", name, "'");
-}
+int spatial(py::handle x, const char* op, const char* name) { return conv_spatial(view(x, op, name), op, name); }
 
 void run_dense(ConvPass pass, py::handle x, py::handle w, py::handle y, py::handle bias, const Sizes& stride,
                const Sizes& padding, const Sizes& dilation, i64 groups, const std::string& activation,
@@ -267,7 +155,7 @@ void run_dense(ConvPass pass, py::handle x, py::handle w, py::handle y, py::hand
   Call c(pass, spatial(forward ? x : y, forward ? "fastdl.conv" : "fastdl.conv_dgrad", forward ? "input" : "grad"));
   c.tensors(x, w, y, stride, padding, dilation, groups);
   c.add_bias(bias);
-  c.args.activation = activation_named(activation, c.op());
+  c.args.activation = conv_activation_named(activation, c.op());
   c.args.residual = c.like_written(residual, "residual", false);
   c.args.pre = c.like_written(pre, "pre", true);
   c.add_pack(pack, kernel);
@@ -296,12 +184,6 @@ void run_wgrad(py::handle dw, py::handle dy, py::handle x, const Sizes& stride, 
   c.run(kernel, threads);
 }
 
-ConvPass pass_named(const std::string& name, const char* op) {
-  for (ConvPass p : {ConvPass::forward, ConvPass::dgrad, ConvPass::wgrad})
-    if (name == conv_pass_name(p)) return p;
-  fail(op, ": argument 'pass_': expected forward, dgrad or wgrad, got '", name, "'");
-}
-
 const char* kind_name(ConvKind kind) {
   constexpr const char* kNames[] = {"dense", "wgrad", "depthwise", "grouped"};
   return kNames[static_cast<int>(kind)];
@@ -312,7 +194,7 @@ py::dict plan_shape(const std::string& pass, const Sizes& x, const Sizes& w, con
                     bool channels_last, const std::string& isa, int threads, const std::string& kernel, bool frozen) {
   const char* op = "fastdl.conv_plan";
   require_threads(threads, op);
-  Call c(pass_named(pass, op), static_cast<int>(x.size()) - 2);
+  Call c(conv_pass_named(pass, op), static_cast<int>(x.size()) - 2);
   for (const Sizes* sizes : {&x, &w, &y})
     for (i64 n : *sizes)
       if (n < 0) fail(op, ": expected sizes of at least 0, got ", list(*sizes));
@@ -352,7 +234,7 @@ py::dict plan_shape(const std::string& pass, const Sizes& x, const Sizes& w, con
 Call pack_call(const std::string& pass, const Sizes& w, const Sizes& stride, const Sizes& padding,
                const Sizes& dilation, i64 groups, const std::string& dtype) {
   const char* op = "fastdl.conv_pack";
-  const ConvPass p = pass_named(pass, op);
+  const ConvPass p = conv_pass_named(pass, op);
   if (p == ConvPass::wgrad) fail(op, ": argument 'pass_': expected forward or dgrad, got 'wgrad'");
   if (w.size() < 3 || w.size() > 5) fail(op, ": argument 'weight': expected 3 to 5 dimensions, got ", list(w));
   Call c(p, static_cast<int>(w.size()) - 2);
@@ -385,7 +267,7 @@ void run_pack(py::handle out_, const std::string& pass, py::handle w_, const Siz
   if (out.ndim != 1 || out.size(0) != size || (size > 1 && out.stride(0) != 1))
     fail(op, ": argument 'out': expected ", size, " contiguous elements, got ", shape_string(out));
   require_apart(out, w, op, "weight");
-  const ConvTensor strided = c.strided(w);
+  const ConvTensor strided = conv_tensor(w);
   py::gil_scoped_release release;
   conv_pack(c.desc, machine, strided, static_cast<float*>(out.data));
 }

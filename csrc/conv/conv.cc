@@ -25,11 +25,6 @@ const std::vector<ConvKernel>& conv_kernels() {
   return table;
 }
 
-const char* conv_pass_name(ConvPass pass) {
-  constexpr const char* kNames[] = {"forward", "dgrad", "wgrad"};
-  return kNames[static_cast<int>(pass)];
-}
-
 const ConvKernel& conv_kernel(const std::string& name, const char* op) {
   std::string names;
   for (const ConvKernel& k : conv_kernels()) {

@@ -1,7 +1,6 @@
 // Which kernel, which blocks, how many threads. Pure: everything follows from the problem and the machine given.
 #include <algorithm>
 #include <cmath>
-#include <numeric>
 
 #include "base/check.h"
 #include "conv/cpu/direct.h"
@@ -191,21 +190,6 @@ bool plan_direct(const ConvDesc& d, const ConvKernel& kernel, ConvPlan* plan) {
 }
 
 }  // namespace
-
-ConvAxis conv_axis(const ConvDesc& d, int i, i64 phase) {
-  const i64 s = d.stride[i], dilation = d.dilation[i], kernel = d.kernel[i];
-  if (d.pass != ConvPass::dgrad) return {d.out[i], s, -d.pad[i], kernel, dilation, 1, 0, 0, 1};
-  // Taps t with (phase + pad - t*dilation) divisible by s: every q-th one, if any. The last comes first: it meets the
-  // first position.
-  const i64 g = std::gcd(dilation, s), q = s / g, count = phase < d.in[i] ? (d.in[i] - 1 - phase) / s + 1 : 0;
-  const auto at = [&](i64 t) { return phase + d.pad[i] - t * dilation; };
-  for (i64 t = 0; t < std::min(kernel, q); ++t) {
-    if (at(t) % s != 0) continue;
-    const i64 taps = (kernel - 1 - t) / q + 1, last = t + (taps - 1) * q;
-    return {count, 1, at(last) / s, taps, dilation / g, s, phase, last, -q};
-  }
-  return {count, 1, 0, 0, 1, s, phase, 0, 1};
-}
 
 ConvPlan conv_plan(const ConvDesc& d, const Machine& machine, const ConvKernel* forced) {
   ConvPlan p = {};
