@@ -50,16 +50,20 @@ double step_nanoseconds(const RnnDesc& d, const RnnKernel& kernel) {
 constexpr double kTileRate = 1900.0 / 122, kL2Byte = 122.0 / 185, kL3Byte = 122.0 / 28;
 constexpr i64 kCores = 2;
 
-double cost(const RnnDesc& d, const RnnKernel& kernel, const Machine& machine) {
+double work(const RnnDesc& d, const RnnKernel& kernel) {
   const int products = kernel.planes == 1 ? 1 : kernel.planes == 3 ? 6 : d.dtype == DType::f16 ? 4 : 3;
-  const double work = kernel.tiled() ? static_cast<double>(round_up(d.B, 16)) * products / kTileRate
-                                     : static_cast<double>(d.B) / kernel.k_unit;
+  return kernel.tiled() ? static_cast<double>(round_up(d.B, 16)) * products / kTileRate
+                        : static_cast<double>(d.B) / kernel.k_unit;
+}
+
+// Whichever of the two, products or reading W, takes longer, and packing.
+double cost(const RnnDesc& d, const RnnKernel& kernel, const Machine& machine) {
   const double bytes = 4.0 * kernel.planes / kernel.k_unit;
   const double weights = static_cast<double>(kernel.gates()) * static_cast<double>(d.H) * static_cast<double>(d.P);
   const double byte = bytes * weights <= static_cast<double>(kCores * machine.l2) ? kL2Byte : kL3Byte;
   const double pack = d.dtype == DType::bf16 ? static_cast<double>(kPackCost) / kernel.k_unit
                                              : static_cast<double>(kPackCost * kernel.planes);
-  return static_cast<double>(d.T) * std::max(work, bytes * byte) + pack;
+  return static_cast<double>(d.T) * std::max(work(d, kernel), bytes * byte) + pack;
 }
 
 // The first row of the highest level, tiles or not, that is as exact as asked.
@@ -79,7 +83,8 @@ const RnnKernel* choose(const RnnDesc& d, const Machine& machine, const char** w
     *why = "too few steps and rows to pay for packing";
     return rows;
   }
-  if (cost(d, *tiles, machine) < cost(d, *rows, machine)) return tiles;
+  const double times = cost(d, *tiles, machine) / cost(d, *rows, machine);
+  if (times < 1 || (times == 1 && work(d, *tiles) < work(d, *rows))) return tiles;
   *why = "too few rows, or weights too large, to pay for tiles";
   return rows;
 }
