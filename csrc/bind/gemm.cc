@@ -15,33 +15,33 @@ namespace py = pybind11;
 namespace fastdl {
 namespace {
 
-void run(GemmProblem& p, const std::string& kernel, int threads, const char* op) {
+void run(GemmProblem& p, const std::string& kernel, int threads, const char* op, Switch which = Switch::matmul) {
   require_threads(threads, op);
   const GemmKernel* forced = forced_kernel(kernel, op);
-  p.desc.precision = asked_precision(p.desc.dtype);
+  p.desc.precision = asked_precision(p.desc.dtype, which);
   py::gil_scoped_release release;
   gemm(p.desc, p.args, forced, threads);
 }
 
 void run_matmul(py::handle out, py::handle a, py::handle b, py::handle bias, bool accumulate, const std::string& kernel,
-                int threads) {
+                int threads, const std::string& which) {
   const char* op = "fastdl.gemm";
   const TensorView result = view(out, op, "out");
   GemmProblem p = matmul_problem(result, view(a, op, "a"), view(b, op, "b"), op);
   add_bias(&p, bias, result, op);
   p.args.accumulate = accumulate;
   if (!accumulate) advise_huge_pages(result);
-  run(p, kernel, threads, op);
+  run(p, kernel, threads, op, switch_named(which, op));
 }
 
 void run_linear(py::handle out, py::handle input, py::handle weight, py::handle bias, const std::string& kernel,
-                int threads) {
+                int threads, const std::string& which) {
   const char* op = "fastdl.linear";
   const TensorView result = view(out, op, "out");
   GemmProblem p = weight_problem(result, view(input, op, "input"), view(weight, op, "weight"), op);
   add_bias(&p, bias, result, op);
   advise_huge_pages(result);
-  run(p, kernel, threads, op);
+  run(p, kernel, threads, op, switch_named(which, op));
 }
 
 Activation activation_named(const std::string& name, const char* op) {
@@ -141,7 +141,8 @@ void run_sum_rows(py::handle out_, py::handle x_, int threads) {
 
 // out[N, K] = grad[..., N]^T @ input[..., K], contracted over all leading dimensions: those that do not merge into one
 // run of rows in both become pairs to sum over. accumulate: added to what out holds.
-void run_linear_wgrad(py::handle out_, py::handle grad_, py::handle input_, bool accumulate, int threads) {
+void run_linear_wgrad(py::handle out_, py::handle grad_, py::handle input_, bool accumulate, int threads,
+                      const std::string& which) {
   const char* op = "fastdl.linear_wgrad";
   const TensorView out = view(out_, op, "out"), grad = view(grad_, op, "grad"), input = view(input_, op, "input");
   require_threads(threads, op);
@@ -177,7 +178,7 @@ void run_linear_wgrad(py::handle out_, py::handle grad_, py::handle input_, bool
   require_apart(out, grad, op, "grad");
   require_apart(out, input, op, "input");
   p.args.a = grad.data, p.args.b = input.data, p.args.accumulate = accumulate;
-  run(p, "", threads, op);
+  run(p, "", threads, op, switch_named(which, op));
 }
 
 void run_pack(py::handle out_, py::handle b_, const std::string& kernel_name) {
@@ -200,13 +201,15 @@ void run_pack(py::handle out_, py::handle b_, const std::string& kernel_name) {
 void bind_gemm(py::module_& m) {
   using namespace py::literals;
   m.def("gemm", run_matmul, "out"_a, "a"_a, "b"_a, "bias"_a = py::none(), "accumulate"_a = false, "kernel"_a = "",
-        "threads"_a = 0);
-  m.def("linear", run_linear, "out"_a, "input"_a, "weight"_a, "bias"_a = py::none(), "kernel"_a = "", "threads"_a = 0);
+        "threads"_a = 0, "switch"_a = "matmul");
+  m.def("linear", run_linear, "out"_a, "input"_a, "weight"_a, "bias"_a = py::none(), "kernel"_a = "", "threads"_a = 0,
+        "switch"_a = "matmul");
   m.def("linear_fused", run_linear_fused, "out"_a, "input"_a, "weight"_a, "bias"_a = py::none(),
         "activation"_a = "none", "residual"_a = py::none(), "pre"_a = py::none(), "packed"_a = py::none(),
         "kernel"_a = "", "threads"_a = 0);
   m.def("activation_grad", run_activation_grad, "out"_a, "grad"_a, "pre"_a, "activation"_a, "threads"_a = 0);
-  m.def("linear_wgrad", run_linear_wgrad, "out"_a, "grad"_a, "input"_a, "accumulate"_a = false, "threads"_a = 0);
+  m.def("linear_wgrad", run_linear_wgrad, "out"_a, "grad"_a, "input"_a, "accumulate"_a = false, "threads"_a = 0,
+        "switch"_a = "matmul");
   m.def("sum_rows", run_sum_rows, "out"_a, "x"_a, "threads"_a = 0);
   m.def("pack", run_pack, "out"_a, "b"_a, "kernel"_a);
   m.def("linear_packed", run_linear_packed, "out"_a, "input"_a, "packed"_a, "bias"_a, "N"_a, "kernel"_a,

@@ -115,12 +115,6 @@ py::dict plan_matmul(py::handle out, py::handle a, py::handle b, const std::stri
                       op);
 }
 
-bool parse_precision(const std::string& name, Precision* precision) {
-  for (Precision p : {Precision::fma, Precision::ieee, Precision::tf32, Precision::bf16})
-    if (name == precision_name(p)) return *precision = p, true;
-  return false;
-}
-
 py::dict plan_shape(i64 M, i64 N, i64 K, i64 batch, Strides a, Strides b, bool packed, const std::string& isa,
                     int threads, i64 l1d, i64 l2, i64 l3, const std::string& kernel, const std::string& dtype,
                     const std::string& precision) {
@@ -131,7 +125,7 @@ py::dict plan_shape(i64 M, i64 N, i64 K, i64 batch, Strides a, Strides b, bool p
   GemmDesc d = {};
   d.M = M, d.N = N, d.K = K, d.batch = batch, d.pairs = 1;
   d.dtype = dtype_named(dtype, op);
-  if (!parse_precision(precision, &d.precision)) fail(op, ": argument 'precision': no precision '", precision, "'");
+  d.precision = precision_named(precision, op);
   std::tie(d.a_row, d.a_col) = a.value_or(std::pair<i64, i64>(K, 1));
   std::tie(d.b_row, d.b_col) = b.value_or(std::pair<i64, i64>(N, 1));
   d.packed = packed;

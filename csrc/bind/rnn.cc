@@ -178,6 +178,7 @@ class Call {
         if (&a != &b && !in_place(a, b)) require_apart(a.view, b.view, op_, b.name, a.name);
     }
     desc.backward = backward;
+    desc.precision = asked_precision(desc.dtype, Switch::rnn);
     py::gil_scoped_release release;
     rnn(desc, args, backward ? &grads : nullptr, forced, threads);
   }
@@ -290,7 +291,8 @@ py::tuple saved_shape(const std::string& mode, i64 rows, i64, i64 H, i64) {
 }
 
 py::dict plan_shape(i64 T, i64 B, i64 H, i64 P, const std::string& mode, bool backward, const std::string& isa,
-                    int threads, const std::string& kernel, const std::string& dtype) {
+                    int threads, const std::string& kernel, const std::string& dtype, const std::string& precision,
+                    i64 l2) {
   const char* op = "fastdl.rnn_plan";
   require_threads(threads, op);
   if (T < 0 || B < 0 || H < 1 || P < 0)
@@ -301,8 +303,9 @@ py::dict plan_shape(i64 T, i64 B, i64 H, i64 P, const std::string& mode, bool ba
   if (d.projected && d.cell != RnnCell::lstm)
     fail(op, ": argument 'P': expected 0, projections belong to lstm, got ", P);
   d.dtype = dtype_named(dtype, op);
+  d.precision = precision.empty() ? asked_precision(d.dtype, Switch::rnn) : precision_named(precision, op);
   const CpuInfo& cpu = cpu_info();
-  Machine machine = {cpu.isa, threads > 0 ? threads : current_team(0).threads, cpu.l1d, cpu.l2, cpu.l3};
+  Machine machine = {cpu.isa, threads > 0 ? threads : current_team(0).threads, cpu.l1d, l2 > 0 ? l2 : cpu.l2, cpu.l3};
   if (!isa.empty() && !parse_isa(isa, &machine.isa)) fail(op, ": argument 'isa': no level '", isa, "'");
   const RnnPlan p = rnn_plan(d, machine, kernel.empty() ? nullptr : &rnn_kernel(kernel, op));
   py::dict out;
@@ -312,6 +315,8 @@ py::dict plan_shape(i64 T, i64 B, i64 H, i64 P, const std::string& mode, bool ba
   out["backward"] = backward;
   out["kernel"] = p.kernel->name;
   out["product"] = p.product->name;
+  out["precision"] = precision_name(p.kernel->precision);
+  out["repair"] = p.repair ? py::object(py::str(p.repair->name)) : py::object(py::none());
   out["direct"] = p.direct ? py::object(py::str(p.direct->name)) : py::object(py::none());
   out["isa"] = isa_name(p.kernel->isa);
   out["mr"] = p.kernel->mr;
@@ -337,6 +342,9 @@ py::list rnn_kernel_rows() {
     row["nr"] = k.nr;
     row["units"] = k.units();
     row["k_unit"] = k.k_unit;
+    row["k_step"] = k.k_step;
+    row["planes"] = k.planes;
+    row["precision"] = precision_name(k.precision);
     out.append(row);
   }
   return out;
@@ -356,7 +364,7 @@ void bind_rnn(py::module_& m) {
       "out"_a);
   m.def("rnn_saved_shape", saved_shape, "mode"_a, "rows"_a, "B"_a, "H"_a, "P"_a);
   m.def("rnn_plan", plan_shape, "T"_a, "B"_a, "H"_a, "P"_a = 0, py::kw_only(), "mode"_a = "lstm", "backward"_a = false,
-        "isa"_a = "", "threads"_a = 0, "kernel"_a = "", "dtype"_a = "float32");
+        "isa"_a = "", "threads"_a = 0, "kernel"_a = "", "dtype"_a = "float32", "precision"_a = "", "l2"_a = 0);
 }
 
 }  // namespace fastdl

@@ -93,6 +93,10 @@ void gemm_run(const GemmDesc& desc, const GemmPlan& plan, const GemmArgs& args);
 i64 gemm_pack_size(i64 K, i64 N, const GemmKernel& kernel);
 void gemm_pack_b(const void* b, i64 b_row, i64 b_col, i64 K, i64 N, const GemmKernel& kernel, float* out);
 
+// The panels alone, as they are; peak[N], zeros before, gets the largest |B| of each column, or null.
+void gemm_pack_panels(const void* b, i64 b_row, i64 b_col, i64 K, i64 N, const GemmKernel& kernel, float* out,
+                      float* peak);
+
 // dz[i] = dy[i] * d activation(z[i]) / dz over contiguous elements. A pass of its own, since both gradients read dz: in
 // the packing of dy the slope would be computed twice. (Zen 4, of the backward pass of M x 3072 x 768 for M = 128, 512,
 // 1576: the whole pass of GELU 4 to 6%, of ReLU, which is all traffic, 0.8 to 1.6%; summing rows for the bias 1
@@ -114,6 +118,7 @@ i64 gemm_packed_steps(i64 depth, const GemmKernel& kernel);
 i64 gemm_repair_bytes(const GemmPlan& plan, i64 rows, i64 cols);  // for a part of so many
 // Elements of C that were computed a second time since the process began: see GemmPlan::repair.
 i64 gemm_repaired();
+void gemm_add_repaired(i64 elements);
 
 // Calls of gemm() that ran this row since the last reset.
 i64 gemm_calls(const GemmKernel& kernel);

@@ -8,16 +8,17 @@
 
 namespace fastdl {
 
-#define RNN_KERNEL(name, level, isa, dtype, cell, k_unit, mr, nr, panels, kc) \
-  namespace level {                                                           \
-  extern const RnnFunctions cell##_##dtype;                                   \
+#define RNN_KERNEL(name, level, isa, dtype, precision, variant, cell, k_unit, k_step, planes, mr, nr, panels, kc) \
+  namespace level {                                                                                               \
+  extern const RnnFunctions cell##_##variant;                                                                     \
   }
 #include "rnn/cpu/kernels.inc"
 #undef RNN_KERNEL
 
 const std::vector<RnnKernel>& rnn_kernels() {
-#define RNN_KERNEL(name, level, isa, dtype, cell, k_unit, mr, nr, panels, kc) \
-  {#name, Isa::isa, DType::dtype, RnnCell::cell, k_unit, mr, nr, panels, kc, &level::cell##_##dtype},
+#define RNN_KERNEL(name, level, isa, dtype, precision, variant, cell, k_unit, k_step, planes, mr, nr, panels, kc) \
+  {#name, Isa::isa, DType::dtype, Precision::precision,    RnnCell::cell, k_unit, k_step, planes, mr,             \
+   nr,    panels,   kc,           &level::cell##_##variant},
   static const std::vector<RnnKernel> table = {
 #include "rnn/cpu/kernels.inc"
   };

@@ -26,21 +26,27 @@ struct RnnDesc {
   bool backward = false;
   bool w_rows = true;  // rows of W_hh are contiguous
   DType dtype = DType::f32;
+  Precision precision = Precision::ieee;  // asked of float32 operands
 };
 
 struct RnnPlan {
   const RnnKernel* kernel;
   const GemmKernel* product;  // backward products and the projection: panels [N/nr][K][nr]
   const GemmKernel* direct;   // multiplies with W_hh where it lies; null: packed
+  const GemmKernel* repair;   // computes again, by FMA, what tiles may have got wrong; null where they never do
   int threads;
   i64 row_block;  // rows whose gates wait for the cell together
   // Scratch, shared: packed W_hh, packed W_hr, h or the gradients of the gates (both twice where one barrier a step
-  // must do), what is projected, and float32 states; then a thread's own sums.
-  i64 w_bytes, r_bytes, h_bytes, hidden_bytes, state_bytes, c_bytes, bias_bytes, sum_bytes;
+  // must do), what is projected, and float32 states; the largest magnitudes of columns of W_hh, of W_hr, and of each
+  // thread's part of rows; then a thread's own sums, and what repairs take.
+  i64 w_bytes, r_bytes, h_bytes, hidden_bytes, state_bytes, c_bytes, bias_bytes, peak_bytes, sum_bytes, repair_bytes;
   const char* why;
 
-  i64 shared_bytes() const { return w_bytes + r_bytes + h_bytes + hidden_bytes + state_bytes + c_bytes + bias_bytes; }
-  i64 workspace_bytes() const { return shared_bytes() + threads * sum_bytes; }
+  i64 shared_bytes() const {
+    return w_bytes + r_bytes + h_bytes + hidden_bytes + state_bytes + c_bytes + bias_bytes + peak_bytes;
+  }
+  i64 workspace_bytes() const { return shared_bytes() + threads * (sum_bytes + repair_bytes); }
+  bool has_peaks() const { return repair && kernel->dtype == DType::f32; }
 };
 
 // Steps in time: all of B rows, or packed: step t works on the first batch_sizes[t] (not rising, positive).
@@ -114,6 +120,12 @@ void rnn_reset_calls();
 
 // Plan for this machine, log, count, run: forward, or backward where grads is given.
 void rnn(const RnnDesc& desc, const RnnArgs& args, const RnnGradients* grads, const RnnKernel* forced, int threads);
+
+// Columns of W_hh and W_hr as packed, of each of which there is a peak.
+struct RnnColumns {
+  i64 w, r;
+};
+RnnColumns rnn_packed_columns(const RnnDesc& desc, const RnnKernel& kernel, const GemmKernel& product);
 
 // Floats of a row of h in scratch: whole cache lines, an odd number of them, so that rows fall on different sets.
 inline i64 rnn_padded(i64 floats) { return ((floats + 15) / 16 | 1) * 16; }

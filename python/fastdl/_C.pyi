@@ -109,6 +109,7 @@ def gemm(
     accumulate: bool = False,
     kernel: str = "",
     threads: int = 0,
+    switch: str = "matmul",  # or conv, rnn: which of torch.backends.mkldnn.*.fp32_precision is asked
 ) -> None:
     """out[..., M, N] (+)= a[..., M, K] @ b[..., K, N] (+ bias[N]).
 
@@ -118,7 +119,13 @@ def gemm(
     """
 
 def linear(
-    out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None, kernel: str = "", threads: int = 0
+    out: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    kernel: str = "",
+    threads: int = 0,
+    switch: str = "matmul",  # as in gemm
 ) -> None:
     """out[..., N] = input[..., K] @ weight[N, K]^T + bias[N]; input 1-D or more, any strides."""
 
@@ -151,7 +158,14 @@ def linear_plan(
 def matmul_plan(out: Tensor, a: Tensor, b: Tensor, kernel: str = "", threads: int = 0) -> Plan:
     """The plan `gemm` would run for these tensors."""
 
-def linear_wgrad(out: Tensor, grad: Tensor, input: Tensor, accumulate: bool = False, threads: int = 0) -> None:
+def linear_wgrad(
+    out: Tensor,
+    grad: Tensor,
+    input: Tensor,
+    accumulate: bool = False,
+    threads: int = 0,
+    switch: str = "matmul",  # as in gemm
+) -> None:
     """out[N, K] (+)= grad[..., N]^T @ input[..., K], contracted over all leading dimensions; any strides."""
 
 def plain_rules(
@@ -362,6 +376,8 @@ def rnn_plan(
     threads: int = 0,
     kernel: str = "",
     dtype: str = "float32",
+    precision: str = "",  # "": torch.backends.mkldnn.rnn.fp32_precision
+    l2: int = 0,  # 0: this machine's
 ) -> dict[str, Any]:
     """The plan for these sizes (P > 0: projected), on any level: kernel, product, direct (W_hh read in place, or None),
     units, row_block, threads, workspace_bytes, why, candidates."""

@@ -32,15 +32,21 @@ struct Products6 {
   static constexpr int parts = 3, count = 6, a[] = {0, 0, 1, 1, 2, 0}, b[] = {2, 1, 1, 0, 0, 0};
 };
 
+// Where A lies, in bytes: from row to row of its tiles, whose second follows the first; from part to part; and from one
+// K step to the next.
+struct TileRows {
+  i64 row, part, step;
+};
+
 // Rows of C: 16*kRows, columns 16*kCols, in tiles 0 to 3; A in 4 and 5, B in 6 and 7.
 template <class P, int kRows, int kCols, int I>
-FASTDL_INLINE void multiply(const char* a, i64 a_part, const char* b) {
+FASTDL_INLINE void multiply(const char* a, const TileRows& lie, const char* b) {
   constexpr i64 b_part = 2 * kTileBytes;
   if constexpr (I < P::count) {
     constexpr int before = I == 0 ? 0 : I - 1;
     if constexpr (I == 0 || P::a[I] != P::a[before]) {
-      tile_load<4>(a + P::a[I] * a_part, kTileRowBytes);
-      if constexpr (kRows > 1) tile_load<5>(a + P::a[I] * a_part + kTileBytes, kTileRowBytes);
+      tile_load<4>(a + P::a[I] * lie.part, lie.row);
+      if constexpr (kRows > 1) tile_load<5>(a + P::a[I] * lie.part + kTileRows * lie.row, lie.row);
     }
     if constexpr (I == 0 || P::b[I] != P::b[before]) {
       // B streams from L2: its next K step is fetched while this one is multiplied. Past a panel's end comes the next.
@@ -54,12 +60,12 @@ FASTDL_INLINE void multiply(const char* a, i64 a_part, const char* b) {
     if constexpr (kCols > 1) tile_dpbf16ps<1, 4, 7>();
     if constexpr (kRows > 1) tile_dpbf16ps<2, 5, 6>();
     if constexpr (kRows > 1 && kCols > 1) tile_dpbf16ps<3, 5, 7>();
-    multiply<P, kRows, kCols, I + 1>(a, a_part, b);
+    multiply<P, kRows, kCols, I + 1>(a, lie, b);
   }
 }
 
 template <class P, int kRows, int kCols>
-void block(const TileArgs& t) {
+void block(const TileArgs& t, const TileRows& lie) {
   for (int i = 0; i < t.m; ++i) {  // C comes from memory while the products run
     __builtin_prefetch(t.c + i * t.c_row, 1);
     __builtin_prefetch(t.c + i * t.c_row + t.n - 1, 1);
@@ -70,11 +76,10 @@ void block(const TileArgs& t) {
   tile_zero<3>();
   const char* a = static_cast<const char*>(t.a);
   const char* b = static_cast<const char*>(t.b);
-  const i64 a_part = t.a_col / 16 * kTileBytes, b_part = 2 * kTileBytes;
   for (i64 k = t.k / (16 * P::parts); k > 0; --k) {
-    multiply<P, kRows, kCols, 0>(a, a_part, b);
-    a += P::parts * a_part;
-    b += P::parts * b_part;
+    multiply<P, kRows, kCols, 0>(a, lie, b);
+    a += lie.step;
+    b += P::parts * 2 * kTileBytes;
   }
 
   if (!t.accumulate && t.m == 16 * kRows && t.n == 16 * kCols) {
@@ -102,9 +107,20 @@ void block(const TileArgs& t) {
 }
 
 template <class P>
+FASTDL_INLINE void run_block(const TileArgs& t, const TileRows& lie) {
+  if (t.m > 16) return t.n > 16 ? block<P, 2, 2>(t, lie) : block<P, 2, 1>(t, lie);
+  return t.n > 16 ? block<P, 1, 2>(t, lie) : block<P, 1, 1>(t, lie);
+}
+// A packed, a_col lines of it to a panel.
+template <class P>
 void run_block(const TileArgs& t) {
-  if (t.m > 16) return t.n > 16 ? block<P, 2, 2>(t) : block<P, 2, 1>(t);
-  return t.n > 16 ? block<P, 1, 2>(t) : block<P, 1, 1>(t);
+  const i64 part = t.a_col / 16 * kTileBytes;
+  run_block<P>(t, {kTileRowBytes, part, P::parts * part});
+}
+// A as rows of bfloat16, a_row floats apart, a matrix for each part, a_col floats apart.
+template <class P>
+void run_rows(const TileArgs& t) {
+  run_block<P>(t, {t.a_row * 4, t.a_col * 4, kTileRowBytes});
 }
 
 // --- splitting -----------------------------------------------------------------------------------------------------
@@ -234,35 +250,42 @@ FASTDL_INLINE void pack_tile(const T* src, i64 k_step, i64 j_step, int n, int li
   }
 }
 
+// Tiles of n <= 16 lines one behind the other along K, `part` floats from part to part; peak: see PackFunction.
+template <class T, class S, bool kIsA>
+FASTDL_INLINE void pack_lines(const T* src, i64 k_step, i64 j_step, i64 k_count, int n, i64 part, float* dst,
+                              float* peak) {
+  L::V peaks[16];
+  for (auto& v : peaks) v = L::zero();
+  for (i64 k = 0; k < k_count; k += kTileDepth) {
+    const int depth = k_count - k < kTileDepth ? static_cast<int>(k_count - k) : kTileDepth;
+    float* const out = dst + k / kTileDepth * S::parts * part;
+    pack_tile<T, S, kIsA>(src + k * k_step, k_step, j_step, depth, n, out, part, peaks);
+  }
+  if (!S::limited || !peak || n == 0) return;
+  if (k_step == 1) {  // peaks[j]: of line j, lane by lane; else peaks[0] holds a line a lane
+    float largest[16];
+    for (int i = 0; i < 16; ++i) largest[i] = float_of(_mm512_reduce_max_epu32(bits(peaks[i])));
+    peaks[0] = L::load(largest);
+  }
+  const auto mask = L::first(n);
+  Parts<1>::raise(&peaks[0], L::load(peak, mask));
+  L::store(peak, peaks[0], mask);
+}
+
 // See PackFunction. Tiles of A past its last row are not written: nobody reads them.
 template <class T, class S, bool kIsA>
 void pack_tiles(const void* source, i64 k_step, i64 j_step, i64 k_count, int n, int panel, float* dst, float* peak) {
   const T* const src = static_cast<const T*>(source);
-  const i64 part = panel / 16 * kTileFloats;
   for (int j = 0; j < (kIsA ? n : panel); j += 16) {
     const int lines = n - j < 0 ? 0 : n - j < 16 ? n - j : 16;
-    L::V peaks[16];
-    for (auto& v : peaks) v = L::zero();
-    for (i64 k = 0; k < k_count; k += kTileDepth) {
-      const int depth = k_count - k < kTileDepth ? static_cast<int>(k_count - k) : kTileDepth;
-      float* const out = dst + k / kTileDepth * S::parts * part + j / 16 * kTileFloats;
-      pack_tile<T, S, kIsA>(src + k * k_step + j * j_step, k_step, j_step, depth, lines, out, part, peaks);
-    }
-    if (!S::limited || !peak || lines == 0) continue;
-    if (k_step == 1) {  // peaks[j]: of line j, lane by lane; else peaks[0] holds a line a lane
-      float largest[16];
-      for (int i = 0; i < 16; ++i) largest[i] = float_of(_mm512_reduce_max_epu32(bits(peaks[i])));
-      peaks[0] = L::load(largest);
-    }
-    const auto mask = L::first(lines);
-    Parts<1>::raise(&peaks[0], L::load(peak + j, mask));
-    L::store(peak + j, peaks[0], mask);
+    pack_lines<T, S, kIsA>(src + j * j_step, k_step, j_step, k_count, lines, panel / 16 * kTileFloats,
+                           dst + j / 16 * kTileFloats, peak ? peak + j : nullptr);
   }
 }
 
 // --- what tiles get wrong ------------------------------------------------------------------------------------------
 // See SuspectArgs. Magnitudes are compared as integers where NaN must count as large.
-bool suspects(const SuspectArgs& s, unsigned rows[kBlock]) {
+inline bool suspects(const SuspectArgs& s, unsigned rows[kBlock]) {
   const __m512i infinity = _mm512_set1_epi32(0x7f800000);
   const L::M lanes[2] = {L::first(s.n < 16 ? s.n : 16), L::first(s.n > 16 ? s.n - 16 : 0)};
   L::V b[2] = {L::zero(), L::zero()};
@@ -322,8 +345,8 @@ void unpack_tiles(const float* packed, i64 k_count, int n, int panel, const floa
   }
 }
 
-void begin_tiles() { tile_configure(); }
-void end_tiles() { tile_release(); }
+inline void begin_tiles() { tile_configure(); }
+inline void end_tiles() { tile_release(); }
 
 template <class T, class S>
 constexpr GemmHelpers tile_helpers() {

@@ -72,7 +72,7 @@ void pack_vector(const T* w, i64 w_row, i64 w_col, int n, i64 K, i64 stride, flo
 
 // See RnnKernel::pack.
 template <class L, class T, bool kPairs, int kCellGates, int NV, int kPanels>
-void pack_block(const void* source, i64 w_row, i64 w_col, i64 H, i64 K, i64 unit, float* dst) {
+void pack_block(const void* source, i64 w_row, i64 w_col, i64 H, i64 K, i64 unit, float* dst, float*) {
   constexpr int W = L::width, kUnits = kPanels * NV * W / kCellGates;
   const i64 steps = kPairs ? (K + 1) / 2 : K;
   for (int v = 0; v < kPanels * NV; ++v) {
@@ -224,7 +224,8 @@ constexpr RnnFunctions functions() {
           convert<E, S, T>,
           convert<E, T, float>,
           convert<E, float, T>,
-          merge<E, T, S>};
+          merge<E, T, S>,
+          nullptr};
 }
 
 }  // namespace

@@ -1,5 +1,6 @@
 // Which kernel, how much scratch, how many threads. Pure: everything follows from the problem and the machine given.
 #include <algorithm>
+#include <cmath>
 
 #include "base/check.h"
 #include "rnn/rnn.h"
@@ -8,6 +9,7 @@ namespace fastdl {
 namespace {
 
 i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
+i64 round_up(i64 a, i64 b) { return ceil_div(a, b) * b; }
 const char* cell_name(RnnCell cell) {
   constexpr const char* kNames[] = {"lstm", "gru", "rnn"};
   return kNames[static_cast<int>(cell)];
@@ -18,12 +20,12 @@ i64 bytes(i64 floats) { return ceil_div(floats * 4, 4096) * 4096; }
 // thread gains.
 constexpr double kSerialNanoseconds = 2500;
 
-// Few steps of few rows do not pay for packing W_hh, which costs as much as kPackCost rows. Forward, dot products read
-// it in place, at kDotSums multiply-adds for the horizontal sums of each element; backward, tiles read its rows. Both
-// need h as it lies in memory.
+// Few steps of few rows do not pay for packing W_hh, which costs as much as kPackCost rows (each part of it that).
+// Forward, dot products read it in place, at kDotSums multiply-adds for the horizontal sums of each element; backward,
+// tiles read its rows. Both need h as it lies in memory.
 constexpr i64 kPackCost = 8, kDotSums = 80, kDirectTiles = 2;
 const GemmKernel* direct_kernel(const RnnDesc& d, const RnnKernel& kernel, const GemmKernel& product) {
-  const bool same_form = kernel.k_unit == 2 || d.dtype == DType::f32;
+  const bool same_form = !kernel.tiled() && (kernel.k_unit == 2 || d.dtype == DType::f32);
   if (!d.w_rows || !same_form) return nullptr;
   if (d.backward) {
     const bool few = kernel.k_unit == 1 && d.T <= kDirectTiles && d.T * ceil_div(d.B, product.mr) <= kDirectTiles;
@@ -41,47 +43,108 @@ double step_nanoseconds(const RnnDesc& d, const RnnKernel& kernel) {
   return std::max(weights * d.B * 2 / 100, weights * 4 / 60) + cells * 0.4;  // 100 GFLOP/s, 60 GB/s
 }
 
+// --- time, in multiply-adds of the float32 FMA kernel for each element of W_hh --------------------------------------
+// Sapphire Rapids, a core: FMA 122e9 multiply-adds a second, tiles 1.9e12, 185 GB/s from L2, 28 from L3. Threads share
+// W_hh, but the kernel must not depend on their number, since results would: it counts as in L2 where two cores' hold
+// it.
+constexpr double kTileRate = 1900.0 / 122, kL2Byte = 122.0 / 185, kL3Byte = 122.0 / 28;
+constexpr i64 kCores = 2;
+
+double work(const RnnDesc& d, const RnnKernel& kernel) {
+  const int products = kernel.planes == 1 ? 1 : kernel.planes == 3 ? 6 : d.dtype == DType::f16 ? 4 : 3;
+  return kernel.tiled() ? static_cast<double>(round_up(d.B, 16)) * products / kTileRate
+                        : static_cast<double>(d.B) / kernel.k_unit;
+}
+
+// Whichever of the two, products or reading W, takes longer, and packing.
+double cost(const RnnDesc& d, const RnnKernel& kernel, const Machine& machine) {
+  const double bytes = 4.0 * kernel.planes / kernel.k_unit;
+  const double weights = static_cast<double>(kernel.gates()) * static_cast<double>(d.H) * static_cast<double>(d.P);
+  const double byte = bytes * weights <= static_cast<double>(kCores * machine.l2) ? kL2Byte : kL3Byte;
+  const double pack = d.dtype == DType::bf16 ? static_cast<double>(kPackCost) / kernel.k_unit
+                                             : static_cast<double>(kPackCost * kernel.planes);
+  return static_cast<double>(d.T) * std::max(work(d, kernel), bytes * byte) + pack;
+}
+
+// The first row of the highest level, tiles or not, that is as exact as asked.
+const RnnKernel* find(const RnnDesc& d, Isa isa, bool tiled) {
+  for (const RnnKernel& k : rnn_kernels())
+    if (k.isa <= isa && k.dtype == d.dtype && k.cell == d.cell && k.precision <= d.precision && k.tiled() == tiled)
+      return &k;
+  return nullptr;
+}
+
+const RnnKernel* choose(const RnnDesc& d, const Machine& machine, const char** why) {
+  const RnnKernel* const tiles = find(d, machine.isa, true);
+  const RnnKernel* const rows = find(d, machine.isa, false);
+  *why = "the level's own for this cell and dtype";
+  if (!tiles) return rows;
+  if (direct_kernel(d, *rows, gemm_pack_kernel(rows->isa, d.dtype))) {
+    *why = "too few steps and rows to pay for packing";
+    return rows;
+  }
+  const double times = cost(d, *tiles, machine) / cost(d, *rows, machine);
+  if (times < 1 || (times == 1 && work(d, *tiles) < work(d, *rows))) return tiles;
+  *why = "too few rows, or weights too large, to pay for tiles";
+  return rows;
+}
+
 }  // namespace
+
+RnnColumns rnn_packed_columns(const RnnDesc& d, const RnnKernel& kernel, const GemmKernel& product) {
+  const i64 w = d.backward ? round_up(d.P, product.nr) : ceil_div(d.H, kernel.units()) * kernel.columns();
+  return {w, d.projected ? round_up(d.backward ? d.H : d.P, product.nr) : 0};
+}
 
 RnnPlan rnn_plan(const RnnDesc& d, const Machine& machine, const RnnKernel* forced) {
   RnnPlan p = {};
   p.kernel = forced;
   p.why = "forced";
-  if (!forced) {
-    for (const RnnKernel& k : rnn_kernels())
-      if (!p.kernel && k.isa <= machine.isa && k.dtype == d.dtype && k.cell == d.cell) p.kernel = &k;
-    p.why = "the level's own for this cell and dtype";
-  }
+  if (!forced) p.kernel = choose(d, machine, &p.why);
   const RnnKernel& kernel = *p.kernel;
   if (kernel.dtype != d.dtype || kernel.cell != d.cell)
     fail("fastdl.rnn: kernel '", kernel.name, "': expected ", cell_name(kernel.cell), " in ", dtype_name(kernel.dtype),
          ", got ", cell_name(d.cell), " in ", dtype_name(d.dtype));
-  p.product = &gemm_pack_kernel(kernel.isa, d.dtype);
+  p.product = &gemm_pack_kernel(kernel.isa, d.dtype, kernel.precision);
 
   p.direct = direct_kernel(d, kernel, *p.product);
   const bool serial = d.T == 0 || step_nanoseconds(d, kernel) < kSerialNanoseconds;
   p.threads = serial ? 1 : std::max(1, machine.threads);
-  constexpr i64 kRowTiles = 4;  // sums of a block stay in L1
-  p.row_block = std::min<i64>(std::max<i64>(1, d.B), kRowTiles * kernel.mr);
+  const i64 row_tiles = kernel.tiled() ? 2 : 4;  // sums of a block stay in L1
+  p.row_block = std::min<i64>(std::max<i64>(1, d.B), row_tiles * kernel.mr);
 
-  const auto steps = [&](i64 k) { return ceil_div(k, kernel.k_unit); };
-  const i64 blocks = ceil_div(d.H, kernel.units()), gates = kernel.gates() * d.H, slack = 16;
+  // Tiles are loaded whole, 16 rows each.
+  const i64 rows = kernel.tiled() ? round_up(d.B, 16) : d.B;
+  const auto operand = [&](i64 K) { return rows * rnn_padded(kernel.row_steps(K)); };
+  const auto packed = [&](i64 K, i64 N) {
+    return round_up(N, p.product->nr) * kernel.steps(K) + 16;
+  };  // slack: a vector
+  const i64 blocks = ceil_div(d.H, kernel.units()), gates = kernel.gates() * d.H;
+  if (kernel.split()) p.repair = &gemm_pack_kernel(Isa::kAvx512, d.dtype, Precision::fma);
   if (d.backward) {
-    p.w_bytes = p.direct ? 0 : bytes(gemm_pack_size(gates, d.P, *p.product) + slack);
-    p.r_bytes = d.projected ? bytes(gemm_pack_size(d.P, d.H, *p.product) + slack) : 0;
-    p.h_bytes = bytes(2 * d.B * rnn_padded(steps(gates)));
-    p.hidden_bytes = d.projected ? bytes(d.B * (rnn_padded(steps(d.P)) + rnn_padded(d.H))) : 0;
+    p.w_bytes = p.direct ? 0 : bytes(packed(gates, d.P));
+    p.r_bytes = d.projected ? bytes(packed(d.P, d.H)) : 0;
+    p.h_bytes = bytes(2 * operand(gates));
+    p.hidden_bytes = d.projected ? bytes(operand(d.P) + d.B * rnn_padded(d.H)) : 0;
     p.state_bytes = bytes(d.B * rnn_padded(d.P));
+    p.sum_bytes = p.repair ? bytes(d.B * p.product->nr) : 0;
   } else {
-    p.w_bytes = p.direct ? 0 : bytes(blocks * kernel.columns() * steps(d.P));
-    p.r_bytes = d.projected ? bytes(gemm_pack_size(d.H, d.P, *p.product) + slack) : 0;
-    p.h_bytes = bytes(2 * d.B * rnn_padded(steps(d.P)));
-    p.hidden_bytes = d.projected ? bytes(d.B * rnn_padded(steps(d.H))) : 0;
+    p.w_bytes = p.direct ? 0 : bytes(blocks * kernel.columns() * kernel.steps(d.P));
+    p.r_bytes = d.projected ? bytes(packed(d.H, d.P)) : 0;
+    p.h_bytes = bytes(2 * operand(d.P));
+    p.hidden_bytes = d.projected ? bytes(operand(d.H)) : 0;
     p.state_bytes = d.projected ? bytes(d.B * rnn_padded(d.P)) : 0;
     p.bias_bytes = bytes(blocks * kernel.columns());
-    p.sum_bytes = bytes(p.row_block * kernel.columns());
+    // The sums of a projection are repaired beside C, those of a block where they are.
+    p.sum_bytes = bytes(std::max(p.row_block * kernel.columns(), p.repair && d.projected ? d.B * p.product->nr : 0));
   }
   p.c_bytes = d.cell == RnnCell::lstm ? bytes(d.B * rnn_padded(d.H)) : 0;
+  if (p.has_peaks()) {
+    const RnnColumns columns = rnn_packed_columns(d, kernel, *p.product);
+    p.peak_bytes = bytes(columns.w + columns.r + (d.projected ? 3 : 2) * p.threads * d.B);
+  }
+  // The sums of a tile by FMA, 16 columns at a time, a K block of those; the largest magnitudes of rows.
+  if (p.repair) p.repair_bytes = bytes(kernel.mr * 16 + p.repair->kc * 16 + 16 + d.B);
   return p;
 }
 
@@ -89,17 +152,26 @@ std::vector<std::string> rnn_candidates(const RnnDesc& d, const Machine& machine
   std::vector<std::string> lost;
   for (const RnnKernel& k : rnn_kernels()) {
     if (&k == chosen.kernel || k.dtype != d.dtype || k.cell != d.cell) continue;
-    lost.push_back(
-        concat(k.name, ": ", k.isa > machine.isa ? concat("needs ", isa_name(k.isa)) : std::string("a lower level")));
+    std::string reason = "a lower level";
+    if (k.isa > machine.isa) {
+      reason = concat("needs ", isa_name(k.isa));
+    } else if (k.precision > d.precision) {
+      reason = "less exact than asked";
+    } else if (k.tiled() || (chosen.kernel->tiled() && &k == find(d, machine.isa, false))) {
+      const double times = cost(d, k, machine) / cost(d, *chosen.kernel, machine);
+      reason = concat("estimated at ", std::round(times * 100) / 100, " times the time");
+    }
+    lost.push_back(concat(k.name, ": ", reason));
   }
   return lost;
 }
 
 std::string describe(const RnnDesc& d, const RnnPlan& p) {
-  return concat(cell_name(d.cell), d.backward ? " backward " : " ", dtype_name(d.dtype), " T=", d.T, " B=", d.B,
-                " H=", d.H, d.projected ? concat(" P=", d.P) : std::string(), " -> ", p.kernel->name,
-                " product=", p.product->name, " W=", p.direct ? p.direct->name : "packed", " rows=", p.row_block,
-                " threads=", p.threads, " workspace=", p.workspace_bytes(), "B: ", p.why);
+  return concat(cell_name(d.cell), d.backward ? " backward " : " ", dtype_name(d.dtype),
+                d.dtype == DType::f32 && d.precision != Precision::ieee ? concat(" ", precision_name(d.precision)) : "",
+                " T=", d.T, " B=", d.B, " H=", d.H, d.projected ? concat(" P=", d.P) : std::string(), " -> ",
+                p.kernel->name, " product=", p.product->name, " W=", p.direct ? p.direct->name : "packed",
+                " rows=", p.row_block, " threads=", p.threads, " workspace=", p.workspace_bytes(), "B: ", p.why);
 }
 
 }  // namespace fastdl

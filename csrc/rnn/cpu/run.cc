@@ -52,13 +52,24 @@ void* row_of(const RnnRows& rows, const RnnSteps& steps, i64 t, i64 row, DType d
   return at(rows.data, steps.batch_sizes ? row * rows.row : t * rows.step, dtype);
 }
 
-// A matrix in scratch in the form that products read: rows of `row` floats, each k_unit elements.
+// A matrix in scratch in the form that products read: rows of `row` floats, each `unit` elements; or rows of float32
+// with their bf16 parts behind them, from `parts` on, `part` floats apart (RnnKernel::split).
 struct Operand {
   float* data;
   i64 row;
-  int k_unit;
-  void* at(i64 i, i64 j) const { return reinterpret_cast<char*>(data + i * row) + j * (k_unit == 1 ? 4 : 2); }
+  int unit;
+  i64 parts, part;
+  float* peaks;  // [team][B]: the largest magnitude of the columns of a row that a thread wrote; or null
+
+  void* at(i64 i, i64 j) const { return reinterpret_cast<char*>(data + i * row) + j * (unit == 1 ? 4 : 2); }
 };
+
+Operand operand_of(const RnnKernel& kernel, i64 K, float* data, float* peaks) {
+  return {data, rnn_padded(kernel.row_steps(K)), kernel.state_unit(), kernel.parts_at(K), kernel.part_steps(K), peaks};
+}
+i64 operand_floats(const RnnKernel& kernel, i64 K, i64 B) {
+  return (kernel.tiled() ? (B + 15) / 16 * 16 : B) * rnn_padded(kernel.row_steps(K));
+}
 
 // A line that another core has read since this one wrote it: written to, it costs the whole way between the two, and
 // stores wait for each other. Asked for while the products run, it is there when the cell is done. (Compilers emit this
@@ -70,10 +81,15 @@ void own_line(void* p) {
   __builtin_prefetch(p, 1);
 #endif
 }
-void own_lines(const Operand& x, i64 m, i64 begin, i64 end) {
+void own_lines(const Operand& x, int planes, i64 m, i64 begin, i64 end) {
   constexpr i64 kLine = 64;
-  for (i64 i = 0; i < m; ++i)
+  for (i64 i = 0; i < m; ++i) {
     for (char* p = static_cast<char*>(x.at(i, begin)); p < x.at(i, end); p += kLine) own_line(p);
+    for (int part = 0; x.parts && part < planes; ++part) {
+      char* const row = reinterpret_cast<char*>(x.data + i * x.row + x.parts + part * x.part);
+      for (i64 j = 2 * begin; j < 2 * end; j += kLine) own_line(row + j);
+    }
+  }
 }
 
 struct States {  // float32
@@ -82,11 +98,26 @@ struct States {  // float32
   float* at(i64 i, i64 j) const { return data + i * row + j; }
 };
 
-// Tile rows of m, cut evenly: tile i is [begin(i), begin(i + 1)).
-struct RowTiles {
-  i64 m, count;
-  RowTiles(i64 rows, i64 most) : m(rows), count((rows + most - 1) / most) {}
-  i64 begin(i64 i) const { return m * i / count; }
+// The microkernel of a product with packed weights: the recurrent row's own, or a GEMM row's.
+struct Product {
+  void (*tile)(const TileArgs&);
+  int mr, nr, planes;
+  i64 kc;  // floats of a packed column in a K block
+  bool tiled;
+
+  Product(const RnnKernel& k) : tile(k.fn->tile), mr(k.mr), nr(k.nr), planes(k.planes), tiled(k.tiled()) {
+    kc = k.kc / k.k_unit * k.planes;
+  }
+  // Backward and projections: panels are the GEMM row's. Its tiles of A are packed, those of the recurrent row lie in
+  // h.
+  Product(const RnnKernel& k, const GemmKernel& g) : tile(g.tile), mr(g.mr), nr(g.nr), planes(g.planes) {
+    tiled = k.tiled();
+    if (tiled) tile = k.fn->tile;
+    kc = g.kc / g.k_unit * g.planes;
+  }
+  // Tile rows of m, cut evenly where tiles are not 16 rows each: tile i is [begin(i), begin(i + 1)).
+  i64 tiles(i64 m) const { return (m + mr - 1) / mr; }
+  i64 begin(i64 m, i64 i) const { return tiled ? std::min(m, i * mr) : m * i / tiles(m); }
 };
 
 // Panels [n/nr][steps][nr], or float32 rows as they lie in memory.
@@ -95,32 +126,134 @@ struct Panels {
   i64 panel, row;
 };
 
-// c[m, n] (+)= a[m, steps] * b; columns of c from a panel's first on.
-void run_product(const GemmKernel& kernel, const Operand& a, i64 m, i64 steps, const Panels& b, i64 n, const States& c,
-                 i64 column, bool accumulate) {
-  const RowTiles tiles(m, kernel.mr);
-  const i64 kc = kernel.kc / kernel.k_unit;
+// c[m, nr] (+)= a[m, K] * one panel, rows of c c_row apart; steps: floats of a packed column of K elements.
+void run_panel(const Product& x, const Operand& a, i64 first, i64 m, i64 steps, const float* panel, i64 b_row, int n,
+               float* c, i64 c_row, bool accumulate) {
+  const i64 tiles = x.tiles(m);
   TileArgs t = {};
-  t.a_row = a.row, t.a_col = 1, t.b_row = b.row, t.b_col = 1, t.c_row = c.row;
-  for (i64 j = 0; j < n; j += kernel.nr) {
-    t.n = static_cast<int>(std::min<i64>(kernel.nr, n - j));
-    for (i64 k = 0; k < steps; k += kc) {
-      t.k = std::min(kc, steps - k);
-      t.b = b.data + j / kernel.nr * b.panel + k * b.row;
-      t.accumulate = accumulate || k > 0;
-      for (i64 i = 0; i < tiles.count; ++i) {
-        const i64 row = tiles.begin(i);
-        t.m = static_cast<int>(tiles.begin(i + 1) - row);
-        t.a = a.data + row * a.row + k;
-        t.c = c.at(row, column + j);
-        kernel.tile(t);
+  t.a_row = a.row, t.a_col = x.tiled ? a.part : 1, t.b_row = b_row, t.b_col = 1, t.c_row = c_row, t.n = n;
+  for (i64 k = 0; k < steps; k += x.kc) {
+    t.k = std::min(x.kc, steps - k);
+    t.b = panel + k * b_row;
+    t.accumulate = accumulate || k > 0;
+    for (i64 i = 0; i < tiles; ++i) {
+      const i64 row = x.begin(m, i);
+      t.m = static_cast<int>(x.begin(m, i + 1) - row);
+      t.a = a.data + (first + row) * a.row + a.parts + k / x.planes;
+      t.c = c + row * c_row;
+      x.tile(t);
+    }
+  }
+}
+
+// The columns of packed weights, as they lie in memory: element k of the first one and from column to column. Blocks
+// of W_hh hold [gates][units].
+struct Weights {
+  const void* data;
+  i64 k_step, j_step, K, count;  // count: of columns, of one gate where there are gates
+  i64 gates = 0, units = 0;
+
+  struct Group {
+    i64 first;
+    int n;
+  };
+  // 16 columns from packed column j on, a multiple of 16.
+  Group group(i64 j) const {
+    const i64 within = gates ? j % (gates * units) : 0;
+    const i64 first = gates ? j / (gates * units) * units + within % units : j;
+    const i64 left = std::clamp<i64>(count - first, 0, 16);
+    return {left ? (gates ? within / units * count : 0) + first : 0, static_cast<int>(left)};
+  }
+};
+
+// What tiles of bf16 parts get wrong, by FMA: see GemmHelpers::suspects.
+struct Repair {
+  const RnnPlan& p;
+  float *sums = nullptr, *packed = nullptr, *row_peaks = nullptr;  // a thread's own
+
+  Repair(const RnnPlan& plan, float* memory, i64 B) : p(plan) {
+    if (!p.repair) return;
+    sums = memory, packed = sums + i64{p.kernel->mr} * 16, row_peaks = packed + p.repair->kc * 16 + 16;
+    std::fill_n(row_peaks, B, 0.0f);
+  }
+  // Of the first m rows of an operand, from the shares that all threads wrote.
+  void gather(const Operand& a, i64 m, i64 B, int threads) {
+    if (!p.has_peaks()) return;
+    std::copy_n(a.peaks, m, row_peaks);
+    for (int t = 1; t < threads; ++t)
+      for (i64 i = 0; i < m; ++i) row_peaks[i] = std::max(row_peaks[i], a.peaks[t * B + i]);  // NaN: keeps the first
+  }
+  // sum[m][n] = a[first.., K] * columns j.. of w, complete. column_peaks: of column j on.
+  void operator()(const Operand& a, const Weights& w, const float* column_peaks, i64 first, i64 m, i64 j, int n,
+                  float* sum, i64 sum_row) const {
+    for (i64 i = 0; i < m; i += p.kernel->mr) {
+      const int count = static_cast<int>(std::min<i64>(p.kernel->mr, m - i));
+      unsigned rows[32];
+      const bool peaks = p.has_peaks();
+      const SuspectArgs s = {sum + i * sum_row,
+                             sum_row,
+                             peaks ? row_peaks + first + i : nullptr,
+                             peaks ? column_peaks : nullptr,
+                             count,
+                             n};
+      if (!p.product->helpers->suspects(s, rows)) continue;
+      for (int part = 0; part < n; part += 16)
+        again(a, w, first + i, count, j + part, rows, part, sum + i * sum_row, sum_row);
+    }
+  }
+  void again(const Operand& a, const Weights& w, i64 first, int m, i64 j, const unsigned* rows, int part, float* sum,
+             i64 sum_row) const {
+    const GemmKernel& exact = *p.repair;
+    const Weights::Group columns = w.group(j);
+    const auto flagged = [&](int i) { return rows[i] >> part & ((1u << columns.n) - 1); };
+    int begin = 0, end = m;
+    while (begin < end && !flagged(begin)) ++begin;
+    while (end > begin && !flagged(end - 1)) --end;
+    if (begin == end) return;
+    for (i64 k = 0; k < w.K; k += exact.kc) {
+      TileArgs t = {};
+      t.k = std::min(exact.kc, w.K - k), t.n = columns.n;
+      exact.helpers->pack_b(at(w.data, k * w.k_step + columns.first * w.j_step, exact.dtype), w.k_step, w.j_step, t.k,
+                            columns.n, 16, packed, nullptr);
+      t.a_row = a.row, t.a_col = 1, t.b = packed, t.b_row = 16, t.b_col = 1, t.c_row = 16, t.accumulate = k > 0;
+      for (int i = begin; i < end; i += exact.mr) {
+        t.m = std::min(exact.mr, end - i);
+        t.a = a.data + (first + i) * a.row + k;
+        t.c = sums + i64{i} * 16;
+        exact.tile(t);
       }
+    }
+    i64 count = 0;
+    for (int i = begin; i < end; ++i)
+      for (int c = 0; c < columns.n; ++c)
+        if (flagged(i) >> c & 1) sum[i * sum_row + part + c] = sums[i * 16 + c], ++count;
+    gemm_add_repaired(count);
+  }
+};
+
+// c[m, n] (+)= a[m, K] * b; columns of c from a panel's first, `column`, on.
+void run_product(const Product& x, const Operand& a, i64 m, i64 steps, const Panels& b, i64 n, const States& c,
+                 i64 column, bool accumulate, const Repair& repair, const Weights& w, const float* column_peaks,
+                 float* sums) {
+  for (i64 j = 0; j < n; j += x.nr) {
+    const int width = static_cast<int>(std::min<i64>(x.nr, n - j));
+    const float* const panel = b.data + j / x.nr * b.panel;
+    if (!repair.p.repair) {
+      run_panel(x, a, 0, m, steps, panel, b.row, width, c.at(0, column + j), c.row, accumulate);
+      continue;
+    }
+    run_panel(x, a, 0, m, steps, panel, b.row, width, sums, x.nr, false);
+    repair(a, w, column_peaks + column + j, 0, m, column + j, width, sums, x.nr);
+    for (i64 i = 0; i < m; ++i) {
+      float* const to = c.at(i, column + j);
+      const float* const from = sums + i * x.nr;
+      for (int v = 0; v < width; ++v) to[v] = accumulate ? to[v] + from[v] : from[v];
     }
   }
 }
 
 struct Scratch {
-  float *w, *r, *h, *hidden, *state, *c, *bias, *sums;
+  float *w, *r, *h, *hidden, *state, *c, *bias, *peaks, *sums;
 
   Scratch(const RnnPlan& p, char* memory) {
     const auto take = [&](i64 bytes) {
@@ -129,33 +262,79 @@ struct Scratch {
       return part;
     };
     w = take(p.w_bytes), r = take(p.r_bytes), h = take(p.h_bytes), hidden = take(p.hidden_bytes);
-    state = take(p.state_bytes), c = take(p.c_bytes), bias = take(p.bias_bytes), sums = take(0);
+    state = take(p.state_bytes), c = take(p.c_bytes), bias = take(p.bias_bytes);
+    peaks = take(p.peak_bytes), sums = take(0);
   }
 };
 
-struct Forward {
+// What both directions keep.
+struct Pass {
   const RnnDesc& d;
   const RnnPlan& p;
   const RnnArgs& args;
   const RnnKernel& kernel;
   const RnnFunctions& fn;
   Scratch scratch;
-  i64 gates, steps, hidden_steps;
-  Operand h[2], hidden;
-  States c, state;
+  i64 gates;
   Barrier barrier;
+  float *w_peaks, *r_peaks;  // of packed columns
 
-  Forward(const RnnDesc& desc, const RnnPlan& plan, const RnnArgs& a, char* memory)
+  Pass(const RnnDesc& desc, const RnnPlan& plan, const RnnArgs& a, char* memory)
       : d(desc), p(plan), args(a), kernel(*plan.kernel), fn(*kernel.fn), scratch(plan, memory) {
     gates = kernel.gates() * d.H;
-    steps = (d.P + kernel.k_unit - 1) / kernel.k_unit;
-    hidden_steps = (d.H + kernel.k_unit - 1) / kernel.k_unit;
-    const i64 row = rnn_padded(steps);
-    h[0] = {scratch.h, row, kernel.k_unit};
-    h[1] = {scratch.h + d.B * row, row, kernel.k_unit};
-    hidden = {scratch.hidden, rnn_padded(hidden_steps), kernel.k_unit};
+    w_peaks = r_peaks = nullptr;
+    if (!p.has_peaks()) return;
+    w_peaks = scratch.peaks;
+    r_peaks = w_peaks + rnn_packed_columns(d, kernel, *p.product).w;
+  }
+  // Peaks of the index-th operand that has them.
+  float* row_peaks(int index) const {
+    if (!p.has_peaks()) return nullptr;
+    return r_peaks + rnn_packed_columns(d, kernel, *p.product).r + index * p.threads * d.B;
+  }
+  float* own(int thread) const { return scratch.sums + thread * ((p.sum_bytes + p.repair_bytes) / 4); }
+  Repair repair(int thread) const { return Repair(p, own(thread) + p.sum_bytes / 4, d.B); }
+
+  // Columns begin.. of W (or W_hr) in panels of the product's.
+  void pack(const void* w, i64 k_step, i64 j_step, i64 K, const Range& columns, float* out, float* peaks) const {
+    if (columns.size() == 0) return;
+    if (peaks) std::fill_n(peaks + columns.begin, columns.size(), 0.0f);
+    gemm_pack_panels(at(w, columns.begin * j_step, d.dtype), k_step, j_step, K, columns.size(), *p.product,
+                     out + columns.begin * kernel.steps(K), peaks ? peaks + columns.begin : nullptr);
+  }
+  // Row i of an operand before the first step, all zeros but for `columns` that are there. No thread's share but one's.
+  void start(const Operand& x, i64 i, i64 columns, int threads) const {
+    for (int t = 0; x.peaks && t < threads; ++t) x.peaks[t * d.B + i] = 0;
+    if (columns) split(x, i, 1, 0, columns, 1, x.peaks);
+  }
+  // Columns [begin, begin + n) of each segment, d.H apart, of rows i.. into their parts.
+  void split(const Operand& x, i64 i, i64 m, i64 begin, i64 n, int segments, float* peaks) const {
+    if (!fn.split) return;
+    fn.split({x.data + i * x.row + begin, x.data + i * x.row + x.parts + begin / 2, x.row, x.part, d.H,
+              peaks ? peaks + i : nullptr, m, n, segments});
+  }
+  // What a thread wrote of all rows of a step, for the products of all. An empty share has peaks too.
+  void publish(const Operand& x, i64 m, const Range& columns, int segments, int thread) const {
+    split(x, 0, m, columns.begin, columns.size(), segments, x.peaks ? x.peaks + thread * d.B : nullptr);
+  }
+};
+
+struct Forward : Pass {
+  i64 steps, hidden_steps;
+  Operand h[2], hidden;
+  States c, state;
+  Weights w, r;
+
+  Forward(const RnnDesc& desc, const RnnPlan& plan, const RnnArgs& a, char* memory) : Pass(desc, plan, a, memory) {
+    steps = kernel.steps(d.P);
+    hidden_steps = kernel.steps(d.H);
+    h[0] = operand_of(kernel, d.P, scratch.h, row_peaks(0));
+    h[1] = operand_of(kernel, d.P, scratch.h + operand_floats(kernel, d.P, d.B), row_peaks(1));
+    hidden = operand_of(kernel, d.H, scratch.hidden, row_peaks(2));
     c = {scratch.c, rnn_padded(d.H)};
     state = {scratch.state, rnn_padded(d.P)};
+    w = {args.w, args.w_col, args.w_row, d.P, d.H, kernel.gates(), kernel.units()};
+    r = {args.r, args.r_col, args.r_row, d.H, d.P};
   }
 
   Panels panels(const float* packed, i64 column, i64 depth) const {
@@ -163,10 +342,12 @@ struct Forward {
   }
   i64 block_floats() const { return kernel.columns() * steps; }
 
-  void prepare(const Range& units, const Range& columns, const Range& rows) {
+  void prepare(const Range& units, const Range& columns, const Range& rows, int threads) {
     for (i64 u = units.begin; u < units.end; u += kernel.units()) {
       const i64 block = u / kernel.units();
-      if (!p.direct) fn.pack(args.w, args.w_row, args.w_col, d.H, d.P, u, scratch.w + block * block_floats());
+      float* const peaks = w_peaks ? w_peaks + block * kernel.columns() : nullptr;
+      if (peaks) std::fill_n(peaks, kernel.columns(), 0.0f);
+      if (!p.direct) fn.pack(args.w, args.w_row, args.w_col, d.H, d.P, u, scratch.w + block * block_floats(), peaks);
       float* bias = scratch.bias + block * kernel.columns();
       std::memset(bias, 0, static_cast<std::size_t>(kernel.columns()) * sizeof(float));
       for (i64 g = 0; args.bias && g < kernel.gates(); ++g) {
@@ -179,15 +360,17 @@ struct Forward {
         }
       }
     }
-    if (d.projected && columns.size() > 0)
-      gemm_pack_b(at(args.r, columns.begin * args.r_row, d.dtype), args.r_col, args.r_row, d.H, columns.size(),
-                  *p.product, scratch.r + columns.begin * hidden_steps);
+    if (d.projected) pack(args.r, args.r_col, args.r_row, d.H, columns, scratch.r, r_peaks);
     for (i64 i = rows.begin; i < rows.end; ++i) {
       for (const Operand& x : h) {
         std::memset(x.at(i, 0), 0, static_cast<std::size_t>(x.row) * sizeof(float));
         if (args.h0) fn.enter(at(args.h0, i * args.h0_row, d.dtype), d.P, x.at(i, 0));
+        start(x, i, args.h0 ? d.P : 0, threads);
       }
-      if (d.projected) std::memset(hidden.at(i, 0), 0, static_cast<std::size_t>(hidden.row) * sizeof(float));
+      if (d.projected) {
+        std::memset(hidden.at(i, 0), 0, static_cast<std::size_t>(hidden.row) * sizeof(float));
+        start(hidden, i, 0, threads);
+      }
       if (d.cell != RnnCell::lstm) continue;
       std::memset(c.at(i, 0), 0, static_cast<std::size_t>(c.row) * sizeof(float));
       if (args.c0) fn.widen(at(args.c0, i * args.c0_row, d.dtype), d.H, c.at(i, 0));
@@ -195,35 +378,25 @@ struct Forward {
   }
 
   // Gates and the cell of one block of hidden units, m rows from row i of the step on.
-  void run_block(const Clock& clock, const Operand& before, const Operand& after, i64 unit, i64 i, i64 m, float* sums) {
+  void run_block(const Clock& clock, const Operand& before, const Operand& after, i64 unit, i64 i, i64 m,
+                 const Repair& repair, float* sums) {
     if (p.direct) {
       run_dots(before, unit, i, m, sums);
     } else {
-      run_panels(before, unit, i, m, sums);
+      run_panels(before, unit, i, m, repair, sums);
     }
     update(clock, before, after, unit, i, m, sums);
   }
 
   // sums[m][gates][units] = h W^T of one block, from its panels.
-  void run_panels(const Operand& before, i64 unit, i64 i, i64 m, float* sums) {
-    const RowTiles tiles(m, kernel.mr);
-    const i64 kc = kernel.kc / kernel.k_unit;
-    const float* w = scratch.w + unit / kernel.units() * block_floats();
-    TileArgs t = {};
-    t.a_row = before.row, t.a_col = 1, t.b_row = kernel.nr, t.b_col = 1, t.c_row = kernel.columns(), t.n = kernel.nr;
+  void run_panels(const Operand& before, i64 unit, i64 i, i64 m, const Repair& repair, float* sums) {
+    const i64 block = unit / kernel.units(), columns = kernel.columns();
     for (int panel = 0; panel < kernel.panels; ++panel) {
-      for (i64 k = 0; k < steps; k += kc) {
-        t.k = std::min(kc, steps - k);
-        t.b = w + (panel * steps + k) * kernel.nr;
-        t.accumulate = k > 0;
-        for (i64 r = 0; r < tiles.count; ++r) {
-          const i64 row = tiles.begin(r);
-          t.m = static_cast<int>(tiles.begin(r + 1) - row);
-          t.a = before.data + (i + row) * before.row + k;
-          t.c = sums + row * t.c_row + panel * kernel.nr;
-          fn.tile(t);
-        }
-      }
+      const i64 j = i64{panel} * kernel.nr;
+      const float* const b = scratch.w + block * block_floats() + panel * steps * kernel.nr;
+      run_panel(Product(kernel), before, i, m, steps, b, kernel.nr, kernel.nr, sums + j, columns, false);
+      if (p.repair)
+        repair(before, w, w_peaks + block * columns + j, i, m, block * columns + j, kernel.nr, sums + j, columns);
     }
   }
 
@@ -232,7 +405,7 @@ struct Forward {
     const GemmKernel& dot = *p.direct;
     const i64 n = std::min<i64>(kernel.units(), d.H - unit);
     TileArgs t = {};
-    t.a_row = before.row * kernel.k_unit, t.a_col = 1, t.b_row = 1, t.b_col = args.w_row, t.c_row = kernel.columns();
+    t.a_row = before.row * before.unit, t.a_col = 1, t.b_row = 1, t.b_col = args.w_row, t.c_row = kernel.columns();
     t.k = d.P;
     for (i64 g = 0; g < kernel.gates(); ++g) {
       for (i64 j = 0; j < n; j += dot.nr) {
@@ -255,7 +428,7 @@ struct Forward {
     u.x = at(args.x, (clock.row + i) * gates + unit, d.dtype), u.gates_row = gates, u.H = d.H;
     u.c = c.at(i, unit), u.c_row = c.row;
     u.h = before.at(i, unit), u.h_next = (d.projected ? hidden : after).at(i, unit);
-    u.h_row = (d.projected ? hidden : after).row * kernel.k_unit;
+    u.h_row = (d.projected ? hidden : after).row * after.unit;
     if (!d.projected) u.y = at(row_of(args.y, args.steps, clock.t, clock.row, d.dtype), i * args.y.row + unit, d.dtype);
     u.y_row = args.y.row;
     if (args.saved) {
@@ -269,27 +442,32 @@ struct Forward {
   void run(int thread, int threads) {
     const Range units = share(d.H, kernel.units(), thread, threads);
     const Range columns = d.projected ? share(d.P, p.product->nr, thread, threads) : units;
-    prepare(units, columns, share(d.B, 1, thread, threads));
+    prepare(units, columns, share(d.B, 1, thread, threads), threads);
     barrier.wait(threads);
-    float* const sums = scratch.sums + thread * (p.sum_bytes / 4);
+    float* const sums = own(thread);
+    Repair repair = this->repair(thread);
     Clock clock(d, args.steps, false);
     for (i64 s = 0; s < d.T; ++s, clock.advance()) {
       const Operand &before = h[s & 1], &after = h[~s & 1];
       const i64 m = clock.size();
-      if (threads > 1 && !d.projected) own_lines(after, m, units.begin, units.end);
+      if (threads > 1 && !d.projected) own_lines(after, kernel.planes, m, units.begin, units.end);
+      repair.gather(before, m, d.B, threads);
       for (i64 u = units.begin; u < units.end; u += kernel.units())
         for (i64 i = 0; i < m; i += p.row_block)
-          run_block(clock, before, after, u, i, std::min(p.row_block, m - i), sums);
+          run_block(clock, before, after, u, i, std::min(p.row_block, m - i), repair, sums);
+      publish(d.projected ? hidden : after, m, units, 1, thread);
       if (d.projected) {
         barrier.wait(threads);
-        run_product(*p.product, hidden, m, hidden_steps, panels(scratch.r, columns.begin, hidden_steps), columns.size(),
-                    state, columns.begin, false);
+        repair.gather(hidden, m, d.B, threads);
+        run_product({kernel, *p.product}, hidden, m, hidden_steps, panels(scratch.r, columns.begin, hidden_steps),
+                    columns.size(), state, columns.begin, false, repair, r, r_peaks, sums);
         void* y = row_of(args.y, args.steps, clock.t, clock.row, d.dtype);
         for (i64 i = 0; i < m && columns.size() > 0; ++i) {
           void* to = at(y, i * args.y.row + columns.begin, d.dtype);
           fn.narrow(state.at(i, columns.begin), columns.size(), to);
           fn.enter(to, columns.size(), after.at(i, columns.begin));
         }
+        publish(after, m, columns, 1, thread);
       }
       finish_rows(clock.next_size(), m, after, units, columns);
       barrier.wait(threads);
@@ -308,31 +486,25 @@ struct Forward {
   }
 };
 
-struct Backward {
-  const RnnDesc& d;
-  const RnnPlan& p;
-  const RnnArgs& args;
+struct Backward : Pass {
   const RnnGradients& g;
-  const RnnKernel& kernel;
-  const RnnFunctions& fn;
-  Scratch scratch;
-  i64 gates, steps, state_steps;
+  i64 steps, state_steps;
   Operand d_gates[2], d_h;  // d_h: projected, the whole gradient of h
   States dh, dc, d_hidden;
-  Barrier barrier;
+  Weights w, r;
 
   Backward(const RnnDesc& desc, const RnnPlan& plan, const RnnArgs& a, const RnnGradients& grads, char* memory)
-      : d(desc), p(plan), args(a), g(grads), kernel(*plan.kernel), fn(*kernel.fn), scratch(plan, memory) {
-    gates = kernel.gates() * d.H;
-    steps = (gates + kernel.k_unit - 1) / kernel.k_unit;
-    state_steps = (d.P + kernel.k_unit - 1) / kernel.k_unit;
-    const i64 row = rnn_padded(steps);
-    d_gates[0] = {scratch.h, row, kernel.k_unit};
-    d_gates[1] = {scratch.h + d.B * row, row, kernel.k_unit};
-    d_h = {scratch.hidden, rnn_padded(state_steps), kernel.k_unit};
-    d_hidden = {scratch.hidden + d.B * d_h.row, rnn_padded(d.H)};
+      : Pass(desc, plan, a, memory), g(grads) {
+    steps = kernel.steps(gates);
+    state_steps = kernel.steps(d.P);
+    d_gates[0] = operand_of(kernel, gates, scratch.h, row_peaks(0));
+    d_gates[1] = operand_of(kernel, gates, scratch.h + operand_floats(kernel, gates, d.B), row_peaks(1));
+    d_h = operand_of(kernel, d.P, scratch.hidden, row_peaks(2));
+    d_hidden = {scratch.hidden + operand_floats(kernel, d.P, d.B), rnn_padded(d.H)};
     dh = {scratch.state, rnn_padded(d.P)};
     dc = {scratch.c, rnn_padded(d.H)};
+    w = {args.w, args.w_row, args.w_col, gates, d.P};
+    r = {args.r, args.r_row, args.r_col, d.P, d.H};
   }
 
   Panels panels(const float* packed, i64 column, i64 depth) const {
@@ -345,16 +517,12 @@ struct Backward {
 
   static void clear(void* p, i64 floats) { std::memset(p, 0, static_cast<std::size_t>(floats) * sizeof(float)); }
 
-  void prepare(const Range& units, const Range& columns, const Range& rows) {
-    if (columns.size() > 0 && !p.direct)
-      gemm_pack_b(at(args.w, columns.begin * args.w_col, d.dtype), args.w_row, args.w_col, gates, columns.size(),
-                  *p.product, scratch.w + columns.begin * steps);
-    if (d.projected && units.size() > 0)
-      gemm_pack_b(at(args.r, units.begin * args.r_col, d.dtype), args.r_row, args.r_col, d.P, units.size(), *p.product,
-                  scratch.r + units.begin * state_steps);
+  void prepare(const Range& units, const Range& columns, const Range& rows, int threads) {
+    if (!p.direct) pack(args.w, args.w_row, args.w_col, gates, columns, scratch.w, w_peaks);
+    if (d.projected) pack(args.r, args.r_row, args.r_col, d.P, units, scratch.r, r_peaks);
     for (i64 i = rows.begin; i < rows.end; ++i) {
-      for (const Operand& x : d_gates) clear(x.at(i, 0), x.row);
-      if (d.projected) clear(d_h.at(i, 0), d_h.row);
+      for (const Operand& x : d_gates) clear(x.at(i, 0), x.row), start(x, i, 0, threads);
+      if (d.projected) clear(d_h.at(i, 0), d_h.row), start(d_h, i, 0, threads);
       clear(dh.at(i, 0), dh.row);
       if (g.dh_n) fn.widen(at(g.dh_n, i * g.dh_n_row, d.dtype), d.P, dh.at(i, 0));
       if (d.cell != RnnCell::lstm) continue;
@@ -384,7 +552,7 @@ struct Backward {
     a.y_row = args.y.row;
     a.d_gates = at(g.d_gates, row * gates + u, d.dtype), a.gates_row = gates, a.H = d.H;
     if (g.d_recurrent) a.d_recurrent = at(g.d_recurrent, row * d.H + u, d.dtype);
-    a.recurrent = out.at(i, u), a.product_row = out.row * kernel.k_unit;
+    a.recurrent = out.at(i, u), a.product_row = out.row * out.unit;
     if (g.hidden) a.hidden = at(g.hidden, row * d.H + u, d.dtype);
     a.m = static_cast<int>(m), a.n = static_cast<int>(units.size()), a.relu = args.relu;
     fn.grad(a);
@@ -393,8 +561,11 @@ struct Backward {
   void run(int thread, int threads) {
     const Range columns = share(d.P, p.product->nr, thread, threads);
     const Range units = d.projected ? share(d.H, p.product->nr, thread, threads) : columns;
-    prepare(units, columns, share(d.B, 1, thread, threads));
+    prepare(units, columns, share(d.B, 1, thread, threads), threads);
     barrier.wait(threads);
+    const Product product(kernel, *p.product);
+    float* const sums = own(thread);
+    Repair repair = this->repair(thread);
     Clock clock(d, args.steps, true);
     for (i64 s = 0; s < d.T; ++s) {
       const Operand& out = d_gates[s & 1];
@@ -407,9 +578,11 @@ struct Backward {
           fn.merge(dh.at(i, columns.begin), dy, columns.size(), d_h.at(i, columns.begin),
                    at(g.d_hidden, (clock.row + i) * d.P + columns.begin, d.dtype));
         }
+        publish(d_h, m, columns, 1, thread);
         barrier.wait(threads);
-        run_product(*p.product, d_h, m, state_steps, panels(scratch.r, units.begin, state_steps), units.size(),
-                    d_hidden, units.begin, false);
+        repair.gather(d_h, m, d.B, threads);
+        run_product(product, d_h, m, state_steps, panels(scratch.r, units.begin, state_steps), units.size(), d_hidden,
+                    units.begin, false, repair, r, r_peaks, sums);
       }
       // The step before in time; rows that it has not begin with the initial state.
       Clock before = clock;
@@ -426,13 +599,16 @@ struct Backward {
       const i64 initial_row = lstm ? args.c0_row : args.h0_row;
       if (initial) initial = at(initial, shared * initial_row + u, d.dtype);
       run_cell(clock, out, units, shared, m - shared, initial, initial_row);
+      publish(out, m, units, kernel.gates(), thread);
       barrier.wait(threads);
       if (threads > 1)
         for (i64 g = 0; g < kernel.gates(); ++g)
-          own_lines(d_gates[~s & 1], m, g * d.H + units.begin, g * d.H + units.end);
-      if (s + 1 < d.T || g.dh0)
-        run_product(*p.product, out, m, steps, weights(columns.begin), columns.size(), dh, columns.begin,
-                    d.cell == RnnCell::gru);
+          own_lines(d_gates[~s & 1], kernel.planes, m, g * d.H + units.begin, g * d.H + units.end);
+      if (s + 1 < d.T || g.dh0) {
+        repair.gather(out, m, d.B, threads);
+        run_product(product, out, m, steps, weights(columns.begin), columns.size(), dh, columns.begin,
+                    d.cell == RnnCell::gru, repair, w, w_peaks, sums);
+      }
       clock = before;
     }
     for (i64 i = 0; i < d.B; ++i) {
@@ -442,20 +618,30 @@ struct Backward {
   }
 };
 
+template <class P>
+void run_pass(P& pass) {
+  const GemmHelpers& helpers = *pass.p.product->helpers;
+  parallel_together(pass.p.threads, [&](int thread, int threads) {
+    if (helpers.begin) helpers.begin();
+    pass.run(thread, threads);
+    if (helpers.end) helpers.end();
+  });
+}
+
 }  // namespace
 
 void rnn_run(const RnnDesc& d, const RnnPlan& p, const RnnArgs& args) {
   if (d.B == 0) return;
   ArenaLease memory(p.workspace_bytes());
   Forward pass(d, p, args, memory.data());
-  parallel_together(p.threads, [&](int thread, int threads) { pass.run(thread, threads); });
+  run_pass(pass);
 }
 
 void rnn_run_backward(const RnnDesc& d, const RnnPlan& p, const RnnArgs& args, const RnnGradients& grads) {
   if (d.B == 0) return;
   ArenaLease memory(p.workspace_bytes());
   Backward pass(d, p, args, grads, memory.data());
-  parallel_together(p.threads, [&](int thread, int threads) { pass.run(thread, threads); });
+  run_pass(pass);
 }
 
 }  // namespace fastdl

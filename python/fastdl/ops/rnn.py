@@ -101,7 +101,7 @@ def plain_cell(mode: str, H: int, x: Tensor, h: Tensor, c: Tensor | None, parame
         return None
     gates, new_h = x.new_empty(1, *shape), x.new_empty(shape[0], H)
     new_c = None if c is None else x.new_empty(shape[0], H)
-    _C.linear(gates, x.unsqueeze(0), w_ih, b_ih)
+    _C.linear(gates, x.unsqueeze(0), w_ih, b_ih, switch="rnn")
     _C.rnn(new_h.unsqueeze(0), None, new_c, None, gates, h, c, w_hh, b_hh, None, mode=mode)
     return new_h if c is None else (new_h, new_c)
 

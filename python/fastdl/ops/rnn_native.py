@@ -170,9 +170,10 @@ def _input_gates(input: Tensor, w: Weights, saved: Tensor | None) -> Tensor:
     """x_t W_ih^T + b_ih of all steps; where gates are to be saved, in their place, which they leave step by step."""
     GH = w.ih.shape[0]
     if saved is None or saved.shape[-1] < GH:
-        return gemm_native.linear(input, w.ih, w.bias_ih)
-    gates = _first_part(saved, input.shape[:-1], GH)
-    _C.linear(gates, input, w.ih, w.bias_ih)
+        gates = input.new_empty(*input.shape[:-1], GH)
+    else:
+        gates = _first_part(saved, input.shape[:-1], GH)
+    _C.linear(gates, input, w.ih, w.bias_ih, switch="rnn")
     return gates
 
 
@@ -313,7 +314,7 @@ def _direction_backward(
         )
         dh, dc = dh_before, dc_before
         if dx is not None:
-            _C.gemm(dx[piece], gates.input, w.ih, accumulate=reverse)
+            _C.gemm(dx[piece], gates.input, w.ih, accumulate=reverse, switch="rnn")
         _add_weight_gradients(sums, gates, input[piece], y, piece, h0, w, batch_sizes, reverse, needs)
     none = y.new_empty(0)
     return [none.new_empty(0) if x is None else x for x in sums]
@@ -372,9 +373,10 @@ def _add_weight_gradients(
 
 def _wgrad(sum: Tensor | None, grad: Tensor, input: Tensor) -> Tensor:
     """sum + grad[..., N]^T input[..., K], in place; None: 0."""
-    if sum is None:
-        return gemm_native.linear_wgrad(grad, input)
-    _C.linear_wgrad(sum, grad, input, accumulate=True)
+    first = sum is None
+    if first:
+        sum = grad.new_empty(grad.shape[-1], input.shape[-1])
+    _C.linear_wgrad(sum, grad, input, accumulate=not first, switch="rnn")
     return sum
 
 
@@ -399,16 +401,16 @@ def _recurrent_gradient(
     if batch_sizes is not None:
         before = _states_before(y, h0, batch_sizes, reverse)
         for part, g in sides:
-            _C.linear_wgrad(part, g, before)
+            _C.linear_wgrad(part, g, before, switch="rnn")
         return sum
     # y one step on; h0 apart, which is mostly absent
     before = y[piece.start + 1 : piece.stop + 1] if reverse else y[max(0, piece.start - 1) : piece.stop - 1]
     count = before.shape[0]
     for part, g in sides:
         later, first = (g[:count], g[count:]) if reverse else (g[g.shape[0] - count :], g[: g.shape[0] - count])
-        _C.linear_wgrad(part, later, before, accumulate=accumulate)
+        _C.linear_wgrad(part, later, before, accumulate=accumulate, switch="rnn")
         if h0 is not None and first.shape[0]:
-            _C.linear_wgrad(part, first, h0[None], accumulate=True)
+            _C.linear_wgrad(part, first, h0[None], accumulate=True, switch="rnn")
     return sum
 
 
