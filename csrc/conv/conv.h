@@ -13,6 +13,7 @@
 #include "base/types.h"
 #include "conv/cpu/kernel_args.h"
 #include "conv/cpu/wgrad.h"
+#include "gemm/gemm.h"
 
 namespace fastdl {
 
@@ -24,7 +25,8 @@ struct ConvDesc {
   i64 in[3], out[3], kernel[3], stride[3], pad[3], dilation[3];
   bool channels_last = true;  // channels of the written tensor lie side by side
   DType dtype = DType::f32;
-  bool frozen = false;  // w is a pack (conv_pack)
+  bool frozen = false;                    // w is a pack (conv_pack)
+  Precision precision = Precision::ieee;  // asked of float32 operands
 };
 
 // Forward and dgrad along one dimension are one gather: out(j*out_step + out_first) = sum_t in(j*in_step + first +
@@ -37,6 +39,7 @@ struct ConvPhase {
   ConvAxis axis[3];
   i64 steps;  // packed steps of a panel
   i64 pack;   // where its panels begin in those of a group, in floats
+  i64 peaks;  // likewise the largest |w| of its columns
   i64 row_blocks, w_blocks;
   i64 part;  // the first of its parts
 };
@@ -68,12 +71,17 @@ struct ConvPlan {
   i64 group_floats;                          // packed weights of a group
   i64 w_bytes;                               // of all groups, for all threads; 0 where frozen
   i64 band_bytes, sum_bytes, pointer_bytes;  // a thread
+  i64 band_pixels;
+  i64 tile_bytes;            // a thread: a gathered panel, peaks, what is computed again
+  const GemmKernel* repair;  // as GemmPlan::repair
   i64 parts;
 
   DirectPlan direct;
   ConvWgradPlan wgrad;
 
-  i64 per_thread_bytes() const { return band_bytes + sum_bytes + pointer_bytes + wgrad.per_thread_bytes(); }
+  i64 per_thread_bytes() const {
+    return band_bytes + sum_bytes + pointer_bytes + tile_bytes + wgrad.per_thread_bytes();
+  }
   i64 workspace_bytes() const { return w_bytes + wgrad.chunk_bytes + threads * per_thread_bytes(); }
 };
 
@@ -98,6 +106,18 @@ struct ConvArgs {
   i64 dbias_step = 1;
   const float* pack = nullptr;  // the frozen pack, read in place of w
 };
+
+// The kernel multiplies tiles of bfloat16, by the gemm row conv_tiles().
+inline bool conv_is_tiled(const ConvKernel& kernel) { return kernel.isa == Isa::kAmx; }
+inline const GemmKernel& conv_tiles(const ConvKernel& kernel) {
+  return gemm_pack_kernel(kernel.isa, kernel.dtype, kernel.precision);
+}
+// Whether the kernel needs the largest magnitudes of rows and columns: see GemmHelpers::suspects.
+inline bool conv_has_peaks(const ConvKernel& kernel) { return conv_is_tiled(kernel) && kernel.dtype == DType::f32; }
+// Floats of a packed row or column that hold so many channels.
+inline i64 conv_units(const ConvKernel& kernel, i64 channels) {
+  return (channels + kernel.k_step - 1) / kernel.k_step * (kernel.k_step / kernel.k_unit * kernel.planes);
+}
 
 const char* conv_pass_name(ConvPass pass);
 const std::vector<ConvKernel>& conv_kernels();

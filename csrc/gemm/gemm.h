@@ -77,6 +77,8 @@ const std::vector<GemmKernel>& gemm_kernels();
 const GemmKernel& gemm_kernel(const std::string& name, const char* op);  // throws Error naming the rows
 // The row that frozen packs are laid out for.
 const GemmKernel& gemm_pack_kernel(Isa isa, DType dtype, Precision precision = Precision::ieee);
+// Multiply-adds in the time that the float32 FMA kernel takes for one.
+double gemm_rate(const GemmKernel& kernel);
 
 // forced: a row to use, or null. The machine's isa must be compiled in, not necessarily runnable here.
 GemmPlan gemm_plan(const GemmDesc& desc, const Machine& machine, const GemmKernel* forced = nullptr);
@@ -114,6 +116,7 @@ i64 gemm_packed_steps(i64 depth, const GemmKernel& kernel);
 i64 gemm_repair_bytes(const GemmPlan& plan, i64 rows, i64 cols);  // for a part of so many
 // Elements of C that were computed a second time since the process began: see GemmPlan::repair.
 i64 gemm_repaired();
+void gemm_add_repaired(i64 elements);
 
 // Calls of gemm() that ran this row since the last reset.
 i64 gemm_calls(const GemmKernel& kernel);

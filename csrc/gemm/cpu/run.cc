@@ -150,7 +150,7 @@ struct Repair {
     for (int i = begin; i < end; ++i)
       for (int j = 0; j < n; ++j)
         if (rows[i] >> j & 1) sum[i * sum_row + j] = c[i64{i} * nr + j], ++count;
-    g_repaired.fetch_add(count, std::memory_order_relaxed);
+    gemm_add_repaired(count);
   }
 
   static i64 repair_floats(const GemmKernel& exact, int lines) { return exact.kc * lines + 16; }  // a vector of slack
@@ -321,6 +321,7 @@ i64 gemm_repair_bytes(const GemmPlan& p, i64 rows, i64 cols) {
   return 4 * (i64{p.kernel->mr} * p.kernel->nr + operands + (has_peaks(p) ? rows + cols : 0));
 }
 i64 gemm_repaired() { return g_repaired.load(std::memory_order_relaxed); }
+void gemm_add_repaired(i64 elements) { g_repaired.fetch_add(elements, std::memory_order_relaxed); }
 
 i64 gemm_pack_size(i64 K, i64 N, const GemmKernel& kernel) {
   const bool peaks = kernel.helpers->suspects && kernel.dtype == DType::f32;
