@@ -9,4 +9,7 @@ const ConvFunctions dense_f32_medium = dense_tiles<float, Parts<1>>();
 const ConvFunctions dense_f32_high = dense_tiles<float, Parts<2>>();
 const ConvFunctions dense_f32_split = dense_tiles<float, Parts<3>>();
 
+extern const ConvFunctions wgrad;
+const ConvFunctions wgrad = {};  // GEMM's alone
+
 }  // namespace fastdl::amx

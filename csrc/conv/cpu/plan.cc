@@ -40,14 +40,14 @@ const ConvKernel* find(const ConvDesc& d, Isa isa, Precision precision, ConvKind
   return nullptr;
 }
 
-// Time of a dense pass or of the weight gradient, an output channel: in multiply-adds of the float32 FMA kernel, of
-// which a core does 122e9 a second where tiles exist. Tiles take 16 rows and 32 channels at a time, and each operand is
-// split into parts first; kGather: a row of 32 elements, a load and a store of 64 bytes, in the place of 40
-// multiply-adds. Frozen packs know no sizes: large images then.
+// Time of a pass, an output channel: in multiply-adds of the float32 FMA kernel, of which a core does 122e9 a second
+// where tiles exist. Tiles take 16 rows, and 32 of what is summed over, at a time, and each operand is split into parts
+// first; kGather: a row of 32 elements, a load and a store of 64 bytes, in the place of 40 multiply-adds. Frozen packs
+// know no sizes: large images then.
 constexpr double kPackCost = 8, kGather = 40.0 / 32;
 double cost(const ConvDesc& d, const ConvKernel& k) {
   const bool tiled = conv_is_tiled(k), forward = d.pass != ConvPass::dgrad;
-  const double channels = static_cast<double>((forward ? d.C : d.K) / d.groups);
+  const i64 channels = (forward ? d.C : d.K) / d.groups;
   const double columns = std::max(1.0, static_cast<double>((forward ? d.K : d.C) / d.groups));
   double taps = 1, pixels = d.frozen ? 1e6 : static_cast<double>(d.N);
   for (int i = 0; i < 3; ++i) {
@@ -55,12 +55,16 @@ double cost(const ConvDesc& d, const ConvKernel& k) {
     taps *= static_cast<double>(d.kernel[i]) / phases;
     if (!d.frozen) pixels *= forward ? static_cast<double>(d.out[i]) : std::ceil(static_cast<double>(d.in[i]) / phases);
   }
-  const double parts = k.dtype == DType::bf16 ? 1.0 / k.k_unit : k.planes;
-  const double padded = static_cast<double>(round_up(static_cast<i64>(channels), k.k_step));
-  const double rows = tiled ? std::ceil(pixels / 16) * 16 : pixels;
-  const double image = pixels * (padded * kPackCost * parts + (tiled ? taps * padded * kGather * k.planes : 0));
-  return rows * taps * padded / gemm_rate(conv_tiles(k)) + image / columns +
-         (d.frozen ? 0 : taps * channels * kPackCost * parts);
+  const auto blocks = [&](double n, double of) { return tiled ? std::ceil(n / of) * of : n; };
+  const double pack = kPackCost * (k.dtype == DType::bf16 ? 1.0 / k.k_unit : k.planes), gather = kGather * k.planes;
+  const double rate = gemm_rate(conv_tiles(k)), some = static_cast<double>(channels);
+  if (d.pass == ConvPass::wgrad) {  // tiles: x is packed for each tap
+    const double image = tiled ? taps * some * (pack + gather) : some * pack;
+    return blocks(pixels, 32) * (taps * blocks(some, 16) / rate + image / columns + pack);
+  }
+  const double padded = static_cast<double>(round_up(channels, k.k_step));
+  const double image = padded * (pack + (tiled ? taps * gather : 0));
+  return blocks(pixels, 16) * taps * padded / rate + pixels * image / columns + (d.frozen ? 0 : taps * some * pack);
 }
 
 // The most exact row that is as exact as asked; tiles only where their shape fits.
