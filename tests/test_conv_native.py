@@ -144,8 +144,9 @@ def test_bound(row, pass_, case):
     problem = Conv(**case, dtype=DTYPES[row["dtype"]], high=0)
     depth = 1 + problem.w.numel() // (problem.K if pass_ == "forward" else problem.C)
     reference = GemmReference(problem.reference(pass_), problem.reference(pass_, absolute=True), depth)
-    flush = row["isa"] == "avx512bf16"
-    assert_within_bound(run(problem, pass_, kernel=row["name"]), reference, flush_denormal=flush)
+    flush = row["isa"] in ("avx512bf16", "amx")
+    options = dict(flush_denormal=flush, precision=row["precision"])
+    assert_within_bound(run(problem, pass_, kernel=row["name"]), reference, **options)
 
 
 @every_pass
@@ -260,9 +261,12 @@ def test_workspace(pass_, dtype):
             plan = _C.conv_plan(pass_, x, w, y, **options, dtype=dtype, isa=isa, threads=threads)
             assert plan["thread_bytes"] <= THREAD_BYTES, plan
             assert plan["workspace_bytes"] == plan["weight_bytes"] + plan["threads"] * plan["thread_bytes"]
+            row = next(row for row in ROWS if row["name"] == plan["kernel"])
             taps, channels = torch.Size(w[2:]).numel(), (w[1], w[0])[pass_ == "dgrad"]
             columns = -(-(w[0], w[1])[pass_ == "dgrad"] // plan["nr"]) * plan["nr"]
-            assert plan["weight_bytes"] <= 4 * taps * (channels + 1) * columns + 4096
+            steps = -(-channels // row["k_step"]) * row["k_step"] // row["k_unit"] * row["planes"]
+            peaks = columns * torch.Size(options["stride"]).numel()
+            assert plan["weight_bytes"] <= 4 * (taps * steps * columns + peaks) + 4096
 
 
 def test_plans_name_the_row_and_the_losers():

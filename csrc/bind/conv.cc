@@ -41,7 +41,7 @@ class Call : public ConvProblem {
     const TensorView tx = add(x, names().x, pass == ConvPass::dgrad);
     const TensorView tw = add(w, names().w, pass == ConvPass::wgrad);
     const TensorView ty = add(y, names().y, pass == ConvPass::forward);
-    desc.dtype = tx.dtype;
+    desc.dtype = tx.dtype, desc.precision = asked_precision(tx.dtype, Switch::conv);
     const auto sizes = [](const TensorView& t) { return Sizes(t.shape, t.shape + t.ndim); };
     shapes(sizes(tx), sizes(tw), sizes(ty), stride, padding, dilation, groups);
     args.x = conv_tensor(tx), args.w = conv_tensor(tw), args.y = conv_tensor(ty);
@@ -91,11 +91,26 @@ class Call : public ConvProblem {
     require_dtype(t, DType::f32, "the dtype of packs", op(), "pack");
     freeze();
     const i64 size = conv_pack_size(desc, this_machine(1));
+    if (made_for_another_precision(t.numel(), size)) {
+      desc.frozen = false;
+      return;
+    }
     if (t.ndim != 1 || t.size(0) != size || (size > 1 && t.stride(0) != 1))
       fail(op(), ": argument 'pack': expected ", size, " contiguous elements, got ", shape_string(t));
     for (const Argument& a : arguments_)
       if (a.output) require_apart(a.view, t, op(), "pack", a.name);
     args.pack = static_cast<const float*>(t.data);
+  }
+
+  // Then the weight is read in its place. Packs of different precisions differ in size.
+  bool made_for_another_precision(i64 numel, i64 size) const {
+    if (numel == size || desc.dtype != DType::f32 || cpu_info().isa < Isa::kAmx) return false;
+    ConvDesc other = desc;
+    for (Precision p : {Precision::fma, Precision::ieee, Precision::tf32, Precision::bf16}) {
+      other.precision = p;
+      if (numel == conv_pack_size(other, this_machine(1))) return true;
+    }
+    return false;
   }
 
   void freeze() {
@@ -191,7 +206,8 @@ const char* kind_name(ConvKind kind) {
 
 py::dict plan_shape(const std::string& pass, const Sizes& x, const Sizes& w, const Sizes& y, const Sizes& stride,
                     const Sizes& padding, const Sizes& dilation, i64 groups, const std::string& dtype,
-                    bool channels_last, const std::string& isa, int threads, const std::string& kernel, bool frozen) {
+                    bool channels_last, const std::string& isa, int threads, const std::string& kernel, bool frozen,
+                    const std::string& precision) {
   const char* op = "fastdl.conv_plan";
   require_threads(threads, op);
   Call c(conv_pass_named(pass, op), static_cast<int>(x.size()) - 2);
@@ -200,6 +216,7 @@ py::dict plan_shape(const std::string& pass, const Sizes& x, const Sizes& w, con
       if (n < 0) fail(op, ": expected sizes of at least 0, got ", list(*sizes));
   c.shapes(x, w, y, stride, padding, dilation, groups);
   ConvDesc& d = c.desc;
+  d.precision = precision_named(precision, op);
   d.dtype = dtype_named(dtype, op), d.channels_last = channels_last, d.frozen = frozen;
   Machine machine = Call::this_machine(threads);
   if (!isa.empty() && !parse_isa(isa, &machine.isa)) fail(op, ": argument 'isa': no level '", isa, "'");
@@ -243,7 +260,7 @@ Call pack_call(const std::string& pass, const Sizes& w, const Sizes& stride, con
   if (__builtin_mul_overflow(w[1], std::max<i64>(1, groups), &x[1]))
     fail(op, ": argument 'groups': expected a number that divides the channels, got ", groups);
   c.shapes(x, w, y, stride, padding, dilation, groups);
-  c.desc.dtype = dtype_named(dtype, op);
+  c.desc.dtype = dtype_named(dtype, op), c.desc.precision = asked_precision(c.desc.dtype, Switch::conv);
   c.freeze();
   return c;
 }
@@ -281,7 +298,10 @@ py::list conv_kernel_rows() {
     row["kind"] = kind_name(k.kind);
     row["mr"] = k.mr;
     row["nr"] = k.nr;
+    row["precision"] = precision_name(k.precision);
     row["k_unit"] = k.k_unit;
+    row["k_step"] = k.k_step;
+    row["planes"] = k.planes;
     out.append(row);
   }
   return out;
@@ -299,7 +319,7 @@ void bind_conv(py::module_& m) {
         "groups"_a = 1, "dbias"_a = py::none(), "kernel"_a = "", "threads"_a = 0);
   m.def("conv_plan", plan_shape, "pass_"_a, "x_shape"_a, "w_shape"_a, "y_shape"_a, py::kw_only(), "stride"_a,
         "padding"_a, "dilation"_a, "groups"_a = 1, "dtype"_a = "float32", "channels_last"_a = true, "isa"_a = "",
-        "threads"_a = 0, "kernel"_a = "", "frozen"_a = false);
+        "threads"_a = 0, "kernel"_a = "", "frozen"_a = false, "precision"_a = "ieee");
   m.def("conv_pack_numel", pack_numel, "pass_"_a, "w_shape"_a, py::kw_only(), "stride"_a, "padding"_a, "dilation"_a,
         "groups"_a = 1, "dtype"_a = "float32");
   m.def("conv_pack", run_pack, "out"_a, "pass_"_a, "w"_a, py::kw_only(), "stride"_a, "padding"_a, "dilation"_a,

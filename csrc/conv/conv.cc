@@ -8,16 +8,17 @@
 
 namespace fastdl {
 
-#define CONV_KERNEL(name, level, isa, dtype, kind, functions, k_unit, mr, nr, kc) \
-  namespace level {                                                               \
-  extern const ConvFunctions functions;                                           \
+#define CONV_KERNEL(name, level, isa, dtype, precision, kind, functions, k_unit, k_step, planes, mr, nr, kc) \
+  namespace level {                                                                                          \
+  extern const ConvFunctions functions;                                                                      \
   }
 #include "conv/cpu/kernels.inc"
 #undef CONV_KERNEL
 
 const std::vector<ConvKernel>& conv_kernels() {
-#define CONV_KERNEL(name, level, isa, dtype, kind, functions, k_unit, mr, nr, kc) \
-  {#name, Isa::isa, DType::dtype, ConvKind::kind, k_unit, mr, nr, kc, &level::functions},
+#define CONV_KERNEL(name, level, isa, dtype, precision, kind, functions, k_unit, k_step, planes, mr, nr, kc) \
+  {#name, Isa::isa, DType::dtype, Precision::precision, ConvKind::kind, k_unit, k_step, planes,              \
+   mr,    nr,       kc,           &level::functions},
   static const std::vector<ConvKernel> table = {
 #include "conv/cpu/kernels.inc"
   };

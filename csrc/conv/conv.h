@@ -7,6 +7,7 @@
 #include "conv/cpu/kernel_args.h"
 #include "conv/cpu/wgrad.h"
 #include "conv/desc.h"
+#include "gemm/gemm.h"
 
 namespace fastdl {
 
@@ -14,6 +15,7 @@ struct ConvPhase {
   ConvAxis axis[3];
   i64 steps;  // packed steps of a panel
   i64 pack;   // where its panels begin in those of a group, in floats
+  i64 peaks;  // likewise the largest |w| of its columns
   i64 row_blocks, w_blocks;
   i64 part;  // the first of its parts
 };
@@ -45,16 +47,33 @@ struct ConvPlan {
   i64 group_floats;                          // packed weights of a group
   i64 w_bytes;                               // of all groups, for all threads; 0 where frozen
   i64 band_bytes, sum_bytes, pointer_bytes;  // a thread
+  i64 band_pixels;
+  i64 tile_bytes;            // a thread: a gathered panel, peaks, what is computed again
+  const GemmKernel* repair;  // as GemmPlan::repair
   i64 parts;
 
   DirectPlan direct;
   ConvWgradPlan wgrad;
 
-  i64 per_thread_bytes() const { return band_bytes + sum_bytes + pointer_bytes + wgrad.per_thread_bytes(); }
+  i64 per_thread_bytes() const {
+    return band_bytes + sum_bytes + pointer_bytes + tile_bytes + wgrad.per_thread_bytes();
+  }
   i64 workspace_bytes() const { return w_bytes + wgrad.chunk_bytes + threads * per_thread_bytes(); }
 };
 
 constexpr i64 kConvThreadBytes = i64{2} << 20;  // the most that a thread takes beside the packed weights
+
+// The kernel multiplies tiles of bfloat16, by the gemm row conv_tiles().
+inline bool conv_is_tiled(const ConvKernel& kernel) { return kernel.isa == Isa::kAmx; }
+inline const GemmKernel& conv_tiles(const ConvKernel& kernel) {
+  return gemm_pack_kernel(kernel.isa, kernel.dtype, kernel.precision);
+}
+// Whether the kernel needs the largest magnitudes of rows and columns: see GemmHelpers::suspects.
+inline bool conv_has_peaks(const ConvKernel& kernel) { return conv_is_tiled(kernel) && kernel.dtype == DType::f32; }
+// Floats of a packed row or column that hold so many channels.
+inline i64 conv_units(const ConvKernel& kernel, i64 channels) {
+  return (channels + kernel.k_step - 1) / kernel.k_step * (kernel.k_step / kernel.k_unit * kernel.planes);
+}
 
 const std::vector<ConvKernel>& conv_kernels();
 const ConvKernel& conv_kernel(const std::string& name, const char* op);  // throws Error naming the rows

@@ -19,7 +19,8 @@ struct ConvDesc {
   i64 in[3], out[3], kernel[3], stride[3], pad[3], dilation[3];
   bool channels_last = true;  // channels of the written tensor lie side by side
   DType dtype = DType::f32;
-  bool frozen = false;  // w is a pack (conv_pack)
+  bool frozen = false;                    // w is a pack (conv_pack)
+  Precision precision = Precision::ieee;  // asked of float32 operands
 };
 
 // Forward and dgrad along one dimension are one gather: out(j*out_step + out_first) = sum_t in(j*in_step + first +

@@ -77,6 +77,8 @@ const std::vector<GemmKernel>& gemm_kernels();
 const GemmKernel& gemm_kernel(const std::string& name, const char* op);  // throws Error naming the rows
 // The row that frozen packs are laid out for.
 const GemmKernel& gemm_pack_kernel(Isa isa, DType dtype, Precision precision = Precision::ieee);
+// Multiply-adds in the time that the float32 FMA kernel takes for one.
+double gemm_rate(const GemmKernel& kernel);
 
 // forced: a row to use, or null. The machine's isa must be compiled in, not necessarily runnable here.
 GemmPlan gemm_plan(const GemmDesc& desc, const Machine& machine, const GemmKernel* forced = nullptr);

@@ -1,12 +1,14 @@
 // Forward and dgrad. Every pass of every phase (ConvAxis) is a product of output pixels with packed weights: the rows
 // of a tile point into a copy of the image, in which all of a pixel's taps and channels lie at offsets that pixels
-// share.
+// share. Tiles read rows that follow each other: the pixels of each are gathered first, for all columns of a part.
 #include <algorithm>
+#include <vector>
 
 #include "base/arena.h"
 #include "base/parallel.h"
 #include "conv/conv.h"
 #include "gemm/gemm.h"
+#include "simd/vec.h"
 
 namespace fastdl {
 namespace {
@@ -34,30 +36,36 @@ struct Problem {
   const float* pack = nullptr;
 
   Problem(const ConvDesc& desc, const ConvPlan& plan, const ConvArgs& a)
-      : d(desc), p(plan), args(a), helpers(*gemm_pack_kernel(plan.kernel->isa, desc.dtype).helpers) {
+      : d(desc), p(plan), args(a), helpers(*conv_tiles(*plan.kernel).helpers) {
     const bool forward = d.pass == ConvPass::forward;
     channels = (forward ? d.C : d.K) / d.groups, columns = (forward ? d.K : d.C) / d.groups;
     in = forward ? a.x : a.y, out = forward ? a.y : a.x;
     std::copy_n(forward ? d.in : d.out, 3, size);
     w_channel = forward ? a.w.c_step : a.w.n_step, w_column = forward ? a.w.n_step : a.w.c_step;
   }
-  i64 units(i64 c) const { return ceil_div(c, p.kernel->k_unit); }  // floats that hold c channels
+  i64 units(i64 c) const { return conv_units(*p.kernel, c); }
+  i64 panels() const { return ceil_div(columns, p.kernel->nr); }
+  // Where the panel of a phase and group begins in all of them, and its peaks.
+  i64 panel_at(const ConvPhase& phase, i64 group, i64 panel) const {
+    return group * p.group_floats + phase.pack + panel * phase.steps * p.kernel->nr;
+  }
+  i64 peaks_at(const ConvPhase& phase, i64 group, i64 panel) const {
+    return group * p.group_floats + phase.peaks + panel * p.kernel->nr;
+  }
 };
 
-// One panel of one phase and group: [blocks of channels][taps][channels][nr].
-void pack_panel(const Problem& x, const ConvPhase& phase, i64 group, i64 panel, float* out) {
-  const i64 nr = x.p.kernel->nr, j0 = panel * nr;
-  const int n = static_cast<int>(std::min(nr, x.columns - j0));
-  const ConvTensor& w = x.args.w;
-  const i64 base = group * (x.d.K / x.d.groups) * w.n_step + j0 * x.w_column;
+// n columns of one phase and group: [blocks of channels][taps][channels][nr]. first: element (0, 0) of the first tap.
+void pack_columns(const Problem& x, const ConvPhase& phase, const void* first, const ConvTensor& w, i64 w_channel,
+                  i64 w_column, int n, float* out, float* peak) {
+  const i64 nr = x.p.kernel->nr;
   const i64 taps = phase.axis[0].taps * phase.axis[1].taps * phase.axis[2].taps;
   const i64* const k = x.d.kernel;
-  const bool one_run = x.d.pass == ConvPass::forward && x.w_channel == taps && (k[2] == 1 || w.step[2] == 1) &&
+  const bool one_run = x.d.pass == ConvPass::forward && w_channel == taps && (k[2] == 1 || w.step[2] == 1) &&
                        (k[1] == 1 || w.step[1] == k[2]) && (k[0] == 1 || w.step[0] == k[1] * k[2]);
   if (one_run && taps > 1) {
     for (i64 c0 = 0; c0 < x.channels; c0 += x.p.c_block) {
       const i64 c = std::min(x.p.c_block, x.channels - c0);
-      x.p.kernel->functions->pack({at(w.data, base + c0 * taps, x.d.dtype), x.w_column, taps, c, n, out});
+      x.p.kernel->functions->pack({at(first, c0 * taps, x.d.dtype), w_column, taps, c, n, out, peak});
       out += taps * x.units(c) * nr;
     }
     return;
@@ -67,11 +75,10 @@ void pack_panel(const Problem& x, const ConvPhase& phase, i64 group, i64 panel, 
     for (i64 t0 = 0; t0 < phase.axis[0].taps; ++t0) {
       for (i64 t1 = 0; t1 < phase.axis[1].taps; ++t1) {
         for (i64 t2 = 0; t2 < phase.axis[2].taps; ++t2) {
-          i64 offset = base + c0 * x.w_channel;
+          i64 offset = c0 * w_channel;
           const i64 t[3] = {t0, t1, t2};
           for (int i = 0; i < 3; ++i) offset += (phase.axis[i].tap_first + t[i] * phase.axis[i].tap_inc) * w.step[i];
-          x.helpers.pack_b(at(w.data, offset, x.d.dtype), x.w_channel, x.w_column, c, n, static_cast<int>(nr), out,
-                           nullptr);
+          x.helpers.pack_b(at(first, offset, x.d.dtype), w_channel, w_column, c, n, static_cast<int>(nr), out, peak);
           out += x.units(c) * nr;
         }
       }
@@ -79,15 +86,24 @@ void pack_panel(const Problem& x, const ConvPhase& phase, i64 group, i64 panel, 
   }
 }
 
+void pack_panel(const Problem& x, const ConvPhase& phase, i64 group, i64 panel, float* out) {
+  const i64 nr = x.p.kernel->nr, j0 = panel * nr;
+  const ConvTensor& w = x.args.w;
+  const void* const first = at(w.data, group * (x.d.K / x.d.groups) * w.n_step + j0 * x.w_column, x.d.dtype);
+  float* const peak = conv_has_peaks(*x.p.kernel) ? out + x.peaks_at(phase, group, panel) : nullptr;
+  if (peak) std::fill_n(peak, nr, 0.0f);
+  pack_columns(x, phase, first, w, x.w_channel, x.w_column, static_cast<int>(std::min(nr, x.columns - j0)),
+               out + x.panel_at(phase, group, panel), peak);
+}
+
 void pack_weights(const Problem& x, float* out, int threads) {
-  const i64 panels = ceil_div(x.columns, x.p.kernel->nr), phases = static_cast<i64>(x.p.phases.size());
+  const i64 panels = x.panels(), phases = static_cast<i64>(x.p.phases.size());
   const i64 units = x.d.groups * phases * panels;
   parallel(threads, [&](int thread, int n) {
     for (i64 u = units * thread / n; u < units * (thread + 1) / n; ++u) {
       const i64 group = u / panels / phases, panel = u % panels;
       const ConvPhase& phase = x.p.phases[static_cast<std::size_t>(u / panels % phases)];
-      pack_panel(x, phase, group, panel,
-                 out + group * x.p.group_floats + phase.pack + panel * phase.steps * x.p.kernel->nr);
+      pack_panel(x, phase, group, panel, out);
     }
   });
 }
@@ -118,6 +134,8 @@ class Part {
     band_ = reinterpret_cast<float*>(scratch);
     sum_ = reinterpret_cast<float*>(scratch + p_.band_bytes);
     pointers_ = reinterpret_cast<const float**>(scratch + p_.band_bytes + p_.sum_bytes);
+    float* tile = reinterpret_cast<float*>(scratch + p_.band_bytes + p_.sum_bytes + p_.pointer_bytes);
+    gathered_ = tile, tile += kernel_.mr * kernel_.kc;
     sum_row_ = ceil_div(columns_, kernel_.nr / 2) * kernel_.nr / 2;
     const i64 nr = kernel_.nr;
     in_place_ = reads_in_place();
@@ -128,7 +146,14 @@ class Part {
       sum_ = static_cast<float*>(out.data) + first, sum_row_ = out.step[2];
       written_ = true;
     }
-    weights_ = x_.pack + group_ * p_.group_floats + phase_->pack + k0_ / nr * phase_->steps * nr;
+    weights_ = x_.pack + x_.panel_at(*phase_, group_, k0_ / nr);
+    if (conv_has_peaks(kernel_)) {
+      w_peak_ = x_.pack + x_.peaks_at(*phase_, group_, k0_ / nr);
+      band_peak_ = tile, tile += p_.band_pixels;
+      row_peak_ = tile, tile += pixels_;
+      std::fill_n(row_peak_, pixels_, 0.0f);
+    }
+    again_ = tile;
   }
 
   void run() {
@@ -154,6 +179,7 @@ class Part {
       }
     }
     for (i64 i = 0; i < pixels_ && !started_; ++i) std::fill_n(sum_ + i * sum_row_, columns_, 0.0f);
+    if (p_.repair && started_) repair();
     const ConvArgs& a = x_.args;
     if (!written_ || a.bias || a.residual || a.pre || a.activation != Activation::none) finish();
   }
@@ -184,6 +210,7 @@ class Part {
     const ConvTensor& in = x_.in;
     if (in.c_step != 1 && x_.channels > 1) return false;
     if (kernel_.k_unit == 1) return x_.d.dtype == DType::f32;
+    if (conv_is_tiled(kernel_) && (x_.d.dtype != DType::bf16 || x_.channels % kernel_.k_step != 0)) return false;
     const bool whole_pairs = (x_.channels | in.n_step | in.step[0] | in.step[1] | in.step[2]) % 2 == 0;
     return whole_pairs && reinterpret_cast<std::uintptr_t>(in.data) % sizeof(float) == 0;
   }
@@ -227,6 +254,7 @@ class Part {
     const i64 end = w_first >= x_.size[2] ? begin : std::clamp((x_.size[2] - 1 - w_first) / w_step + 1, begin, width);
     const ConvTensor& in = x_.in;
     float* out = band_;
+    if (band_peak_) std::fill_n(band_peak_, planes_ * height * width, 0.0f);
     for (i64 s = 0; s < planes_; ++s) {
       const i64 n = (plane_ + s) / axis(0).count;
       const i64 z = (plane_ + s) % axis(0).count * axis(0).in_step + axis(0).first + t0 * axis(0).tap_step;
@@ -246,6 +274,7 @@ class Part {
         b.pixel_step = w_step * in.step[2], b.c_step = in.c_step;
         b.pixels = end - begin, b.channels = channels_;
         b.dst = out + begin * floats_, b.row = floats_;
+        if (band_peak_) b.peak = band_peak_ + ((s * height + i) * width + begin);
         kernel_.functions->band(b);
       }
     }
@@ -257,7 +286,7 @@ class Part {
     const i64 h_step = axis(1).tap_step * width * floats_, w_step = axis(2).tap_step * floats_;
     const bool fold = axis(2).tap_step == 1;  // neighbours in the image: one run
     const i64 run = fold ? n2 * floats_ : floats_, count = fold ? n1 : n1 * n2;
-    const i64 pieces = ceil_div(run, kernel_.kc), piece = ceil_div(run, pieces);
+    const i64 step = x_.units(1), pieces = ceil_div(run, kernel_.kc), piece = ceil_div(run, pieces * step) * step;
     const i64 together = pieces > 1 ? 1 : std::min(kMaxRuns, std::max<i64>(1, kernel_.kc / run));
     const i64 groups = ceil_div(count, together);
     for (i64 g = 0; g < groups; ++g) {
@@ -265,9 +294,47 @@ class Part {
       for (i64 k = 0; k < run; k += piece) {
         i64 runs[kMaxRuns];
         for (i64 r = r0; r < r1; ++r) runs[r - r0] = k + (fold ? r * h_step : r / n2 * h_step + r % n2 * w_step);
-        tiles(position + r0 * run + k, runs, r1 - r0, std::min(piece, run - k));
+        if (conv_is_tiled(kernel_)) {
+          gathered_tiles(position + r0 * run + k, runs, r1 - r0, std::min(piece, run - k));
+        } else {
+          tiles(position + r0 * run + k, runs, r1 - r0, std::min(piece, run - k));
+        }
       }
     }
+    if (band_peak_) raise_peaks(n1, n2, axis(1).tap_step * width, axis(2).tap_step);
+  }
+
+  // The largest magnitudes that the pixels meet with the taps n1 x n2 of the band.
+  void raise_peaks(i64 n1, i64 n2, i64 h_step, i64 w_step) {
+    for (i64 i = 0; i < pixels_; ++i) {
+      const float* const peak = band_peak_ + (pointers_[i] - band_) / floats_;
+      for (i64 t1 = 0; t1 < n1; ++t1)
+        for (i64 t2 = 0; t2 < n2; ++t2) row_peak_[i] = std::max(peak[t1 * h_step + t2 * w_step], row_peak_[i]);
+    }
+  }
+
+  // As tiles(), but all columns of 32 pixels at a time: gathered once, they stay in L1, and weights stream from L2. A
+  // gathered line of 16 floats is a load and a store, 1 to 2 cycles, and serves columns / 16 products of 16 rows in 16.
+  void gathered_tiles(i64 position, const i64* runs, i64 count, i64 run) {
+    const i64 mr = kernel_.mr, nr = kernel_.nr;
+    const GemmKernel& kernel = conv_tiles(kernel_);
+    ConvTileArgs rows = {};
+    rows.runs = runs, rows.run_count = count, rows.run = run;
+    TileArgs t = {};
+    t.a = gathered_, t.a_row = 1, t.b_row = nr, t.b_col = 1, t.c_row = sum_row_, t.k = count * run;
+    t.accumulate = started_;
+    for (i64 i = 0; i < pixels_; i += mr) {
+      rows.rows = pointers_ + i, rows.m = t.m = static_cast<int>(std::min(mr, pixels_ - i));
+      t.a_col = ceil_div(t.m, 16) * 16;
+      kernel_.functions->gather(rows, gathered_);
+      for (i64 j = 0; j < columns_; j += nr) {
+        t.b = weights_ + j * phase_->steps + position * nr;
+        t.n = static_cast<int>(std::min(nr, columns_ - j));
+        t.c = sum_ + i * sum_row_ + j;
+        kernel.tile(t);
+      }
+    }
+    started_ = true;
   }
 
   void tiles(i64 position, const i64* runs, i64 count, i64 run) {
@@ -298,6 +365,90 @@ class Part {
       }
     }
     started_ = true;
+  }
+
+  // What tiles got wrong (GemmHelpers::suspects), once all is summed.
+  void repair() {
+    const i64 mr = kernel_.mr, nr = kernel_.nr;
+    for (i64 i = 0; i < pixels_; i += mr) {
+      for (i64 j = 0; j < columns_; j += nr) {
+        SuspectArgs s = {};
+        s.sum = sum_ + i * sum_row_ + j, s.sum_row = sum_row_;
+        if (row_peak_) s.a_peak = row_peak_ + i, s.b_peak = w_peak_ + j;
+        s.m = static_cast<int>(std::min(mr, pixels_ - i)), s.n = static_cast<int>(std::min(nr, columns_ - j));
+        unsigned columns[32];
+        if (x_.helpers.suspects(s, columns)) compute_again(i, j, s, columns);
+      }
+    }
+  }
+
+  // By FMA, from the image and the weights themselves; a frozen pack, whose parts sum to the weights, is unpacked.
+  void compute_again(i64 i0, i64 j0, const SuspectArgs& s, const unsigned* columns) {
+    int begin = 0, end = s.m;
+    while (columns[begin] == 0) ++begin;
+    while (columns[end - 1] == 0) --end;
+    const GemmKernel& exact = *p_.repair;
+    const int nr = kernel_.nr;
+    const DType dtype = x_.d.dtype;
+    float* const c = again_;
+    float* const a = c + i64{kernel_.mr} * nr;
+    float* const b = a + exact.kc * exact.mr;
+    const i64 all_taps = axis(0).taps * axis(1).taps * axis(2).taps;
+    const ConvTensor& w = x_.args.w;
+    bool first = true;
+    for (i64 c0 = 0; c0 < x_.channels; c0 += p_.c_block) {
+      const i64 block = std::min(p_.c_block, x_.channels - c0);
+      for (i64 tap = 0; tap < all_taps; ++tap) {
+        const i64 t[3] = {tap / axis(2).taps / axis(1).taps, tap / axis(2).taps % axis(1).taps, tap % axis(2).taps};
+        for (i64 k = 0; k < block; k += exact.kc) {
+          const i64 depth = std::min(exact.kc, block - k);
+          if (x_.d.frozen) {
+            const i64 position = all_taps * x_.units(c0) + tap * x_.units(block) + x_.units(k);
+            x_.helpers.unpack_b(weights_ + j0 * phase_->steps + position * nr, depth, s.n, nr, s.b_peak, b);
+          } else {
+            i64 offset =
+                group_ * (x_.d.K / x_.d.groups) * w.n_step + (k0_ + j0) * x_.w_column + (c0 + k) * x_.w_channel;
+            for (int d = 0; d < 3; ++d) offset += (axis(d).tap_first + t[d] * axis(d).tap_inc) * w.step[d];
+            exact.helpers->pack_b(at(w.data, offset, dtype), x_.w_channel, x_.w_column, depth, s.n, nr, b, nullptr);
+          }
+          for (int i = begin; i < end; i += exact.mr) {
+            TileArgs tile = {};
+            tile.m = std::min(exact.mr, end - i), tile.n = s.n, tile.k = depth;
+            for (int r = 0; r < tile.m; ++r) read_pixel(i0 + i + r, t, c0 + k, depth, a + r * depth);
+            tile.a = a, tile.a_row = depth, tile.a_col = 1, tile.b = b, tile.b_row = nr, tile.b_col = 1;
+            tile.c = c + i64{i} * nr, tile.c_row = nr, tile.accumulate = !first;
+            exact.tile(tile);
+          }
+          first = false;
+        }
+      }
+    }
+    i64 count = 0;
+    float* const sum = sum_ + i0 * sum_row_ + j0;
+    for (int i = begin; i < end; ++i)
+      for (int j = 0; j < s.n; ++j)
+        if (columns[i] >> j & 1) sum[i * sum_row_ + j] = c[i64{i} * nr + j], ++count;
+    gemm_add_repaired(count);
+  }
+
+  // Channels of the image that a pixel of the part meets with a tap.
+  void read_pixel(i64 pixel, const i64* tap, i64 channel, i64 count, float* out) const {
+    const i64 plane = plane_ + pixel / width_ / rows_;
+    const i64 o[3] = {plane % axis(0).count, h0_ + pixel / width_ % rows_, w0_ + pixel % width_};
+    const ConvTensor& in = x_.in;
+    i64 offset = plane / axis(0).count * in.n_step + (group_ * x_.channels + channel) * in.c_step;
+    for (int i = 0; i < 3; ++i) {
+      const i64 z = o[i] * axis(i).in_step + axis(i).first + tap[i] * axis(i).tap_step;
+      if (z < 0 || z >= x_.size[i]) {
+        std::fill_n(out, count, 0.0f);
+        return;
+      }
+      offset += z * in.step[i];
+    }
+    const void* const src = at(in.data, offset, x_.d.dtype);
+    for (i64 c = 0; c < count; ++c)
+      out[c] = x_.d.dtype == DType::f32 ? static_cast<const float*>(src)[c * in.c_step]
+                                        : widen(static_cast<const f16*>(src)[c * in.c_step]);
   }
 
   void finish() {
@@ -343,6 +494,10 @@ class Part {
   float* band_;
   float* sum_;
   const float** pointers_;
+  float* gathered_;                                   // [kc][mr]
+  float *band_peak_ = nullptr, *row_peak_ = nullptr;  // of the band's pixels, of the part's
+  const float* w_peak_ = nullptr;                     // of the part's columns
+  float* again_;
 };
 
 }  // namespace
@@ -360,7 +515,9 @@ void conv_run_dense(const ConvDesc& d, const ConvPlan& p, const ConvArgs& args) 
   }
   parallel(p.threads, [&](int thread, int threads) {
     char* const own = scratch.data() + p.w_bytes + thread * p.per_thread_bytes();
+    if (x.helpers.begin) x.helpers.begin();
     for (i64 i = thread; i < p.parts; i += threads) Part(x, own, i).run();
+    if (x.helpers.end) x.helpers.end();
   });
 }
 
@@ -370,7 +527,36 @@ void conv_pack(const ConvDesc& d, const Machine& machine, const ConvTensor& w, f
   const ConvPlan p = conv_plan(d, machine);
   ConvArgs args = {};
   args.w = w;
-  pack_weights(Problem(d, p, args), out, p.threads);
+  const Problem x(d, p, args);
+  pack_weights(x, out, p.threads);
+  if (!conv_has_peaks(*p.kernel)) return;
+  // Columns of tiny values are scaled, so that their parts hold them (kTinyScale).
+  const auto tiny = [](float peak) { return peak > 0 && peak < kTinyPeak; };
+  const i64 nr = p.kernel->nr, taps = d.kernel[0] * d.kernel[1] * d.kernel[2];
+  for (i64 group = 0; group < d.groups; ++group) {
+    for (const ConvPhase& phase : p.phases) {
+      for (i64 panel = 0; panel < x.panels(); ++panel) {
+        const float* const peak = out + x.peaks_at(phase, group, panel);
+        const i64 n = std::min(nr, x.columns - panel * nr);
+        if (std::none_of(peak, peak + n, tiny)) continue;
+        std::vector<float> scaled(static_cast<std::size_t>(n * x.channels * taps));  // [n][taps][channels]
+        ConvTensor own = {
+            scaled.data(), 0, 0, {d.kernel[1] * d.kernel[2] * x.channels, d.kernel[2] * x.channels, x.channels}};
+        const i64 base = group * (d.K / d.groups) * w.n_step + panel * nr * x.w_column;
+        auto to = scaled.begin();
+        for (i64 j = 0; j < n; ++j)
+          for (i64 t = 0; t < taps; ++t)
+            for (i64 c = 0; c < x.channels; ++c) {
+              const i64 offset = t / d.kernel[2] / d.kernel[1] * w.step[0] + t / d.kernel[2] % d.kernel[1] * w.step[1] +
+                                 t % d.kernel[2] * w.step[2];
+              *to++ = static_cast<const float*>(w.data)[base + j * x.w_column + c * x.w_channel + offset] *
+                      (tiny(peak[j]) ? kTinyScale : 1);
+            }
+        pack_columns(x, phase, own.data, own, 1, taps * x.channels, static_cast<int>(n),
+                     out + x.panel_at(phase, group, panel), nullptr);
+      }
+    }
+  }
 }
 
 }  // namespace fastdl

@@ -21,13 +21,16 @@ struct ConvTileArgs {
 };
 
 // dst[p*row + c] = src[p*pixel_step + c*c_step] in the form that tiles read, p < pixels, c < channels: float32, or 16
-// bits as they are; an odd last channel is paired with zero. row counts floats.
+// bits as they are; an odd last channel is paired with zero. For tiles (gemm/cpu/kernel_amx.h) a row of dst is
+// [ceil(channels/32)][part][32] of bfloat16, filled with zeros. row counts floats. peak: peak[p] = max(peak[p], |src|)
+// of the pixel where such are kept, or null.
 struct ConvBandArgs {
   const void* src;
   i64 pixel_step, c_step;
   i64 pixels, channels;
   float* dst;
   i64 row;
+  float* peak;
 };
 
 // As FinishArgs (gemm), to channels that do not lie side by side: C(i,j) = c[i*i_step + j*j_step], likewise residual
@@ -46,12 +49,14 @@ struct ConvScatterArgs {
 };
 
 // A panel of weights whose channels and taps are one run: dst[(t*units + c/k_unit)*nr + j] = src[j*j_step + c*taps +
-// t], units = ceil(channels/k_unit), zeros behind column n.
+// t], units = ceil(channels/k_unit), zeros behind column n. For tiles a panel as GEMM's, [t][channels]. peak: as
+// PackFunction's (gemm), or null.
 struct ConvPackArgs {
   const void* src;
   i64 j_step, taps, channels;
   int n;
   float* dst;
+  float* peak;
 };
 
 // Output pixels side by side in scratch: `steps` floats of a packed column each, a and b floats from the operands'
@@ -89,14 +94,19 @@ struct ConvFunctions {
   void (*pack)(const ConvPackArgs&) = nullptr;
   void (*wgrad_tile)(const ConvWgradArgs&) = nullptr;
   const DirectOps* direct = nullptr;
+  // Rows that lie anywhere as the panel of A that a tile of GEMM reads; of t: rows, runs, m.
+  void (*gather)(const ConvTileArgs& t, float* panel) = nullptr;
 };
 
 struct ConvKernel {
   const char* name;
   Isa isa;
   DType dtype;
+  Precision precision;  // of products; tiles: of the gemm row whose they are
   ConvKind kind;
   int k_unit;  // elements along the summed dimension in a float of a packed operand: 1, or 2 for pairs of 16 bits
+  int k_step;  // packed operands are filled with zeros to a multiple of this many elements
+  int planes;  // parts that each operand is split into, side by side
   int mr, nr;
   i64 kc;  // floats along the summed dimension after which accumulators start afresh
   const ConvFunctions* functions;

@@ -33,6 +33,49 @@ double serial_nanoseconds(const ConvDesc& d) {
 
 ConvKind kind_of(const ConvDesc& d) { return d.pass == ConvPass::wgrad ? ConvKind::kWgrad : ConvKind::kDense; }
 
+const ConvKernel* find(const ConvDesc& d, Isa isa, Precision precision, ConvKind kind) {
+  for (const ConvKernel& k : conv_kernels())
+    if (k.isa <= isa && k.dtype == d.dtype && k.precision <= precision && k.kind == kind) return &k;
+  return nullptr;
+}
+
+// Time of a pass, an output channel: in multiply-adds of the float32 FMA kernel, of which a core does 122e9 a second
+// where tiles exist. Tiles take 16 rows, and 32 of what is summed over, at a time, and each operand is split into parts
+// first; kGather: a row of 32 elements, a load and a store of 64 bytes, in the place of 40 multiply-adds. Frozen packs
+// know no sizes: large images then.
+constexpr double kPackCost = 8, kGather = 40.0 / 32;
+double cost(const ConvDesc& d, const ConvKernel& k) {
+  const bool tiled = conv_is_tiled(k), forward = d.pass != ConvPass::dgrad;
+  const i64 channels = (forward ? d.C : d.K) / d.groups;
+  const double columns = std::max(1.0, static_cast<double>((forward ? d.K : d.C) / d.groups));
+  double taps = 1, pixels = d.frozen ? 1e6 : static_cast<double>(d.N);
+  for (int i = 0; i < 3; ++i) {
+    const double phases = forward ? 1 : static_cast<double>(std::min(d.stride[i], d.kernel[i]));
+    taps *= static_cast<double>(d.kernel[i]) / phases;
+    if (!d.frozen) pixels *= forward ? static_cast<double>(d.out[i]) : std::ceil(static_cast<double>(d.in[i]) / phases);
+  }
+  const auto blocks = [&](double n, double of) { return tiled ? std::ceil(n / of) * of : n; };
+  const double pack = kPackCost * (k.dtype == DType::bf16 ? 1.0 / k.k_unit : k.planes), gather = kGather * k.planes;
+  const double rate = gemm_rate(conv_tiles(k)), some = static_cast<double>(channels);
+  if (d.pass == ConvPass::wgrad) {  // tiles: x is packed for each tap
+    const double image = tiled ? taps * some * (pack + gather) : some * pack;
+    return blocks(pixels, 32) * (taps * blocks(some, 16) / rate + image / columns + pack);
+  }
+  const double padded = static_cast<double>(round_up(channels, k.k_step));
+  const double image = padded * (pack + (tiled ? taps * gather : 0));
+  return blocks(pixels, 16) * taps * padded / rate + pixels * image / columns + (d.frozen ? 0 : taps * some * pack);
+}
+
+// The most exact row that is as exact as asked; tiles only where their shape fits.
+const ConvKernel* choose(const ConvDesc& d, Isa isa, const char** why) {
+  const ConvKernel* const most = find(d, isa, d.precision, kind_of(d));
+  const ConvKernel* const below = find(d, std::min(isa, Isa::kAvx512Bf16), Precision::fma, kind_of(d));
+  *why = "the level's own for this pass and dtype";
+  if (most == below || cost(d, *most) < cost(d, *below)) return most;
+  *why = "too few channels or pixels to pay for tiles";
+  return below;
+}
+
 // Positions of the image that n outputs in a row meet.
 i64 extent(const ConvAxis& a, i64 n, bool shared) {
   return shared ? (n - 1) * a.in_step + (a.taps - 1) * a.tap_step + 1 : n;
@@ -54,12 +97,19 @@ struct Blocks {
   i64 pixels() const { return p.planes * p.rows * p.w_block; }
   i64 band_floats() const {
     const i64 rows = extent(axis[1], p.rows, p.shared[1]), width = extent(axis[2], p.w_block, p.shared[2]);
-    return p.planes * rows * width * ceil_div(p.c_block, p.kernel->k_unit);
+    return p.planes * rows * width * conv_units(*p.kernel, p.c_block);
   }
   void count_bytes() const {
     p.band_bytes = page(band_floats() * 4);
     p.sum_bytes = page(pixels() * p.k_block * 4);
     p.pointer_bytes = page(pixels() * 8);
+    if (!conv_is_tiled(*p.kernel)) return;
+    i64 floats = p.kernel->mr * p.kernel->kc;
+    p.band_pixels = band_floats() / conv_units(*p.kernel, p.c_block);
+    if (conv_has_peaks(*p.kernel)) floats += p.band_pixels + pixels();
+    if (p.repair)  // a vector of slack: see PackFunction
+      floats += i64{p.kernel->mr} * p.kernel->nr + p.repair->kc * (p.repair->mr + p.kernel->nr) + 16;
+    p.tile_bytes = page(floats * 4);
   }
 };
 
@@ -124,8 +174,10 @@ void plan_dense(const ConvDesc& d, const Machine&, ConvPlan* plan) {
   // Channels of a band. Sizes have no say: frozen packs do not know them. (Zen 4, 64 for 3x3, so that a run of taps is
   // one product, against 256: ten shapes of ResNet forward 1% slower in the mean, up to 5%.)
   constexpr i64 kUnits = 256;
-  const i64 channel_limit = kernel.k_unit * kUnits;
-  p.c_block = even_block(std::max<i64>(1, channels), channel_limit, kernel.k_unit);
+  const i64 channel_limit = kernel.k_unit * kUnits / kernel.planes / kernel.k_step * kernel.k_step;
+  p.c_block = even_block(std::max<i64>(1, channels), channel_limit, kernel.k_step);
+  if (conv_is_tiled(kernel) && conv_tiles(kernel).helpers->suspects)
+    p.repair = &gemm_pack_kernel(Isa::kAvx512, d.dtype, Precision::fma);
   p.w_block = even_block(width, kPixels, 1);
   p.rows = even_block(height, std::max<i64>(1, kPixels / p.w_block), 1);
   p.planes = p.rows == height ? std::clamp<i64>(kPixels / (p.rows * p.w_block), 1, planes) : 1;
@@ -157,9 +209,12 @@ void plan_dense(const ConvDesc& d, const Machine&, ConvPlan* plan) {
     x.axis[0] = conv_axis(d, 0, i / phases[2] / phases[1]);
     x.axis[1] = conv_axis(d, 1, i / phases[2] % phases[1]);
     x.axis[2] = conv_axis(d, 2, i % phases[2]);
-    x.steps = x.axis[0].taps * x.axis[1].taps * x.axis[2].taps * ceil_div(channels, kernel.k_unit);
+    x.steps = x.axis[0].taps * x.axis[1].taps * x.axis[2].taps *
+              (channels / p.c_block * conv_units(kernel, p.c_block) + conv_units(kernel, channels % p.c_block));
     x.pack = floats;
     floats += x.steps * panels * kernel.nr;
+    x.peaks = floats;
+    if (conv_has_peaks(kernel)) floats += panels * kernel.nr;
     const i64 all = d.N * x.axis[0].count;
     x.row_blocks = p.planes > 1 ? ceil_div(all, p.planes) : all * ceil_div(x.axis[1].count, p.rows);
     x.w_blocks = ceil_div(x.axis[2].count, p.w_block);
@@ -203,11 +258,7 @@ ConvPlan conv_plan(const ConvDesc& d, const Machine& machine, const ConvKernel* 
       break;
     }
   }
-  if (!p.kernel) {
-    for (const ConvKernel& k : conv_kernels())
-      if (!p.kernel && k.isa <= machine.isa && k.dtype == d.dtype && k.kind == kind_of(d)) p.kernel = &k;
-    p.why = "the level's own for this pass and dtype";
-  }
+  if (!p.kernel) p.kernel = choose(d, machine.isa, &p.why);
   const ConvKernel& kernel = *p.kernel;
   if (forced && direct(kernel.kind) && kernel.dtype == d.dtype && !plan_direct(d, kernel, &p))
     fail("fastdl.conv: kernel '", kernel.name, "': expected several groups",
@@ -242,6 +293,10 @@ std::vector<std::string> conv_candidates(const ConvDesc& d, const Machine& machi
       reason = plan_direct(d, k, &other) ? "another is faster" : "not what it is for";
     } else if (k.kind != kind_of(d)) {
       reason = "another pass";
+    } else if (k.precision > d.precision) {
+      reason = "less exact than asked";
+    } else if (conv_is_tiled(k) != conv_is_tiled(*chosen.kernel)) {
+      reason = concat("estimated at ", std::round(cost(d, k) / cost(d, *chosen.kernel) * 100) / 100, " times the time");
     }
     lost.push_back(concat(k.name, ": ", reason));
   }
@@ -250,11 +305,12 @@ std::vector<std::string> conv_candidates(const ConvDesc& d, const Machine& machi
 
 std::string describe(const ConvDesc& d, const ConvPlan& p) {
   const auto three = [](const i64* x) { return concat(x[0], "x", x[1], "x", x[2]); };
-  return concat("conv ", conv_pass_name(d.pass), " ", dtype_name(d.dtype), d.channels_last ? " NHWC" : " NCHW",
-                " N=", d.N, " C=", d.C, " K=", d.K, " groups=", d.groups, " in=", three(d.in), " out=", three(d.out),
-                " kernel=", three(d.kernel), " stride=", three(d.stride), " pad=", three(d.pad),
-                " dilation=", three(d.dilation), d.frozen ? " frozen" : "", " -> ", p.kernel->name,
-                " c_block=", p.c_block, " k_block=", p.k_block, " planes=", p.planes, " rows=", p.rows,
+  return concat("conv ", conv_pass_name(d.pass), " ", dtype_name(d.dtype),
+                d.dtype == DType::f32 && d.precision != Precision::ieee ? concat(" ", precision_name(d.precision)) : "",
+                d.channels_last ? " NHWC" : " NCHW", " N=", d.N, " C=", d.C, " K=", d.K, " groups=", d.groups,
+                " in=", three(d.in), " out=", three(d.out), " kernel=", three(d.kernel), " stride=", three(d.stride),
+                " pad=", three(d.pad), " dilation=", three(d.dilation), d.frozen ? " frozen" : "", " -> ",
+                p.kernel->name, " c_block=", p.c_block, " k_block=", p.k_block, " planes=", p.planes, " rows=", p.rows,
                 " w_block=", p.w_block, " phases=", p.phases.size(), " chunks=", p.wgrad.chunks, " threads=", p.threads,
                 " workspace=", p.workspace_bytes(), "B: ", p.why);
 }

@@ -30,8 +30,32 @@ constexpr i64 kNarrowRows = 28;  // rows of outputs so narrow are packed once a 
 
 int vector_width(const ConvKernel& kernel) { return kernel.nr / 2; }
 
+// Pixels of a block at most: one product's.
+i64 block_pixels(const ConvKernel& kernel) { return kernel.kc / kernel.planes * kernel.k_unit; }
+
+const GemmKernel& exact_kernel(DType dtype) { return gemm_pack_kernel(Isa::kAvx512, dtype, Precision::fma); }
+
+// Bytes of tiles: a panel of x and one of ones, dy, elements of either in their order, sums with peaks.
+void measure_tiles(const ConvKernel& kernel, ConvWgradPlan* plan) {
+  ConvWgradPlan& p = *plan;
+  const i64 pixels = p.rows * p.w_block, steps = conv_units(kernel, pixels),
+            lines = p.box[0] * p.box[1] * p.box[2] * p.c_block + 1;
+  p.band_bytes = page(steps * (kernel.mr + 16) * 4);
+  p.y_bytes = page(steps * p.k_block * 4);
+  p.stage_bytes = page(round_up(pixels, 32) * kernel.mr * kItemSize[static_cast<int>(kernel.dtype)]);
+  const i64 width = vector_width(kernel), taps = p.box[0] * p.box[1] * p.box[2];
+  const i64 leave = taps * width * width + 2 * width * round_up(taps, width) + 4 * kSlack;
+  p.stage_bytes = std::max(p.stage_bytes, page(leave * 4));
+  p.sum_bytes = page((p.k_block * lines + (conv_has_peaks(kernel) ? p.k_block + lines : 0)) * 4);
+  const GemmKernel& exact = exact_kernel(kernel.dtype);
+  p.again_bytes = conv_tiles(kernel).helpers->suspects
+                      ? page((i64{kernel.mr} * kernel.nr + exact.kc * (exact.mr + kernel.nr) + kSlack) * 4)
+                      : 0;
+}
+
 // Packed rows, columns and bytes that follow from the box, c_block, k_block, rows and w_block.
 void measure(const ConvDesc& d, const ConvKernel& kernel, ConvWgradPlan* plan) {
+  if (conv_is_tiled(kernel)) return measure_tiles(kernel, plan);
   ConvWgradPlan& p = *plan;
   const i64 unit = kernel.k_unit, width = vector_width(kernel);
   const i64 groups = std::min(p.rows, (p.rows - 1) / std::max<i64>(1, d.out[1]) + 2);
@@ -80,6 +104,7 @@ struct Scratch {
   float* y;
   float* stage;
   float* sums;
+  float* again;
 };
 
 struct Row {
@@ -103,6 +128,13 @@ struct Part {
   i64 all_taps() const { return taps[0] * taps[1] * taps[2]; }
   i64 panel_rows() const { return all_taps() * c.size() + 1; }  // the last one is the bias
   bool with_bias() const { return args.dbias && tap[0] + tap[1] + tap[2] + c.begin == 0; }
+  // Behind the sums, where the kernel needs them: the largest magnitudes of the columns and of the rows.
+  i64 sum_floats() const { return round_up(k.size(), kernel.nr) * panel_rows(); }
+  i64 peak_floats() const { return conv_has_peaks(kernel) ? round_up(k.size(), kernel.nr) + panel_rows() : 0; }
+  float* column_peaks(float* sums) const { return conv_has_peaks(kernel) ? sums + sum_floats() : nullptr; }
+  float* row_peaks(float* sums) const {
+    return conv_has_peaks(kernel) ? sums + sum_floats() + round_up(k.size(), kernel.nr) : nullptr;
+  }
 };
 
 // A block of output pixels.
@@ -393,6 +425,186 @@ void run_block(const Part& x, const Block& b, const Block* next, const Scratch& 
   }
 }
 
+// --- tiles -----------------------------------------------------------------------------------------------------------
+// One row of a block in a tensor: pixels [begin, end) of it lie in memory from `first` on, the others are zeros.
+struct Line {
+  const char* first;
+  i64 begin, end;
+};
+
+// Lines of some channels, [pixel][32] or [channel][pixels] in stage, whichever copies along memory; then as tiles.
+// Pixels that follow each other in memory through all rows are read there.
+void pack_pixels(const Part& x, const Block& b, const Line* lines, i64 pixel_step, i64 c_step, int n, bool is_a,
+                 float* stage, float* out, float* peak) {
+  const GemmHelpers& helpers = *x.packer.helpers;
+  const i64 item = kItemSize[static_cast<int>(x.d.dtype)], pixels = b.count * b.width;
+  const int panel = is_a ? (n + 15) / 16 * 16 : x.kernel.nr;
+  PackFunction* const pack = is_a ? helpers.pack_a : helpers.pack_b;
+  bool in_place = true;
+  for (int r = 0; r < b.count && in_place; ++r)
+    in_place = lines[r].begin == 0 && lines[r].end == b.width &&
+               (r == 0 || lines[r].first == lines[r - 1].first + b.width * pixel_step * item);
+  if (in_place) return pack(lines[0].first, pixel_step, c_step, pixels, n, panel, out, peak);
+  const bool by_pixel = c_step == 1;
+  const i64 along = x.kernel.mr, row = by_pixel ? along : pixels;
+  char* const to = reinterpret_cast<char*>(stage);
+  const auto bytes = [&](i64 count) { return static_cast<std::size_t>(count * item); };
+  for (int r = 0; r < b.count; ++r) {
+    const Line& line = lines[r];
+    const i64 count = line.end - line.begin;
+    if (by_pixel) {
+      char* const dst = to + r * b.width * row * item;
+      std::memset(dst, 0, bytes(line.begin * row));
+      for (i64 i = 0; i < count; ++i)
+        std::memcpy(dst + (line.begin + i) * row * item, line.first + i * pixel_step * item, bytes(n));
+      std::memset(dst + line.end * row * item, 0, bytes((b.width - line.end) * row));
+      continue;
+    }
+    for (int c = 0; c < n; ++c) {
+      char* const dst = to + (c * row + r * b.width) * item;
+      const char* const src = line.first + c * c_step * item;
+      std::memset(dst, 0, bytes(line.begin));
+      std::memset(dst + line.end * item, 0, bytes(b.width - line.end));
+      if (pixel_step == 1) {
+        std::memcpy(dst + line.begin * item, src, bytes(count));
+      } else if (item == 4) {
+        for (i64 i = 0; i < count; ++i) std::memcpy(dst + (line.begin + i) * 4, src + i * pixel_step * 4, 4);
+      } else {
+        for (i64 i = 0; i < count; ++i) std::memcpy(dst + (line.begin + i) * 2, src + i * pixel_step * 2, 2);
+      }
+    }
+  }
+  pack(stage, by_pixel ? row : 1, by_pixel ? 1 : row, pixels, n, panel, out, peak);
+}
+
+// What output row r, `width` wide from w on, meets of x with a tap, channels from c on.
+Line line_of_x(const Part& x, const Row& r, i64 w, i64 width, const i64* tap, i64 c) {
+  const ConvDesc& d = x.d;
+  const ConvTensor& t = x.args.x;
+  const i64 z = r.z * d.stride[0] - d.pad[0] + (x.tap[0] + tap[0]) * d.dilation[0];
+  const i64 h = r.h * d.stride[1] - d.pad[1] + (x.tap[1] + tap[1]) * d.dilation[1];
+  if (z < 0 || z >= d.in[0] || h < 0 || h >= d.in[1]) return {nullptr, 0, 0};
+  const i64 start = w * d.stride[2] - d.pad[2] + (x.tap[2] + tap[2]) * d.dilation[2];
+  const Range in = inside(start, d.stride[2], width, d.in[2]);
+  if (in.size() == 0) return {nullptr, 0, 0};
+  const i64 offset = r.n * t.n_step + (x.group * (d.C / d.groups) + x.c.begin + c) * t.c_step + z * t.step[0] +
+                     h * t.step[1] + (start + in.begin * d.stride[2]) * t.step[2];
+  return {static_cast<const char*>(at(t.data, offset, d.dtype)), in.begin, in.end};
+}
+
+const char* row_of_y(const Part& x, const Row& r, i64 w, i64 k) {
+  const ConvTensor& t = x.args.y;
+  const i64 channel = x.group * (x.d.K / x.d.groups) + x.k.begin + k;
+  return static_cast<const char*>(
+      at(t.data, r.n * t.n_step + channel * t.c_step + r.z * t.step[0] + r.h * t.step[1] + w * t.step[2], x.d.dtype));
+}
+
+void run_tiles(const Part& x, const Block& b, const Scratch& s, bool accumulate) {
+  const i64 nr = x.kernel.nr, mr = x.kernel.mr, pixels = b.count * b.width, steps = conv_units(x.kernel, pixels);
+  float* const column_peaks = x.column_peaks(s.sums);
+  float* const row_peaks = x.row_peaks(s.sums);
+  if (!accumulate && column_peaks) std::fill_n(column_peaks, x.peak_floats(), 0.0f);
+  Line lines[kRuns];
+  for (i64 j = 0; j < x.k.size(); j += nr) {
+    for (int r = 0; r < b.count; ++r) lines[r] = {row_of_y(x, b.rows[r], b.w, j), 0, b.width};
+    pack_pixels(x, b, lines, x.args.y.step[2], x.args.y.c_step, static_cast<int>(std::min(nr, x.k.size() - j)), false,
+                s.stage, s.y + j * steps, column_peaks ? column_peaks + j : nullptr);
+  }
+  TileArgs t = {};
+  t.a_row = 1, t.b_row = nr, t.b_col = 1, t.c_row = nr, t.k = steps, t.accumulate = accumulate;
+  const auto products = [&](const float* a, i64 row, int m) {
+    t.a = a, t.a_col = round_up(m, 16), t.m = m;
+    for (i64 j = 0; j < x.k.size(); j += nr) {
+      t.b = s.y + j * steps, t.c = s.sums + j * x.panel_rows() + row * nr;
+      t.n = static_cast<int>(std::min(nr, x.k.size() - j));
+      x.packer.tile(t);
+    }
+  };
+  for (i64 tap = 0; tap < x.all_taps(); ++tap) {
+    const i64 taps[3] = {tap / x.taps[2] / x.taps[1], tap / x.taps[2] % x.taps[1], tap % x.taps[2]};
+    for (i64 c = 0; c < x.c.size(); c += mr) {
+      const i64 row = tap * x.c.size() + c;
+      const int m = static_cast<int>(std::min(mr, x.c.size() - c));
+      for (int r = 0; r < b.count; ++r) lines[r] = line_of_x(x, b.rows[r], b.w, b.width, taps, c);
+      pack_pixels(x, b, lines, x.d.stride[2] * x.args.x.step[2], x.args.x.c_step, m, true, s.stage, s.band,
+                  row_peaks ? row_peaks + row : nullptr);
+      products(s.band, row, m);
+    }
+  }
+  if (!x.with_bias()) return;
+  float* const ones = s.band + steps * mr;
+  const float one = 1;
+  const bf16 narrow_one = {0x3f80};
+  const f16 half_one = {0x3c00};
+  const void* const kOnes[] = {&one, &narrow_one, &half_one};
+  x.packer.helpers->pack_a(kOnes[static_cast<int>(x.d.dtype)], 0, 0, pixels, 1, 16, ones, nullptr);
+  if (row_peaks) row_peaks[x.panel_rows() - 1] = 1;
+  products(ones, x.panel_rows() - 1, 1);
+}
+
+// By FMA: sums of m rows from `row` on, channels from c on of one tap, or of ones where it is null.
+void compute_again(const Part& x, const Scratch& s, const SuspectArgs& suspect, const unsigned* columns, i64 j,
+                   const i64* tap, i64 c, float* sums) {
+  const ConvDesc& d = x.d;
+  const GemmKernel& exact = exact_kernel(d.dtype);
+  const int nr = x.kernel.nr;
+  float* const out = s.again;
+  float* const a = out + i64{x.kernel.mr} * nr;
+  float* const b = a + exact.kc * exact.mr;
+  std::fill_n(out, i64{x.kernel.mr} * nr, 0.0f);
+  const i64 item = kItemSize[static_cast<int>(d.dtype)], pixel_step = d.stride[2] * x.args.x.step[2];
+  const auto element = [&](const Line& line, i64 channel, i64 pixel) {
+    if (!tap) return 1.0f;
+    if (pixel < line.begin || pixel >= line.end) return 0.0f;
+    const char* const p = line.first + ((pixel - line.begin) * pixel_step + channel * x.args.x.c_step) * item;
+    return d.dtype == DType::f32 ? widen(*reinterpret_cast<const float*>(p)) : widen(*reinterpret_cast<const f16*>(p));
+  };
+  for (i64 i = 0; i < d.N * d.out[0] * d.out[1]; ++i) {
+    const Row r = {i / d.out[1] / d.out[0], i / d.out[1] % d.out[0], i % d.out[1]};
+    for (i64 w = 0; w < d.out[2]; w += exact.kc) {
+      const i64 depth = std::min(exact.kc, d.out[2] - w);
+      const Line line = tap ? line_of_x(x, r, w, depth, tap, c) : Line{};
+      exact.helpers->pack_b(row_of_y(x, r, w, j), x.args.y.step[2], x.args.y.c_step, depth, suspect.n, nr, b, nullptr);
+      for (int m = 0; m < suspect.m; m += exact.mr) {
+        TileArgs t = {};
+        t.m = std::min(exact.mr, suspect.m - m), t.n = suspect.n, t.k = depth;
+        for (int l = 0; l < t.m; ++l)
+          for (i64 p = 0; p < depth; ++p) a[l * depth + p] = element(line, m + l, p);
+        t.a = a, t.a_row = depth, t.a_col = 1, t.b = b, t.b_row = nr, t.b_col = 1;
+        t.c = out + i64{m} * nr, t.c_row = nr, t.accumulate = true;
+        exact.tile(t);
+      }
+    }
+  }
+  i64 count = 0;
+  for (int m = 0; m < suspect.m; ++m)
+    for (int n = 0; n < suspect.n; ++n)
+      if (columns[m] >> n & 1) sums[m * nr + n] = out[m * nr + n], ++count;
+  gemm_add_repaired(count);
+}
+
+// What tiles got wrong (GemmHelpers::suspects), once all is summed.
+void repair(const Part& x, const Scratch& s) {
+  if (!x.packer.helpers->suspects) return;
+  const i64 nr = x.kernel.nr, mr = x.kernel.mr, C = x.c.size(), last = x.panel_rows() - 1;
+  unsigned columns[32];
+  for (i64 j = 0; j < x.k.size(); j += nr) {
+    SuspectArgs a = {};
+    a.sum_row = nr, a.n = static_cast<int>(std::min(nr, x.k.size() - j));
+    const auto check = [&](i64 row, i64 m, const i64* tap, i64 c) {
+      float* const sums = s.sums + j * x.panel_rows() + row * nr;
+      a.sum = sums, a.m = static_cast<int>(m);
+      if (conv_has_peaks(x.kernel)) a.a_peak = x.row_peaks(s.sums) + row, a.b_peak = x.column_peaks(s.sums) + j;
+      if (x.packer.helpers->suspects(a, columns)) compute_again(x, s, a, columns, j, tap, c, sums);
+    };
+    for (i64 tap = 0; tap < x.all_taps(); ++tap) {
+      const i64 taps[3] = {tap / x.taps[2] / x.taps[1], tap / x.taps[2] % x.taps[1], tap % x.taps[2]};
+      for (i64 c = 0; c < C; c += mr) check(tap * C + c, std::min(mr, C - c), taps, c);
+    }
+    if (x.with_bias()) check(last, 1, nullptr, 0);
+  }
+}
+
 // --- sums to dw ------------------------------------------------------------------------------------------------------
 template <class T>
 void scatter(const float* sums, i64 count, i64 step, T* out) {
@@ -482,9 +694,9 @@ Part part_at(const ConvDesc& d, const ConvPlan& plan, const ConvArgs& args, i64 
             p,
             args,
             kernel,
-            gemm_pack_kernel(kernel.isa, d.dtype),
+            conv_tiles(kernel),
             widening(kernel),
-            gemm_pack_kernel(kernel.isa, DType::f32),
+            gemm_pack_kernel(kernel.isa, DType::f32, Precision::fma),
             0,
             0,
             {},
@@ -515,17 +727,21 @@ ConvWgradPlan conv_wgrad_plan(const ConvDesc& d, const ConvKernel& kernel, int t
   ConvWgradPlan p = {};
   const i64 C = std::max<i64>(1, d.C / d.groups), K = std::max<i64>(1, d.K / d.groups), unit = kernel.k_unit;
   const i64 taps = d.kernel[2], mr = kernel.mr, nr = kernel.nr;
+  const bool tiled = conv_is_tiled(kernel);
+  const i64 c_unit = tiled ? mr : unit;
   std::copy(d.kernel, d.kernel + 3, p.box);
-  p.fold = taps > 1 && d.dilation[2] == 1 && C < mr && (unit > 1 || C <= vector_width(kernel)) &&
+  p.fold = !tiled && taps > 1 && d.dilation[2] == 1 && C < mr && (unit > 1 || C <= vector_width(kernel)) &&
            ceil_div(taps * C, mr) < taps * ceil_div(C, mr);
   // What fixes the order of sums does not depend on the number of threads.
-  const i64 rows = d.N * d.out[0] * d.out[1], limit = std::min<i64>(kRuns, kernel.kc * unit);
+  const i64 rows = d.N * d.out[0] * d.out[1],
+            limit = tiled ? block_pixels(kernel) : std::min<i64>(kRuns, kernel.kc * unit);
   p.w_block = std::max<i64>(1, even(d.out[2], limit));
-  p.rows = std::clamp<i64>((limit + limit / 6) / p.w_block, 1, std::max<i64>(1, std::min(rows, kRuns)));
+  p.rows = std::clamp<i64>((tiled ? limit : limit + limit / 6) / p.w_block, 1, std::max<i64>(1, std::min(rows, kRuns)));
   p.segments = std::max<i64>(1, ceil_div(d.out[2], p.w_block));
   p.blocks = d.out[2] == 0 ? 0 : ceil_div(rows, p.rows) * p.segments;
 
-  p.k_block = round_up(even(round_up(K, nr), 512), nr);
+  const i64 columns = tiled ? kBandBytes / 4 / conv_units(kernel, limit) : 512;  // tiles: dy of a block is half of it
+  p.k_block = round_up(even(round_up(K, nr), columns / nr * nr), nr);
   p.c_block = C;
   constexpr i64 kMinChannels = 32, kTaps = 512;
   for (measure(d, kernel, &p);; measure(d, kernel, &p)) {
@@ -533,7 +749,7 @@ ConvWgradPlan conv_wgrad_plan(const ConvDesc& d, const ConvKernel& kernel, int t
     const bool large = p.sum_bytes > kSumBytes || p.band_bytes > kBandBytes || p.stage_bytes > kBandBytes;
     if (!large && all <= kTaps) break;
     if (p.c_block > kMinChannels && !p.fold) {
-      p.c_block = round_up(ceil_div(p.c_block, 2), unit == 1 ? 1 : 2);
+      p.c_block = round_up(ceil_div(p.c_block, 2), c_unit);
     } else if (p.k_block > 2 * nr && p.sum_bytes > kSumBytes) {
       p.k_block = round_up(p.k_block / 2, nr);
     } else if (all > 1) {
@@ -561,7 +777,7 @@ ConvWgradPlan conv_wgrad_plan(const ConvDesc& d, const ConvKernel& kernel, int t
   const auto work = [&] { return p.parts() * d.groups * p.chunks; };
   while (work() < 4 * threads && work() % threads != 0) {
     if (!p.fold && p.c_block >= 2 * mr && p.c_block >= p.k_block / 2) {
-      p.c_block = round_up(ceil_div(p.c_block, 2), unit == 1 ? 1 : 2);
+      p.c_block = round_up(ceil_div(p.c_block, 2), c_unit);
     } else if (p.k_block >= 2 * nr) {
       p.k_block = round_up(ceil_div(p.k_block, 2), nr);
     } else if (p.box[1] > 1) {
@@ -584,6 +800,7 @@ void conv_run_wgrad(const ConvDesc& d, const ConvPlan& plan, const ConvArgs& arg
   const ConvWgradPlan& p = plan.wgrad;
   if (d.C == 0 && !args.dbias) return;
   ArenaLease scratch(plan.workspace_bytes());
+  const bool tiled = conv_is_tiled(*plan.kernel);
   const i64 parts = p.parts() * d.groups, each = p.chunk_bytes / p.chunks / std::max<i64>(1, parts);
   const auto scratch_of = [&](int thread) {
     char* memory = scratch.data() + p.chunk_bytes + thread * p.per_thread_bytes();
@@ -594,29 +811,38 @@ void conv_run_wgrad(const ConvDesc& d, const ConvPlan& plan, const ConvArgs& arg
     };
     Scratch s = {};
     s.band = take(p.band_bytes), s.y = take(p.y_bytes), s.stage = take(p.stage_bytes), s.sums = take(p.sum_bytes);
+    s.again = take(p.again_bytes);
     return s;
   };
   const auto chunk_sums = [&](i64 index) { return reinterpret_cast<float*>(scratch.data() + index * each); };
   parallel(plan.threads, [&](int thread, int threads) {
     Scratch s = scratch_of(thread);
+    const GemmHelpers& helpers = *conv_tiles(*plan.kernel).helpers;
+    if (helpers.begin) helpers.begin();
     Block blocks[2];
     const i64 all = parts * p.chunks;
     for (i64 i = all * thread / threads, end = all * (thread + 1) / threads; i < end; ++i) {
       const Part x = part_at(d, plan, args, i);
       if (p.chunks > 1) s.sums = chunk_sums(i);
-      if (x.blocks.size() == 0)
-        std::memset(s.sums, 0, static_cast<std::size_t>(round_up(x.k.size(), x.kernel.nr) * x.panel_rows()) * 4);
+      if (x.blocks.size() == 0) std::memset(s.sums, 0, static_cast<std::size_t>(x.sum_floats() + x.peak_floats()) * 4);
       if (x.blocks.size() > 0) find_block(x, x.blocks.begin, blocks);
       for (i64 j = 0; j < x.blocks.size(); ++j) {
         const Block& block = blocks[j % 2];
         Block* const next = j + 1 < x.blocks.size() ? blocks + (j + 1) % 2 : nullptr;
         if (next) find_block(x, x.blocks.begin + j + 1, next);
+        if (tiled) {
+          run_tiles(x, block, s, j > 0);
+          continue;
+        }
         pack_y(x, block, s.y);
         pack_x(x, block, s);
         run_block(x, block, next, s, j > 0);
       }
-      if (p.chunks == 1) leave(x, s);
+      if (p.chunks > 1) continue;
+      repair(x, s);
+      leave(x, s);
     }
+    if (helpers.end) helpers.end();
   });
   if (p.chunks == 1) return;
   parallel(plan.threads, [&](int thread, int threads) {
@@ -625,12 +851,14 @@ void conv_run_wgrad(const ConvDesc& d, const ConvPlan& plan, const ConvArgs& arg
       const Part x = part_at(d, plan, args, i);
       s.sums = chunk_sums(i);
       FinishArgs f = {};
-      f.c = s.sums, f.m = 1, f.n = static_cast<int>(round_up(x.k.size(), x.kernel.nr) * x.panel_rows()),
-      f.accumulate = true;
+      f.c = s.sums, f.m = 1, f.n = static_cast<int>(x.sum_floats()), f.accumulate = true;
       for (i64 chunk = 1; chunk < p.chunks; ++chunk) {
         f.sum = chunk_sums(chunk * parts + i);
         x.plain.helpers->finish(f);
+        float* const peaks = s.sums + x.sum_floats();
+        for (i64 j = 0; j < x.peak_floats(); ++j) peaks[j] = std::max(peaks[j], f.sum[x.sum_floats() + j]);
       }
+      repair(x, s);
       leave(x, s);
     }
   });

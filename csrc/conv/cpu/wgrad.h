@@ -8,6 +8,9 @@ namespace fastdl {
 // `chunks` of whole blocks: `rows` rows (of any image), w_block wide. For each block the pixels of x that its taps meet
 // are packed [row][column][lines] and dy [panel][pixel][nr]; tiles sum over the block's pixels, and add to the part's
 // sums [panel][tap][line][nr].
+//
+// Tiles take pixels 32 at a time, so those of a block follow each other without gaps, in a panel of x for each tap and
+// 32 channels, made when it is used, and in panels of dy.
 struct ConvWgradPlan {
   bool fold;         // a line is (tap along the width, channel): few channels; else a channel
   bool shared_rows;  // packed rows serve all taps that meet them; else each tap has its own
@@ -20,9 +23,10 @@ struct ConvWgradPlan {
   i64 cols;                // packed columns of a row
   i64 band_bytes, y_bytes, stage_bytes, sum_bytes;  // a thread
   i64 chunk_bytes;                                  // sums of all chunks, 0 for one: then in sum_bytes
+  i64 again_bytes;                                  // a thread: what is computed again
 
   i64 parts() const { return boxes[0] * boxes[1] * boxes[2] * c_parts * k_parts; }  // of a group
-  i64 per_thread_bytes() const { return band_bytes + y_bytes + stage_bytes + sum_bytes; }
+  i64 per_thread_bytes() const { return band_bytes + y_bytes + stage_bytes + sum_bytes + again_bytes; }
 };
 
 }  // namespace fastdl

@@ -151,6 +151,8 @@ void choose_grid(const GemmDesc& d, const GemmKernel& kernel, int parts, GemmPla
 
 }  // namespace
 
+double gemm_rate(const GemmKernel& kernel) { return rate(kernel); }
+
 GemmPlan gemm_plan(const GemmDesc& d, const Machine& machine, const GemmKernel* forced) {
   GemmPlan p = {};
   p.kernel = forced ? forced : choose(d, machine, &p.why);

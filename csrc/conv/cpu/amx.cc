@@ -1,0 +1,15 @@
+#include "conv/cpu/kernel_amx.h"
+
+namespace fastdl::amx {
+
+extern const ConvFunctions dense_bf16, dense_f16, dense_f32_medium, dense_f32_high, dense_f32_split;
+const ConvFunctions dense_bf16 = dense_tiles<bf16, Whole>();
+const ConvFunctions dense_f16 = dense_tiles<f16, Parts<2>>();
+const ConvFunctions dense_f32_medium = dense_tiles<float, Parts<1>>();
+const ConvFunctions dense_f32_high = dense_tiles<float, Parts<2>>();
+const ConvFunctions dense_f32_split = dense_tiles<float, Parts<3>>();
+
+extern const ConvFunctions wgrad;
+const ConvFunctions wgrad = {};  // GEMM's alone
+
+}  // namespace fastdl::amx

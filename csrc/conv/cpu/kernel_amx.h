@@ -1,0 +1,94 @@
+// Dense convolution on tiles (gemm/cpu/kernel_amx.h): the image is copied as rows of bfloat16 parts, of which tiles are
+// gathered.
+#pragma once
+#include "conv/cpu/kernel.h"
+#include "gemm/cpu/kernel_amx.h"
+
+namespace fastdl {
+namespace {
+
+// See ConvFunctions::gather: a panel is [16 floats of the runs][rows, a multiple of 16][16].
+inline void conv_gather(const ConvTileArgs& t, float* panel) {
+  const i64 line = (t.m + 15) / 16 * kTileFloats;
+  for (i64 r = 0; r < t.run_count; ++r) {
+    for (i64 k = t.runs[r]; k < t.runs[r] + t.run; k += 16, panel += line)
+      for (int i = 0; i < t.m; ++i) L::store(panel + 16 * i, L::load(t.rows[i] + k));
+  }
+}
+
+// See ConvBandArgs.
+template <class T, class S>
+void conv_band_tiles(const ConvBandArgs& t) {
+  const T* const src = static_cast<const T*>(t.src);
+  for (i64 p = 0; p < t.pixels; p += 16) {
+    const int lines = t.pixels - p < 16 ? static_cast<int>(t.pixels - p) : 16;
+    L::V peaks[16];
+    for (auto& v : peaks) v = L::zero();
+    for (i64 c = 0; c < t.channels; c += kTileDepth) {
+      const int depth = t.channels - c < kTileDepth ? static_cast<int>(t.channels - c) : kTileDepth;
+      pack_tile<T, S, true>(src + p * t.pixel_step + c * t.c_step, t.c_step, t.pixel_step, depth, lines,
+                            t.dst + p * t.row + c / kTileDepth * S::parts * 16, 16, peaks, t.row, lines);
+    }
+    if (!S::limited || !t.peak) continue;
+    if (t.c_step == 1) {  // see pack_tiles
+      float largest[16];
+      for (int i = 0; i < 16; ++i) largest[i] = float_of(_mm512_reduce_max_epu32(bits(peaks[i])));
+      peaks[0] = L::load(largest);
+    }
+    const auto mask = L::first(lines);
+    Parts<1>::raise(&peaks[0], L::load(t.peak + p, mask));
+    L::store(t.peak + p, peaks[0], mask);
+  }
+}
+
+// See ConvPackArgs. Blocks of 16 columns x 16 weights are turned; a pair gets its second half in a second visit.
+template <class T, class S>
+void conv_pack_tiles(const ConvPackArgs& t) {
+  const T* const src = static_cast<const T*>(t.src);
+  const i64 steps = (t.channels + kTileDepth - 1) / kTileDepth, count = t.channels * t.taps;
+  constexpr i64 part = 2 * kTileFloats, step = S::parts * part;
+  for (int j = 0; j < kBlock; j += 16) {
+    float* const dst = t.dst + j / 16 * kTileFloats;
+    for (i64 tap = 0; tap < t.taps && t.channels % kTileDepth != 0; ++tap)
+      for (int p = 0; p < S::parts; ++p)
+        for (int k = 0; k < 16; ++k) L::store(dst + ((tap + 1) * steps - 1) * step + p * part + 16 * k, L::zero());
+    auto peak = L::zero();
+    i64 c = 0, tap = 0;
+    for (i64 e = 0; e < count; e += 16) {
+      const Lanes<L> lanes(count - e);
+      L::V r[16];
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) r[i] = j + i < t.n ? lanes.load(src + (j + i) * t.j_step + e) : L::zero();
+      L::transpose(r);
+      for (int i = 0; i < lanes.n; ++i) {
+        L::V x[S::parts];
+        if constexpr (S::limited) {
+          Parts<1>::raise(&peak, r[i]);
+          split(r[i], x);
+        } else {
+          x[0] = r[i];
+        }
+        float* const d = dst + (tap * steps + c / kTileDepth) * step + c % kTileDepth / 2 * 16;
+        for (int p = 0; p < S::parts; ++p) {
+          const __m512i low = c % 2 ? bits(L::load(d + p * part)) : _mm512_srli_epi32(bits(x[p]), 16);
+          L::store(d + p * part, _mm512_castsi512_ps(c % 2 ? _mm512_or_si512(low, bits(x[p])) : low));
+        }
+        if (++tap == t.taps) tap = 0, ++c;
+      }
+    }
+    if (!S::limited || !t.peak) continue;
+    Parts<1>::raise(&peak, L::load(t.peak + j));
+    L::store(t.peak + j, peak);
+  }
+}
+
+template <class T, class S>
+constexpr ConvFunctions dense_tiles() {
+  ConvFunctions f = {};
+  f.band = conv_band_tiles<T, S>, f.scatter = conv_scatter<L, T>, f.pack = conv_pack_tiles<T, S>;
+  f.gather = conv_gather;
+  return f;
+}
+
+}  // namespace
+}  // namespace fastdl
