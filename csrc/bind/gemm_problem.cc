@@ -151,12 +151,6 @@ Precision asked_precision(DType dtype, Switch which) {
   return Precision::ieee;  // "ieee", "none"
 }
 
-bool parse_precision(const std::string& name, Precision* precision) {
-  for (Precision p : {Precision::fma, Precision::ieee, Precision::tf32, Precision::bf16})
-    if (name == precision_name(p)) return *precision = p, true;
-  return false;
-}
-
 void* pack_data(py::handle packed_, i64 K, i64 N, const GemmKernel& kernel, const TensorView& out, const char* op) {
   const TensorView packed = view(packed_, op, "packed");
   require_dtype(packed, DType::f32, "the dtype of packs", op, "packed");
