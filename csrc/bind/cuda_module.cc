@@ -57,6 +57,7 @@ PYBIND11_MODULE(FASTDL_CUDA_MODULE, m, py::mod_gil_not_used()) {
       },
       "(bank conflicts of ldmatrix, warp instructions) since the last call.");
 #endif
+  fastdl::bind_cuda_attention(m);
   fastdl::bind_cuda_probe(m);
   fastdl::bind_cuda_gemm(m);
 }
