@@ -139,8 +139,6 @@ attention_grad_kernel(FASTDL_PARAM CudaAttentionGradArgs args) {
 
   const int g = lane() / 4, t = lane() % 4, m0 = 16 * warp();
   float first[kFirst ? kDepth / 8 : 1][4] = {}, second[kSecond ? kDepth / 8 : 1][4] = {};
-  CudaSpan span = {};
-  int row0 = 0, head0 = 0;
 
 #pragma unroll 1
   for (int batch = batch_begin; batch < batch_end; ++batch)
@@ -148,8 +146,8 @@ attention_grad_kernel(FASTDL_PARAM CudaAttentionGradArgs args) {
     for (int head = head_begin; head < head_end; ++head)
 #pragma unroll 1
       for (int tile = tile_begin; tile < tile_end; ++tile) {
-        span = span_of(p, batch);
-        row0 = tile * kRows, head0 = head;
+        const CudaSpan span = span_of(p, batch);
+        const int row0 = tile * kRows;
         const int rows = kKeys ? span.Lk : span.Lq, cols = kKeys ? span.Lq : span.Lk;
         if (row0 >= rows) continue;
         const int kv = kKeys ? head : head / group, last = min_of(row0 + kRows, rows) - 1;
@@ -316,7 +314,7 @@ attention_grad_kernel(FASTDL_PARAM CudaAttentionGradArgs args) {
     }
     return;
   }
-  span = span_of(p, batch_begin);
+  const CudaSpan span = span_of(p, batch_begin);
   const int rows = kKeys ? span.Lk : span.Lq, row = tile_begin * kRows + m0, begin = kKeys ? span.k_begin : span.q_begin;
   if (kFirst && args.first) {
     const AttentionStrides& step = args.first_step;
