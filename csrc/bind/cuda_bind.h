@@ -4,6 +4,7 @@
 
 namespace fastdl {
 
+void bind_cuda_attention(pybind11::module_& m);
 void bind_cuda_probe(pybind11::module_& m);
 void bind_cuda_gemm(pybind11::module_& m);
 void bind_twin(pybind11::module_& m);  // of the host twin alone

@@ -1,0 +1,10 @@
+#include "attention/cuda/instances.cuh"
+
+#define ATTENTION_BF16 ATTENTION_ELSEWHERE
+#define ATTENTION_F16 ATTENTION_ELSEWHERE
+#define ATTENTION_F32 ATTENTION_HERE
+
+namespace fastdl {
+#include "attention/cuda/kernels.inc"
+ATTENTION_SMALL(f32)
+}  // namespace fastdl

@@ -1,0 +1,85 @@
+// What the attention kernels of a GPU are given: plain data.
+#pragma once
+#include "attention/attention.h"
+
+namespace fastdl {
+
+struct CudaAttentionProblem {
+  const void* q;
+  const void* k;
+  const void* v;
+  const void* mask;
+  const std::int32_t* seq_q;  // [sequences + 1], on the GPU; null: a dense batch
+  const std::int32_t* seq_k;
+  AttentionStrides q_step, k_step, v_step, mask_step;
+  int B, H, Hkv, Lq, Lk, D, Dv;  // of packed sequences: B = 1, Lq and Lk are the rows of all together
+  int sequences;
+  int lo, hi;  // clamped to +-2^29: lengths are below that
+  bool align_end, plain;
+  bool vector_q, vector_k, vector_v, vector_dout;  // 16-byte copies may read it
+  MaskKind mask_kind;
+  float scale, softcap, inverse_softcap;
+  float factor;       // from the unit that scores are compared in to the exponent of 2
+  float keep_factor;  // 1 / (1 - p)
+  std::uint64_t seed, threshold;
+};
+
+// out and lse; or, where keys are cut into chunks or over warps, max, sum and O of each piece: `slots` of them.
+struct CudaAttentionArgs {
+  CudaAttentionProblem p;
+  void* out;
+  AttentionStrides out_step;
+  float* lse;    // [B,H,Lq,2], or null
+  float* parts;  // [slots][B*H*Lq][Dv + 2]: max, sum, O
+  int tiles;     // of queries, of one head: of packed sequences an upper bound
+  int chunks, slots;
+  int pack;  // query heads whose rows lie side by side in a tile
+};
+
+struct CudaAttentionDeltaArgs {
+  const void* dout;
+  const void* out;
+  float* delta;  // [B,H,Lq]
+  AttentionStrides dout_step, out_step;
+  int B, H, L, Dv;
+};
+
+// The gradients of one side: rows stay (queries or keys), the other side streams by.
+struct CudaAttentionGradArgs {
+  CudaAttentionProblem p;
+  const void* dout;
+  AttentionStrides dout_step;
+  const float* lse;
+  const float* delta;
+  void* first;  // dQ, or dK
+  void* second;  // dV
+  AttentionStrides first_step, second_step;
+  int tiles, stages;
+  // Of the mask, instead of dQ; sizes 1 where it is broadcast.
+  float* dmask;
+  AttentionStrides dmask_step;
+  int mask_B, mask_H, mask_Lq, mask_Lk;
+};
+
+// --- shared memory: the same arithmetic for plans and kernels
+constexpr int kGradRows = 64;  // that stay in a block of the backward pass
+
+constexpr int attention_forward_bytes(int rows, int keys, int depth, int item) { return (rows + 2 * keys) * depth * item; }
+
+// Rows of the side that streams by, a tile; registers of 255: sums 128 + scores 32 + their gradients 32 (64 rows, 16
+// bits); float32 has parts besides, and at depth 256 shared memory is 128 KiB for the rows that stay alone.
+constexpr int attention_stream_rows(int item, int depth) { return item == 2 ? 64 : depth == 256 ? 16 : 32; }
+
+// Of a query, for blocks whose rows are keys.
+struct QuerySide {
+  float lse, rest, delta;
+  std::uint32_t sees;
+  std::uint64_t key;  // of dropout
+};
+
+constexpr int attention_still_bytes(int depth, int item, bool first) { return (first ? 2 : 1) * kGradRows * depth * item; }
+constexpr int attention_stage_bytes(int cols, int depth, int item, bool keys) {
+  return 2 * cols * depth * item + (keys ? (cols * static_cast<int>(sizeof(QuerySide)) + 127) / 128 * 128 : 0);
+}
+
+}  // namespace fastdl

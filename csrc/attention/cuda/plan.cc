@@ -1,0 +1,178 @@
+#include "attention/cuda/plan.h"
+
+#include <algorithm>
+
+#include "attention/cpu/schedule.h"
+#include "base/check.h"
+
+namespace fastdl {
+
+#define ATTENTION_FORWARD(name, dtype, depth, m, keys, split) \
+  void name(const CudaAttentionArgs&, int blocks, int shared_bytes, const Stream&);
+#define ATTENTION_GRAD(name, dtype, depth, kind, keys, first, second) \
+  void name(const CudaAttentionGradArgs&, int blocks, int shared_bytes, const Stream&);
+#include "attention/cuda/kernels.inc"
+#undef ATTENTION_FORWARD
+#undef ATTENTION_GRAD
+
+namespace {
+
+constexpr const char* kOp = "fastdl.scaled_dot_product_attention";
+constexpr i64 kLongest = i64{1} << 29;
+
+constexpr CudaAttentionKernel forward_row(const char* name, DType dtype, int depth, int m, int keys, int split,
+                                          decltype(CudaAttentionKernel::forward) run) {
+  const int rows = 64 * m / split, item = kItemSize[static_cast<int>(dtype)];
+  return {name, dtype, split > 1 ? CudaAttentionKind::kDecode : CudaAttentionKind::kTile, depth, rows, keys, split,
+          attention_forward_bytes(rows, keys, depth, item), 0, run, nullptr};
+}
+
+constexpr CudaAttentionKernel grad_row(const char* name, DType dtype, int depth, CudaAttentionKind kind, bool keys,
+                                       bool first, decltype(CudaAttentionKernel::grad) run) {
+  const int item = kItemSize[static_cast<int>(dtype)], cols = attention_stream_rows(item, depth);
+  const int stage = attention_stage_bytes(cols, depth, item, keys);
+  return {name, dtype, kind, depth, kGradRows, cols, 1, attention_still_bytes(depth, item, first) + stage, stage,
+          nullptr, run};
+}
+
+bool packed(const AttentionDesc& d) { return d.sequences > 0; }
+
+}  // namespace
+
+const char* kind_name(CudaAttentionKind kind) {
+  switch (kind) {
+    case CudaAttentionKind::kTile: return "tile";
+    case CudaAttentionKind::kDecode: return "decode";
+    case CudaAttentionKind::kQueryGrad: return "query_grad";
+    case CudaAttentionKind::kKeyValueGrad: return "key_value_grad";
+    case CudaAttentionKind::kKeyGrad: return "key_grad";
+    default: return "value_grad";
+  }
+}
+
+const std::vector<CudaAttentionKernel>& cuda_attention_kernels() {
+#define ATTENTION_FORWARD(name, dtype, depth, m, keys, split) \
+  forward_row(#name, DType::dtype, depth, m, keys, split, name),
+#define ATTENTION_GRAD(name, dtype, depth, kind, keys, first, second) \
+  grad_row(#name, DType::dtype, depth, CudaAttentionKind::kind, keys, first, name),
+  static const std::vector<CudaAttentionKernel> table = {
+#include "attention/cuda/kernels.inc"
+  };
+#undef ATTENTION_FORWARD
+#undef ATTENTION_GRAD
+  return table;
+}
+
+const CudaAttentionKernel& cuda_attention_kernel(const std::string& name, const char* op) {
+  std::string names;
+  for (const CudaAttentionKernel& k : cuda_attention_kernels()) {
+    if (name == k.name) return k;
+    names += names.empty() ? k.name : std::string(", ") + k.name;
+  }
+  fail(op, ": argument 'kernel': expected one of ", names, "; got '", name, "'");
+}
+
+namespace {
+
+// Rows of one head, in tiles; of packed sequences what no lengths exceed: each may end with a tile of its own.
+i64 tiles_of(const AttentionDesc& d, i64 length, i64 rows) {
+  return packed(d) ? length / rows + d.sequences : ceil_div(length, rows);
+}
+
+void check_sizes(const AttentionDesc& d) {
+  if (d.Lq >= kLongest || d.Lk >= kLongest || d.B >= kLongest || d.H >= kLongest)
+    fail(kOp, ": argument 'query': expected sizes below 2^29, got lengths ", d.Lq, " and ", d.Lk);
+}
+
+void check_blocks(i64 blocks) {
+  if (blocks >= i64{1} << 31) fail(kOp, ": argument 'query': expected fewer than 2^31 tiles, got ", blocks);
+}
+
+// The row of that kind for this dtype with the least depth that does.
+const CudaAttentionKernel& row_for(const AttentionDesc& d, CudaAttentionKind kind) {
+  const CudaAttentionKernel* best = nullptr;
+  for (const CudaAttentionKernel& k : cuda_attention_kernels())
+    if (k.kind == kind && k.dtype == d.dtype && k.depth >= std::max(d.D, d.Dv) && (!best || k.depth < best->depth))
+      best = &k;
+  if (!best) fail(kOp, ": no kernel for head dimensions ", d.D, " and ", d.Dv);
+  return *best;
+}
+
+// A second stage where two blocks of a multiprocessor have room for it, or where there is no room for two anyway.
+int stages_of(const CudaAttentionKernel& k, const Gpu& gpu) {
+  const int two = k.shared_bytes + k.stage_bytes;
+  if (k.shared_bytes > gpu.shared_bytes)
+    fail(kOp, ": kernel ", k.name, " needs ", k.shared_bytes, " bytes of shared memory, a block has ",
+         gpu.shared_bytes);
+  if (two > gpu.shared_bytes) return 1;
+  const auto blocks = [&](int bytes) { return gpu.shared_bytes_sm / (bytes + 1024); };
+  return blocks(two) >= 2 || blocks(k.shared_bytes) < 2 ? 2 : 1;
+}
+
+}  // namespace
+
+CudaAttentionPlan cuda_attention_plan(const AttentionDesc& d, const Gpu& gpu, const CudaAttentionKernel* forced) {
+  constexpr i64 kFewRows = 64;      // of all heads that share K and V: above, a tile of 64 rows loses little
+  constexpr i64 kTilesOfChunk = 4;  // at least: a piece costs about a tile to write and to combine
+  constexpr i64 kMaxChunks = 64;
+  check_sizes(d);
+  const i64 group = d.Hkv ? d.H / d.Hkv : 1;
+  const bool few = !packed(d) && d.Lq * group <= kFewRows;
+  CudaAttentionPlan plan = {};
+  plan.kernel = forced ? forced : &row_for(d, few ? CudaAttentionKind::kDecode : CudaAttentionKind::kTile);
+  const CudaAttentionKernel& k = *plan.kernel;
+  plan.why = forced ? "forced" : few ? "few query rows: keys over warps and blocks" : "tiles of query rows";
+  if (!k.forward || k.dtype != d.dtype || k.depth < std::max(d.D, d.Dv))
+    fail(kOp, ": argument 'kernel': ", k.name, " does not take this call");
+  if (k.shared_bytes > gpu.shared_bytes)
+    fail(kOp, ": kernel ", k.name, " needs ", k.shared_bytes, " bytes of shared memory, a block has ",
+         gpu.shared_bytes);
+  plan.pack = k.kind == CudaAttentionKind::kDecode && d.Lq * group < kLongest ? static_cast<int>(std::max<i64>(1, group)) : 1;
+  const i64 tiles = packed(d) ? d.Lq * plan.pack / k.rows + d.sequences : ceil_div(d.Lq * plan.pack, k.rows);
+  plan.tiles = static_cast<int>(tiles);
+  const i64 blocks = tiles * (d.H / plan.pack) * d.B;
+  const i64 per_sm = std::min<i64>(gpu.shared_bytes_sm / (k.shared_bytes + 1024), 2);
+  i64 chunks = 1;
+  if (blocks > 0 && blocks < gpu.multiprocessors)  // else the GPU is full without
+    chunks = std::clamp<i64>(gpu.multiprocessors * per_sm / blocks, 1,
+                             std::clamp<i64>(d.Lk / (kTilesOfChunk * k.cols), 1, kMaxChunks));
+  plan.chunks = static_cast<int>(chunks);
+  plan.slots = plan.chunks * k.split;
+  plan.blocks = blocks * chunks;
+  check_blocks(plan.blocks);
+  if (plan.slots > 1) plan.workspace_bytes = plan.slots * d.B * d.H * d.Lq * (d.Dv + 2) * 4;
+  return plan;
+}
+
+CudaAttentionBackwardPlan cuda_attention_backward_plan(const AttentionDesc& d, const Gpu& gpu) {
+  check_sizes(d);
+  CudaAttentionBackwardPlan plan = {};
+  plan.query = &row_for(d, CudaAttentionKind::kQueryGrad);
+  plan.query_stages = stages_of(*plan.query, gpu);
+  if (std::max(d.D, d.Dv) <= 128) {
+    plan.key = &row_for(d, CudaAttentionKind::kKeyValueGrad);
+  } else {  // the sums of both do not fit into the registers of a warp
+    plan.key = &row_for(d, CudaAttentionKind::kKeyGrad);
+    plan.value = &row_for(d, CudaAttentionKind::kValueGrad);
+    plan.value_stages = stages_of(*plan.value, gpu);
+  }
+  plan.key_stages = stages_of(*plan.key, gpu);
+  for (const auto& [length, heads] : {std::pair{d.Lq, d.H}, std::pair{d.Lk, d.Hkv}})
+    check_blocks(tiles_of(d, length, kGradRows) * heads * d.B);
+  plan.workspace_bytes = d.B * d.H * d.Lq * 4;
+  return plan;
+}
+
+std::string describe(const AttentionDesc& d, const CudaAttentionPlan& p) {
+  return concat("attention B=", d.B, " H=", d.H, " Hkv=", d.Hkv, " Lq=", d.Lq, " Lk=", d.Lk, " D=", d.D, " Dv=", d.Dv,
+                " -> ", p.kernel->name, ", ", p.tiles, " tiles, ", p.chunks, " chunks of keys, ", p.blocks,
+                " blocks, workspace ", p.workspace_bytes, " bytes: ", p.why);
+}
+
+std::string describe(const AttentionDesc& d, const CudaAttentionBackwardPlan& p) {
+  return concat("attention_backward B=", d.B, " H=", d.H, " Hkv=", d.Hkv, " Lq=", d.Lq, " Lk=", d.Lk, " D=", d.D,
+                " Dv=", d.Dv, " -> ", p.query->name, ", ", p.key->name, p.value ? ", " : "",
+                p.value ? p.value->name : "", ", workspace ", p.workspace_bytes, " bytes");
+}
+
+}  // namespace fastdl
