@@ -245,6 +245,23 @@ def test_projections_repair_too(row, recomputed):
         assert recomputed() >= 19
 
 
+@cases(SPLIT, kind=("lstm", "gru"))
+def test_special_weights_of_one_gate(row, recomputed):
+    """An infinite weight makes one gate of one unit saturate, whatever the rest: f of lstm, z of gru."""
+    H = 40
+    problem = Problem(row["kind"], 1, 19, H, dtype=DTYPES[row["dtype"]])
+    problem.h0[:, 7] = 1.0
+    problem.w[H + 9, 7] = math.inf
+    forward = problem.forward(kernel=row["name"])
+    assert recomputed() == 19
+    if row["kind"] == "lstm":  # f = 1: c = c0 + i g
+        i, _, g, _ = forward["saved"].flatten()[: 19 * 4 * H].view(19, 4, H)[:, :, 9].float().unbind(1)
+        assert torch.allclose(forward["c_n"][:, 9].float(), problem.c0[:, 9].float() + i * g, rtol=2e-3, atol=2e-3)
+    else:  # z = 1: h stays
+        assert torch.allclose(forward["y"][0, :, 9], problem.h0[:, 9], rtol=2e-3, atol=2e-3)
+    assert bool(forward["y"].isfinite().all())
+
+
 @here
 def test_layers_train_as_on_other_levels():
     """A whole layer at this level against float64, dtype by dtype."""

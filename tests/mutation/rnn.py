@@ -7,7 +7,9 @@ RNN_INSIDE = "tests/test_rnn_torch.py"
 OPS = "python/fastdl/ops/"
 RNN = "csrc/rnn/cpu/kernel.h"
 RNN_RUN = "csrc/rnn/cpu/run.cc"
+RNN_TILES = "csrc/rnn/cpu/kernel_amx.h"
 RNN_TESTS = "tests/test_rnn_native.py"
+RNN_SPLIT = "tests/test_rnn_split.py"
 
 MUTATIONS = [
     Mutation(
@@ -111,8 +113,8 @@ MUTATIONS = [
     Mutation(
         "dropped K blocks of the recurrent product",
         RNN_RUN,
-        "        t.accumulate = k > 0;",
-        "        t.accumulate = false;",
+        "    t.accumulate = accumulate || k > 0;\n    for (i64 i = 0; i < tiles; ++i) {",
+        "    t.accumulate = accumulate;\n    for (i64 i = 0; i < tiles; ++i) {",
         f"{RNN_TESTS} -k test_depths",
     ),
     Mutation(
@@ -135,5 +137,47 @@ MUTATIONS = [
         "const int n = left < 0 ? 0 : left < W ? static_cast<int>(left) : W;",
         "const int n = left < 0 ? 0 : W;",
         f"{RNN_TESTS} -k test_guard_pages",
+    ),
+    Mutation(
+        "largest magnitudes of a step's gradients not told",
+        RNN_RUN,
+        "x.peaks ? x.peaks + thread * d.B : nullptr);",
+        "nullptr);",
+        f"{RNN_SPLIT} -k test_vanishing",
+    ),
+    Mutation(
+        "sums of tiles of parts replace what they are added to",
+        RNN_RUN,
+        "to[v] = accumulate ? to[v] + from[v] : from[v];",
+        "to[v] = from[v];",
+        f"{RNN_TESTS} -k 'test_tails and gru_f32_split'",
+    ),
+    Mutation(
+        "sums that parts get wrong left in a projection",
+        RNN_RUN,
+        "    repair(a, w, column_peaks + column + j, 0, m, column + j, width, sums, x.nr);\n",
+        "",
+        f"{RNN_SPLIT} -k test_projections",
+    ),
+    Mutation(
+        "columns of the first gate computed again for all",
+        RNN_RUN,
+        "(gates ? within / units * count : 0) + first",
+        "first",
+        f"{RNN_SPLIT} -k test_special_weights",
+    ),
+    Mutation(
+        "parts of all gates' gradients in the place of the first's",
+        RNN_TILES,
+        "+ s * a.H + j, mask,",
+        "+ j, mask,",
+        f"{RNN_TESTS} -k 'test_tails and lstm_f32_split'",
+    ),
+    Mutation(
+        "recurrent layers as exact as matmul is asked to be",
+        "csrc/bind/rnn.cc",
+        "    desc.precision = asked_precision(desc.dtype, Switch::rnn);",
+        "    desc.precision = asked_precision(desc.dtype, Switch::matmul);",
+        f"{RNN_SPLIT} -k test_switch",
     ),
 ]
