@@ -283,6 +283,7 @@ def test_special_and_tiny_values_wgrad(row, layout, size, recomputed):
     problem = problem_of(CASE | dict(size=size, padding=(0, 0)), layout=layout)
     x, dy = problem.x, problem.dy
     x[:, 33] *= 2.0**-115
+    x[0, 33] = 0  # all of the first chunk, where there are several
     x[:, 34] *= 2.0**-60
     dy[:, 66] *= 2.0**-50
     dy[:, 9] *= 2.0**-120
@@ -298,6 +299,43 @@ def test_special_and_tiny_values_wgrad(row, layout, size, recomputed):
     tiny = (ref.scale > 2.0**-126) & (ref.scale < 2.0**-100) & ref.expected.isfinite()
     assert int(tiny.sum()) > 100
     assert bool(((error / ref.scale)[tiny] < 2e-6).all()), "tiny sums are as exact as any"
+
+
+ANYWHERE = {
+    "dilated": dict(N=1, C=9, K=40, size=(12, 13), kernel=(3, 2), padding=(2, 5), dilation=(2, 3), stride=(3, 2)),
+    "groups": dict(N=2, C=10, K=70, size=(6, 7), kernel=(3, 3), padding=(1, 1), groups=2),
+    "cubes": dict(N=2, C=5, K=33, size=(3, 5, 6), kernel=(3, 2, 3), padding=(1, 0, 1), stride=(2, 1, 1)),
+    "long": dict(N=1, C=300, K=3, size=(30,), kernel=(5,), padding=(2,)),
+}
+
+
+@pytest.mark.parametrize("case", ANYWHERE)
+@rows("dense", precision=("ieee",))
+def test_computed_again_of_any_shape(row, case, recomputed):
+    """Every element of a tiny image, and those that meet an Inf."""
+    for layout in LAYOUTS:
+        for pass_ in CALL:
+            problem = problem_of(ANYWHERE[case], layout=layout)
+            source, _, _ = problem.operands(pass_)
+            source *= 2.0**-105
+            source[0, 2].view(-1)[source[0, 2].numel() // 2] = INF
+            ref = reference(problem, pass_)
+            recomputed()
+            error = check_special(run(problem, pass_, kernel=row["name"]), problem, pass_, ref, "ieee")
+            assert recomputed() > 0
+            some = ref.expected.isfinite() & (ref.scale > 0)
+            assert bool((error / ref.scale < 1e-5)[some].all()), pass_
+
+
+@pytest.mark.parametrize("case", ANYWHERE)
+@rows("wgrad", precision=("ieee",))
+def test_computed_again_of_any_shape_wgrad(row, case):
+    for layout in LAYOUTS:
+        problem = problem_of(ANYWHERE[case], layout=layout)
+        problem.dy *= 2.0**-105
+        ref = reference(problem, "wgrad")
+        error = check_special(run(problem, "wgrad", kernel=row["name"]), problem, "wgrad", ref, "ieee")
+        assert bool((error / ref.scale < 1e-5)[ref.scale > 0].all())
 
 
 @split_wgrad
