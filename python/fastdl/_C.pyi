@@ -457,6 +457,7 @@ def conv_plan(
     threads: int = 0,
     kernel: str = "",
     frozen: bool = False,
+    precision: str = "ieee",  # asked of float32: "fma", "ieee", "tf32", "bf16"
 ) -> dict[str, Any]:
     """The plan for these shapes on any level, pass_ "forward", "dgrad" or "wgrad": kernel, schedule, why, ..."""
 

@@ -6,7 +6,9 @@ DENSE = "csrc/conv/cpu/dense.cc"
 PLAN = "csrc/conv/cpu/plan.cc"
 KERNEL = "csrc/conv/cpu/kernel.h"
 BIND = "csrc/bind/conv.cc"
+TILES = "csrc/conv/cpu/kernel_amx.h"
 TESTS = "tests/test_conv_native.py"
+SPLIT = "tests/test_conv_split.py"
 
 MUTATIONS = [
     Mutation(
@@ -92,5 +94,54 @@ MUTATIONS = [
         "!product(desc.kernel[i] - 1, desc.dilation[i], &reach) || reach > kMost",
         "!product(desc.kernel[i] - 1, desc.dilation[i], &reach) && reach > kMost",
         f"{TESTS} -k 'hostile'",
+    ),
+    Mutation(
+        "a second tile of gathered pixels laid over the first",
+        TILES,
+        "const i64 line = (t.m + 15) / 16 * kTileFloats;",
+        "const i64 line = kTileFloats;",
+        f"{SPLIT} -k 'test_tails_of_tiles and not wgrad and contiguous'",
+    ),
+    Mutation(
+        "packed channels behind the last not zero",
+        TILES,
+        "tap < t.taps && t.channels % kTileDepth != 0",
+        "tap < t.taps && t.channels % kTileDepth == 0",
+        f"{SPLIT} -k 'test_frozen_packs and forward'",
+    ),
+    Mutation(
+        "largest magnitudes of one tap for all",
+        DENSE,
+        "peak[t1 * h_step + t2 * w_step]",
+        "peak[0]",
+        f"{SPLIT} -k 'ordinary or test_special_and_tiny_values and f32_split'",
+    ),
+    Mutation(
+        "tiny columns of a pack as they are",
+        DENSE,
+        "(tiny(peak[j]) ? kTinyScale : 1)",
+        "1",
+        f"{SPLIT} -k 'test_frozen_packs and ieee'",
+    ),
+    Mutation(
+        "a tap computed again beside the pixel",
+        DENSE,
+        "axis(i).first + tap[i] * axis(i).tap_step;\n      if (z < 0",
+        "axis(i).first + tap[i];\n      if (z < 0",
+        f"{SPLIT} -k 'test_computed_again'",
+    ),
+    Mutation(
+        "convolution at the precision of matrix products",
+        "csrc/bind/gemm_problem.cc",
+        "operation[0] == 'm' ? matmul : conv",
+        "operation[0] == 'm' ? matmul : matmul",
+        f"{SPLIT} -k 'test_torchs_switch and tf32'",
+    ),
+    Mutation(
+        "tiles for a handful of pixels",
+        PLAN,
+        "if (most == below || cost(d, *most) < cost(d, *below)) return most;",
+        "if (most == below || cost(d, *most) > 0) return most;",
+        f"{SPLIT} -k test_plans",
     ),
 ]

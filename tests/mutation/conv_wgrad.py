@@ -5,6 +5,7 @@ from mutation import Mutation
 WGRAD = "csrc/conv/cpu/wgrad.cc"
 TILE = "csrc/conv/cpu/kernel_wgrad.h"
 TESTS = "tests/test_conv_wgrad.py"
+SPLIT = "tests/test_conv_split.py"
 
 MUTATIONS = [
     Mutation(
@@ -62,5 +63,33 @@ MUTATIONS = [
         "t.accumulate ? L::add(L::load(c + v * W), acc[i][v]) : acc[i][v]",
         "L::add(L::load(c + v * W), acc[i][v])",
         f"{TESTS} -k test_exact_around_tiles",
+    ),
+    Mutation(
+        "padding on the right of a tile's pixels not cleared",
+        WGRAD,
+        "        std::memset(dst + line.end * item, 0, bytes(b.width - line.end));\n",
+        "",
+        f"{SPLIT} -k test_tails_of_tiles_wgrad",
+    ),
+    Mutation(
+        "the largest magnitudes of the first chunk for all",
+        WGRAD,
+        "peaks[j] = std::max(peaks[j], f.sum[x.sum_floats() + j]);",
+        "peaks[j] = std::max(peaks[j], 0.0f);",
+        f"{SPLIT} -k 'test_special_and_tiny_values_wgrad and chunks'",
+    ),
+    Mutation(
+        "pixels that follow each other in memory taken for those of any rows",
+        WGRAD,
+        "(r == 0 || lines[r].first == lines[r - 1].first + b.width * pixel_step * item)",
+        "true",
+        f"{SPLIT} -k test_tails_of_tiles_wgrad",
+    ),
+    Mutation(
+        "special sums of the weight gradient kept",
+        WGRAD,
+        "      if (p.chunks > 1) continue;\n      repair(x, s);\n",
+        "      if (p.chunks > 1) continue;\n",
+        f"{SPLIT} -k 'test_special_and_tiny_values_wgrad and one'",
     ),
 ]

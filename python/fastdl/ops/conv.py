@@ -64,8 +64,9 @@ def conv2d(
 
     input [N, C, H, W] or [C, H, W], weight [K, C/groups, kH, kW], bias [K] or None; any strides.
     The result is channels_last where torch's would be: where input or weight are. float32, bfloat16 and float16 on
-    the CPU run fastdl's kernels, which sum in float32 and round once; float64 runs the reference; every other call
-    is handed to torch and recorded with the reason. torch.autocast casts as in torch.
+    the CPU run fastdl's kernels, which sum in float32 and round once; at level amx
+    `torch.backends.mkldnn.conv.fp32_precision` says how exact products of float32 must be. float64 runs the reference;
+    every other call is handed to torch and recorded with the reason. torch.autocast casts as in torch.
 
     Args:
         padding: ints, "valid", or "same" (stride 1), which pads behind what cannot be halved.
