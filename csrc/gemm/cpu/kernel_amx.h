@@ -32,29 +32,53 @@ struct Products6 {
   static constexpr int parts = 3, count = 6, a[] = {0, 0, 1, 1, 2, 0}, b[] = {2, 1, 1, 0, 0, 0};
 };
 
+// Where the tiles of an operand lie, in bytes: lines of a tile, tiles side by side in a panel, parts, steps of K.
+struct TileLayout {
+  const char* p;
+  i64 line, tile, part, depth;
+};
+
+// A: packed where a_col is the panel's rows, else rows of bf16 a_row floats apart, [ceil(K/32)][part][32] each (a_col
+// 1).
+template <class P>
+FASTDL_INLINE TileLayout layout_a(const TileArgs& t) {
+  const char* const p = static_cast<const char*>(t.a);
+  if (t.a_col == 1) return {p, t.a_row * 4, 16 * t.a_row * 4, kTileRowBytes, P::parts * kTileRowBytes};
+  const i64 part = t.a_col / 16 * kTileBytes;
+  return {p, kTileRowBytes, kTileBytes, part, P::parts * part};
+}
+// B: packed where b_row is the panel's columns, else rows of pairs b_row floats apart, [ceil(K/32)][part][16][b_row].
+template <class P>
+FASTDL_INLINE TileLayout layout_b(const TileArgs& t) {
+  const char* const p = static_cast<const char*>(t.b);
+  if (t.b_row != kBlock) return {p, t.b_row * 4, kTileRowBytes, 16 * t.b_row * 4, P::parts * 16 * t.b_row * 4};
+  return {p, kTileRowBytes, kTileBytes, 2 * kTileBytes, P::parts * 2 * kTileBytes};
+}
+
 // Rows of C: 16*kRows, columns 16*kCols, in tiles 0 to 3; A in 4 and 5, B in 6 and 7.
 template <class P, int kRows, int kCols, int I>
-FASTDL_INLINE void multiply(const char* a, i64 a_part, const char* b) {
-  constexpr i64 b_part = 2 * kTileBytes;
+FASTDL_INLINE void multiply(const TileLayout& a, const TileLayout& b) {
   if constexpr (I < P::count) {
     constexpr int before = I == 0 ? 0 : I - 1;
     if constexpr (I == 0 || P::a[I] != P::a[before]) {
-      tile_load<4>(a + P::a[I] * a_part, kTileRowBytes);
-      if constexpr (kRows > 1) tile_load<5>(a + P::a[I] * a_part + kTileBytes, kTileRowBytes);
+      tile_load<4>(a.p + P::a[I] * a.part, a.line);
+      if constexpr (kRows > 1) tile_load<5>(a.p + P::a[I] * a.part + a.tile, a.line);
     }
     if constexpr (I == 0 || P::b[I] != P::b[before]) {
       // B streams from L2: its next K step is fetched while this one is multiplied. Past a panel's end comes the next.
-      const char* next = b + P::parts * b_part + P::b[I] * b_part;
-#pragma GCC unroll 32
-      for (int r = 0; r < kCols * kTileRows; ++r) __builtin_prefetch(next + r * kTileRowBytes);
-      tile_load<6>(b + P::b[I] * b_part, kTileRowBytes);
-      if constexpr (kCols > 1) tile_load<7>(b + P::b[I] * b_part + kTileBytes, kTileRowBytes);
+      const char* next = b.p + b.depth + P::b[I] * b.part;
+#pragma GCC unroll 2
+      for (int c = 0; c < kCols; ++c)
+#pragma GCC unroll 16
+        for (int r = 0; r < kTileRows; ++r) __builtin_prefetch(next + c * b.tile + r * b.line);
+      tile_load<6>(b.p + P::b[I] * b.part, b.line);
+      if constexpr (kCols > 1) tile_load<7>(b.p + P::b[I] * b.part + b.tile, b.line);
     }
     tile_dpbf16ps<0, 4, 6>();
     if constexpr (kCols > 1) tile_dpbf16ps<1, 4, 7>();
     if constexpr (kRows > 1) tile_dpbf16ps<2, 5, 6>();
     if constexpr (kRows > 1 && kCols > 1) tile_dpbf16ps<3, 5, 7>();
-    multiply<P, kRows, kCols, I + 1>(a, a_part, b);
+    multiply<P, kRows, kCols, I + 1>(a, b);
   }
 }
 
@@ -68,13 +92,11 @@ void block(const TileArgs& t) {
   tile_zero<1>();
   tile_zero<2>();
   tile_zero<3>();
-  const char* a = static_cast<const char*>(t.a);
-  const char* b = static_cast<const char*>(t.b);
-  const i64 a_part = t.a_col / 16 * kTileBytes, b_part = 2 * kTileBytes;
+  TileLayout a = layout_a<P>(t), b = layout_b<P>(t);
   for (i64 k = t.k / (16 * P::parts); k > 0; --k) {
-    multiply<P, kRows, kCols, 0>(a, a_part, b);
-    a += P::parts * a_part;
-    b += P::parts * b_part;
+    multiply<P, kRows, kCols, 0>(a, b);
+    a.p += a.depth;
+    b.p += b.depth;
   }
 
   if (!t.accumulate && t.m == 16 * kRows && t.n == 16 * kCols) {
@@ -262,7 +284,7 @@ void pack_tiles(const void* source, i64 k_step, i64 j_step, i64 k_count, int n, 
 
 // --- what tiles get wrong ------------------------------------------------------------------------------------------
 // See SuspectArgs. Magnitudes are compared as integers where NaN must count as large.
-bool suspects(const SuspectArgs& s, unsigned rows[kBlock]) {
+inline bool suspects(const SuspectArgs& s, unsigned rows[kBlock]) {
   const __m512i infinity = _mm512_set1_epi32(0x7f800000);
   const L::M lanes[2] = {L::first(s.n < 16 ? s.n : 16), L::first(s.n > 16 ? s.n - 16 : 0)};
   L::V b[2] = {L::zero(), L::zero()};
@@ -322,8 +344,8 @@ void unpack_tiles(const float* packed, i64 k_count, int n, int panel, const floa
   }
 }
 
-void begin_tiles() { tile_configure(); }
-void end_tiles() { tile_release(); }
+inline void begin_tiles() { tile_configure(); }
+inline void end_tiles() { tile_release(); }
 
 template <class T, class S>
 constexpr GemmHelpers tile_helpers() {
