@@ -10,30 +10,37 @@
 
 namespace fastdl {
 
-#define ATTENTION_KERNEL(name, level, isa, dtype, kind, k_unit, mr, nr, key_block, tile) \
-  namespace level {                                                                      \
-  void tile(const TileArgs&);                                                            \
-  extern const GemmHelpers helpers_##dtype;                                              \
-  extern const AttentionOps attention_##dtype;                                           \
-  extern const AttentionGradOps attention_grad_##dtype;                                  \
+#define ATTENTION_KERNEL(name, level, isa, dtype, precision, functions, kind, k_unit, k_step, planes, mr, nr, \
+                         key_block, tile, tile_p)                                                             \
+  namespace level {                                                                                           \
+  void tile(const TileArgs&);                                                                                 \
+  void tile_p(const TileArgs&);                                                                               \
+  extern const GemmHelpers helpers_##functions;                                                               \
+  extern const AttentionOps attention_##functions;                                                            \
+  extern const AttentionGradOps attention_grad_##functions;                                                   \
   }
 #include "attention/cpu/kernels.inc"
 #undef ATTENTION_KERNEL
 
 const std::vector<AttentionKernel>& attention_kernels() {
-#define ATTENTION_KERNEL(name, level, isa, dtype, kind, k_unit, mr, nr, key_block, tile) \
-  {#name,                                                                                \
-   Isa::isa,                                                                             \
-   DType::dtype,                                                                         \
-   AttentionKind::kind,                                                                  \
-   k_unit,                                                                               \
-   mr,                                                                                   \
-   nr,                                                                                   \
-   key_block,                                                                            \
-   level::tile,                                                                          \
-   &level::helpers_##dtype,                                                              \
-   &level::attention_##dtype,                                                            \
-   &level::attention_grad_##dtype},
+#define ATTENTION_KERNEL(name, level, isa, dtype, precision, functions, kind, k_unit, k_step, planes, mr, nr, \
+                         key_block, tile, tile_p)                                                             \
+  {#name,                                                                                                     \
+   Isa::isa,                                                                                                  \
+   DType::dtype,                                                                                              \
+   Precision::precision,                                                                                      \
+   AttentionKind::kind,                                                                                       \
+   k_unit,                                                                                                    \
+   k_step,                                                                                                    \
+   planes,                                                                                                    \
+   mr,                                                                                                        \
+   nr,                                                                                                        \
+   key_block,                                                                                                 \
+   level::tile,                                                                                               \
+   level::tile_p,                                                                                             \
+   &level::helpers_##functions,                                                                               \
+   &level::attention_##functions,                                                                             \
+   &level::attention_grad_##functions},
   static const std::vector<AttentionKernel> table = {
 #include "attention/cpu/kernels.inc"
   };

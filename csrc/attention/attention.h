@@ -35,22 +35,28 @@ struct AttentionDesc {
   double dropout_p = 0;
   std::uint64_t seed = 0;
   DType dtype = DType::f32;
+  Precision precision = Precision::ieee;  // asked of products of float32
 };
 
 struct AttentionPlan {
   const AttentionKernel* kernel;
+  const AttentionKernel* exact;  // for strips and blocks that the kernel has limits for, by FMA; null where it has none
   i64 strips;     // register tiles of query rows in a query block: the rows that share a block of K and V
   i64 key_block;  // keys a block
   i64 blocks;     // of keys, in the longest sequence
   bool keep_k;    // packed K (and V) of a whole head stay in scratch while a thread works on its query blocks
   bool pack_v;    // else V is read in place
   int threads;
-  i64 shared_bytes;                                            // decode: max, sum and output of every row and chunk
-  i64 q_bytes, k_bytes, v_bytes, s_bytes, o_bytes, row_bytes;  // scratch of a thread
+  i64 shared_bytes;  // decode: max, sum and output of every row and chunk
+  i64 q_bytes, k_bytes, v_bytes, s_bytes, p_bytes, o_bytes, row_bytes;  // scratch of a thread; p: where not in s
+  i64 p_row;                                                            // floats from one row of P to the next
+  i64 exact_q_floats, exact_k_floats, exact_bytes;                      // operands of `exact`, a thread
   const char* why;
 
   i64 workspace_bytes() const { return shared_bytes + threads * per_thread_bytes(); }
-  i64 per_thread_bytes() const { return q_bytes + k_bytes + v_bytes + s_bytes + o_bytes + row_bytes; }
+  i64 per_thread_bytes() const {
+    return q_bytes + k_bytes + v_bytes + s_bytes + p_bytes + o_bytes + row_bytes + exact_bytes;
+  }
 };
 
 struct AttentionArgs {
@@ -90,6 +96,15 @@ AttentionSpan attention_span(const AttentionDesc& desc, const AttentionArgs& arg
 
 // Before rows of a result [batch, heads, rows, depth] are written: see advise_huge_pages.
 void advise_result(void* data, const AttentionStrides& step, i64 batch, i64 heads, i64 rows, i64 depth, DType dtype);
+
+// The row of a level that is at least as exact as asked.
+const AttentionKernel& attention_row(Isa isa, DType dtype, Precision precision, AttentionKind kind);
+// Estimated time of a score, in multiply-adds of the float32 FMA kernel: products of D and Dv, conversions of P and dS.
+double attention_tile_cost(const AttentionDesc& desc, const AttentionKernel& kernel, bool backward);
+// The tile kernel of least cost.
+const AttentionKernel& attention_tile_row(const AttentionDesc& desc, Isa isa, bool backward, const char** why);
+// By FMA, for operands that a kernel has limits for; null where it has none.
+const AttentionKernel* attention_exact_row(const AttentionKernel& kernel);
 
 AttentionPlan attention_plan(const AttentionDesc& desc, const Machine& machine,
                              const AttentionKernel* forced = nullptr);

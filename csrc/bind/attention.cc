@@ -107,6 +107,7 @@ Problem make_problem(py::handle query_, py::handle key_, py::handle value_, py::
   require_dtype(k, q.dtype, "as query", kOp, "key");
   require_dtype(v, q.dtype, "as query", kOp, "value");
   d.dtype = q.dtype;
+  d.precision = asked_precision(d.dtype);
   d.q = strides_of(q), d.k = strides_of(k), d.v = strides_of(v);
   d.out = {d.H * d.Lq * d.Dv, d.Lq * d.Dv, d.Dv, 1};
   p.args.q = q.data, p.args.k = k.data, p.args.v = v.data;

@@ -162,6 +162,10 @@ py::list kernel_rows(const std::string& op) {
   } else if (op == "attention") {
     for (const AttentionKernel& k : attention_kernels()) {
       py::dict row = tiled_row(k, kind_name(k.kind));
+      row["precision"] = precision_name(k.precision);
+      row["k_unit"] = k.k_unit;
+      row["k_step"] = k.k_step;
+      row["planes"] = k.planes;
       row["key_block"] = k.key_block;
       out.append(row);
     }

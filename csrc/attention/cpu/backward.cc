@@ -2,6 +2,7 @@
 // block of keys, for each block of query rows that sees some of them, each strip of rows is: S and dP by tiles against
 // packed panels of K and V, P and dS in L1, dQ += dS K by tiles; then the block is dV += P^T dO and dK += dS^T Q, its
 // columns being the rows of tiles. Where keys are cut into chunks, each has a dQ of its own, summed in their order.
+// Tiles of amx take P and dS as they lie as B, not as A: there dV and dK are summed turned, dV^T += dO^T P.
 #include "attention/cpu/backward.h"
 
 #include <algorithm>
@@ -29,6 +30,8 @@ struct Scratch {
   float *k_panels, *k_rows, *v_panels;               // k_rows: B of dQ
   float *p, *ds, *ds_rows, *s, *g;                   // k_unit 1: s and g are those of the strip in p and ds
   float *dq, *dk, *dv, *delta;
+  float *q_least, *o_least;                                   // of each query block: see Least
+  float *exact_q, *exact_o, *exact_k, *exact_v, *exact_rows;  // operands of AttentionBackwardPlan::exact
 
   Scratch(char* memory, const AttentionDesc& d, const AttentionBackwardPlan& plan) {
     const auto take = [&](i64 floats) {
@@ -37,32 +40,55 @@ struct Scratch {
       return reinterpret_cast<float*>(begin);
     };
     const AttentionKernel& kernel = *plan.kernel;
-    const i64 unit = kernel.k_unit, nr = kernel.nr;
-    const i64 q_units = ceil_div(d.Lq, unit), k_units = ceil_div(plan.key_block, unit);
-    const i64 s_row = plan.key_block + 16, rows = plan.strips * kernel.mr;
-    q_strips = take(d.Lq * ceil_div(d.D, unit)), q_panels = take(q_units * round_up(d.D, nr));
-    o_strips = take(d.Lq * ceil_div(d.Dv, unit)), o_panels = take(q_units * round_up(d.Dv, nr));
-    k_panels = take(plan.key_block * ceil_div(d.D, unit)), k_rows = take(k_units * round_up(d.D, nr));
-    v_panels = take(plan.key_block * ceil_div(d.Dv, unit));
-    p = take(rows * s_row), ds = take(rows * s_row), ds_rows = ds + rows / 2 * s_row;
+    const bool tiled = is_tiled(kernel);
+    const i64 nr = kernel.nr, q_units = steps(kernel, d.Lq), k_units = steps(kernel, plan.key_block);
+    const i64 s_row = plan.key_block + 16, rows = plan.strips * kernel.mr, q_rows = lines(kernel, d.Lq);
+    q_strips = take(q_rows * steps(kernel, d.D)), q_panels = take(q_units * round_up(d.D, nr));
+    o_strips = take(q_rows * steps(kernel, d.Dv)), o_panels = take(q_units * round_up(d.Dv, nr));
+    k_panels = take(plan.key_block * steps(kernel, d.D)), k_rows = take(k_units * round_up(d.D, nr));
+    v_panels = take(plan.key_block * steps(kernel, d.Dv));
+    const i64 p_rows = tiled ? steps(kernel, rows) : rows;
+    p = take(p_rows * s_row), ds = take(p_rows * s_row);
+    ds_rows = tiled ? take(kernel.mr * backward_ds_row(kernel, plan)) : ds + rows / 2 * s_row;
     s = p, g = ds;
-    if (unit == 2) s = take(kernel.mr * s_row), g = take(kernel.mr * s_row);
+    if (kernel.k_unit == 2) s = take(backward_s_floats(d, plan)), g = take(backward_s_floats(d, plan));
     delta = take(d.Lq);
+    const i64 strips = ceil_div(d.Lq, kernel.mr);
+    if (plan.exact) q_least = take(2 * strips), o_least = q_least + strips;
     const i64 keys = d.H != d.Hkv ? std::min(plan.chunk, round_up(d.Lk, nr)) : plan.key_block;
     dq = take(plan.chunks > 1 ? 0 : d.Lq * round_up(d.D, 16));
     dk = take(keys * round_up(d.D, 16)), dv = take(keys * round_up(d.Dv, 16));
+    if (!plan.exact) return;
+    exact_q = take(plan.exact->mr * d.D), exact_o = take(plan.exact->mr * d.Dv);
+    exact_k = take(plan.key_block * d.D), exact_v = take(plan.key_block * d.Dv);
+    exact_rows = take(plan.key_block * round_up(d.D, nr));
   }
 };
+
+// The least of the largest magnitudes of lines that are not all zeros: 0 where one is too large for parts.
+struct Least {
+  float value = INFINITY;
+  void large(const float* peak, i64 n) {
+    if (is_large(peak, n)) value = 0;
+  }
+  void lines(const float* peak, i64 n) {
+    large(peak, n);
+    for (i64 i = 0; i < n; ++i)
+      if (peak[i] > 0) value = std::min(value, peak[i]);
+  }
+};
+constexpr int kMaxLines = 32;  // of a panel
 
 // A matrix in float32 that products are added to.
 struct Sums {
   float* data = nullptr;  // null: not wanted
-  i64 row = 0;
-  float* at(i64 i, i64 j) const { return data + i * row + j; }
-  Sums below(i64 i) const { return {data ? data + i * row : nullptr, row}; }
+  i64 row = 0, col = 1;   // one of them is 1
+  float* at(i64 i, i64 j) const { return data + i * row + j * col; }
+  Sums below(i64 i) const { return {data ? data + i * row : nullptr, row, col}; }
 };
 
 void clear(const Sums& x, i64 rows, i64 cols) {
+  if (x.col != 1) return clear({x.data, x.col}, cols, rows);
   for (i64 i = 0; x.data && i < rows; ++i) std::memset(x.at(i, 0), 0, static_cast<std::size_t>(cols) * sizeof(float));
 }
 
@@ -83,16 +109,16 @@ struct Head {
   const AttentionKernel& kernel;
   i64 sequence, batch, head, kv;  // batch: 0 where the sequences lie in one
   AttentionSpan span;
-  i64 unit, nr, s_row, q_steps, o_steps;  // steps: units along D and Dv
+  i64 unit, nr, s_row, q_steps, o_steps;  // unit: rows that strips begin at multiples of; steps: of D and Dv, packed
   i64 strips, blocks;                     // of queries
 
   Head(const AttentionDesc& desc, const AttentionBackwardPlan& plan, const AttentionArgs& a, const AttentionGrads& g,
-       const Scratch& memory, i64 seq, i64 query_head)
-      : d(desc), p(plan), args(a), grads(g), scratch(memory), kernel(*plan.kernel), sequence(seq) {
+       const Scratch& memory, i64 seq, i64 query_head, const AttentionKernel& row)
+      : d(desc), p(plan), args(a), grads(g), scratch(memory), kernel(row), sequence(seq) {
     batch = d.sequences ? 0 : seq, head = query_head, kv = d.H ? query_head / (d.H / d.Hkv) : 0;
     span = attention_span(d, args, seq);
-    unit = kernel.k_unit, nr = kernel.nr, s_row = p.key_block + 16;
-    q_steps = ceil_div(d.D, unit), o_steps = ceil_div(d.Dv, unit);
+    unit = kernel.k_step, nr = kernel.nr, s_row = p.key_block + 16;
+    q_steps = steps(kernel, d.D), o_steps = steps(kernel, d.Dv);
     strips = ceil_div(ceil_div(span.Lq, unit), kernel.mr / unit);
     blocks = ceil_div(strips, p.strips);
   }
@@ -117,41 +143,78 @@ struct Head {
     const bool aligned = reinterpret_cast<std::uintptr_t>(rows) % alignof(float) == 0;
     if (whole && aligned && step.col == 1 && step.row > 0 && !rows_collide(step.row / unit))
       return {static_cast<const float*>(rows), step.row / unit};
-    const i64 steps = ceil_div(depth, unit);
-    for (i64 strip = 0; strip < strips; ++strip) {
-      const i64 begin = strip_begin(strip);
-      const int m = static_cast<int>(strip_begin(strip + 1) - begin);
-      kernel.helpers->pack_a(at(rows, begin * step.row, d.dtype), step.col, step.row, depth, m, m, out + begin * steps,
-                             nullptr);
-    }
+    Least least;
+    for (i64 block = 0; block < blocks; ++block) pack_strips(block, rows, step, depth, out, false, &least);
     return {out, 0};
   }
   // x[count, cols] as B: in place where its rows are near each other, else packed to `out`.
-  Operand panel_operand(const void* x, const AttentionStrides& step, i64 count, i64 cols, float* out) const {
+  Operand panel_operand(const void* x, const AttentionStrides& step, i64 count, i64 cols, float* out,
+                        Least* least = nullptr) const {
     constexpr i64 kNear = 128;  // floats: farther apart, the columns of a panel crowd into few sets of L1
-    if (d.dtype == DType::f32 && step.col == 1 && step.row > 0 && step.row <= kNear)
+    if (!is_tiled(kernel) && d.dtype == DType::f32 && step.col == 1 && step.row > 0 && step.row <= kNear)
       return {static_cast<const float*>(x), step.row};
-    pack_panels(x, step, count, cols, out);
+    const Least packed = pack_panels(x, step, count, cols, out);
+    if (least) *least = packed;
     return {out, 0};
   }
   // B at row `first`, column j (a multiple of nr) of `count` rows, for a tile.
   void set_b(TileArgs* t, const Operand& b, i64 count, i64 first, i64 j) const {
-    t->b = b.row ? b.data + first * b.row + j : b.data + j * ceil_div(count, unit) + first / unit * nr;
+    t->b = b.row ? b.data + first * b.row + j : b.data + j * steps(kernel, count) + steps(kernel, first) * nr;
     t->b_row = b.row ? b.row : nr, t->b_col = 1;
   }
   // x[count, cols] to [panel of cols][units along rows][nr].
-  void pack_panels(const void* x, const AttentionStrides& step, i64 count, i64 cols, float* out) const {
-    for (i64 j = 0; j < cols; j += nr)
+  Least pack_panels(const void* x, const AttentionStrides& step, i64 count, i64 cols, float* out) const {
+    Least least;
+    for (i64 j = 0; j < cols; j += nr) {
+      float peak[kMaxLines] = {};
       kernel.helpers->pack_b(at(x, j * step.col, d.dtype), step.row, step.col, count,
-                             static_cast<int>(std::min(nr, cols - j)), kernel.nr, out + j * ceil_div(count, unit),
-                             nullptr);
+                             static_cast<int>(std::min(nr, cols - j)), kernel.nr, out + j * steps(kernel, count), peak);
+      least.lines(peak, nr);
+    }
+    return least;
   }
-  // x[n, depth] transposed: [panel of n][steps][nr].
-  void pack_columns(const void* x, const AttentionStrides& step, i64 n, i64 depth, float* out) const {
-    for (i64 j = 0; j < n; j += nr)
+  // x[n, depth] transposed: [panel of n][steps][nr]. Returns the largest of all, instead of the least line.
+  Least pack_columns(const void* x, const AttentionStrides& step, i64 n, i64 depth, float* out) const {
+    Least least;
+    float most = 0;
+    for (i64 j = 0; j < n; j += nr) {
+      float peak[kMaxLines] = {};
       kernel.helpers->pack_b(at(x, j * step.row, d.dtype), step.col, step.row, depth,
-                             static_cast<int>(std::min(nr, n - j)), kernel.nr, out + j * ceil_div(depth, unit),
-                             nullptr);
+                             static_cast<int>(std::min(nr, n - j)), kernel.nr, out + j * steps(kernel, depth), peak);
+      least.large(peak, nr);
+      most = std::max(most, *std::max_element(peak, peak + nr));
+    }
+    if (most > 0) least.value = std::min(least.value, most);
+    return least;
+  }
+  // Tiles: rows of a block as strips, A of S and dP.
+  void pack_strips(i64 block, const void* rows, const AttentionStrides& step, i64 depth, float* out, bool tiny,
+                   Least* least) const {
+    for (i64 strip = block_strip(block); strip < block_strip(block + 1); ++strip) {
+      float peak[kMaxLines] = {};
+      const i64 begin = strip_begin(strip), m = strip_begin(strip + 1) - begin;
+      kernel.helpers->pack_a(at(rows, begin * step.row, d.dtype), step.col, step.row, depth, static_cast<int>(m),
+                             static_cast<int>(lines(kernel, m)), out + begin * steps(kernel, depth), peak);
+      tiny ? least->lines(peak, m) : least->large(peak, m);
+    }
+  }
+  // Tiles: x[Lq, cols] of a block turned, [panel of cols][steps of Lq][mr]: A of dK^T and dV^T.
+  void pack_turned(i64 block, const void* x, const AttentionStrides& step, i64 cols, float* out, Least* least) const {
+    const i64 begin = block_begin(block), end = block_begin(block + 1);
+    for (i64 j = 0; j < cols; j += kernel.mr) {
+      float peak[kMaxLines] = {};
+      const i64 n = std::min<i64>(kernel.mr, cols - j), panel = lines(kernel, n);
+      kernel.helpers->pack_a(at(x, begin * step.row + j * step.col, d.dtype), step.row, step.col, end - begin,
+                             static_cast<int>(n), static_cast<int>(panel),
+                             out + j * steps(kernel, span.Lq) + steps(kernel, begin) * panel, peak);
+      least->lines(peak, n);
+    }
+  }
+  // Rows [row, row + m), packed as A of S and dP.
+  void pack_operands(i64 row, int m, float* q, float* o) const {
+    const int panel = static_cast<int>(lines(kernel, m));
+    kernel.helpers->pack_a(q_row(row), d.q.col, d.q.row, d.D, m, panel, q, nullptr);
+    kernel.helpers->pack_a(o_row(row), grads.dout_step.col, grads.dout_step.row, d.Dv, m, panel, o, nullptr);
   }
   void compute_delta(i64 begin, i64 end) const {
     DeltaArgs t = {};
@@ -166,12 +229,13 @@ struct Head {
   }
 
   // c[m, n] = the rows [row, row + m) against the columns [begin, end) of a packed block.
-  void products(const Operand& a, i64 row, int m, const float* panels, i64 steps, Seen columns, float* c) const {
+  void products(const Operand& a, i64 row, int m, const float* panels, i64 depth, Seen columns, float* c) const {
     TileArgs t = {};
-    t.a = a.data + row * (a.row ? a.row : steps), t.a_row = a.row ? a.row : 1, t.a_col = a.row ? 1 : m;
-    t.b_row = nr, t.b_col = 1, t.c_row = s_row, t.k = steps, t.m = m;
+    t.m = static_cast<int>(lines(kernel, m));
+    t.a = a.data + row * (a.row ? a.row : depth), t.a_row = a.row ? a.row : 1, t.a_col = a.row ? 1 : t.m;
+    t.b_row = nr, t.b_col = 1, t.c_row = s_row, t.k = depth;
     for (i64 j = columns.begin / nr * nr; j < columns.end; j += nr) {
-      t.b = panels + j * steps, t.c = c + j, t.n = static_cast<int>(std::min(nr, round_up(columns.end - j, 16)));
+      t.b = panels + j * depth, t.c = c + j, t.n = static_cast<int>(std::min(nr, round_up(columns.end - j, 16)));
       kernel.tile(t);
     }
   }
@@ -182,7 +246,8 @@ struct Head {
     x.scores.s_row = s_row, x.scores.m = m;
     x.scores.begin = static_cast<int>(columns.begin / nr * nr), x.scores.end = static_cast<int>(columns.end);
     x.lse = lse() + 2 * begin, x.delta = scratch.delta + begin, x.factor = dropout_factor(d);
-    x.stop = static_cast<int>(round_up(n, 16));
+    x.stop = static_cast<int>(round_up(n, std::max<i64>(16, unit)));
+    x.rows = m;
     return x;
   }
 };
@@ -208,11 +273,24 @@ struct Part {
   }
   // Sums grow in scratch, also those of float32: where the gradient's rows are those of all heads side by side, tiles
   // that add to it in place wait for memory (8x12x577x64, 2 threads of Zen 4: 112 instead of 105 ms).
-  static Sums key_sums(const void* grad, float* own, i64 depth) {
-    return grad ? Sums{own, round_up(depth, 16)} : Sums{};
+  Sums key_sums(const void* grad, float* own, i64 depth) const {
+    if (!grad) return {};
+    const i64 keys = d.H != d.Hkv ? std::min(p.chunk, round_up(d.Lk, p.kernel->nr)) : p.key_block;
+    return turned() ? Sums{own, 1, keys} : Sums{own, round_up(depth, 16)};
   }
+  bool turned() const { return is_tiled(*p.kernel); }
   void finish(const Sums& sums, i64 rows, i64 cols, void* out, i64 out_row) const {
     if (!sums.data) return;
+    if (sums.col != 1) {
+      const i64 step = p.kernel->nr, depth = round_up(cols, 16);
+      for (i64 i = 0; i < rows; i += step) {
+        const i64 n = std::min(step, rows - i);
+        p.kernel->grads->turn(sums.at(i, 0), sums.col, static_cast<int>(round_up(n, 16)), static_cast<int>(depth),
+                              scratch.s, depth);
+        finish({scratch.s, depth}, n, cols, at(out, i * out_row, d.dtype), out_row);
+      }
+      return;
+    }
     FinishArgs f = {};
     f.sum = sums.data, f.sum_row = sums.row, f.c = out, f.c_row = out_row;
     f.activation = Activation::none, f.m = static_cast<int>(rows), f.n = static_cast<int>(cols);
@@ -232,7 +310,8 @@ struct Part {
   // Query block `block` against the n keys from `key` on, packed.
   void run_block(const Head& h, const Packed& packed, i64 block, i64 key, i64 n, const Sums& dq, const Sums& dk,
                  const Sums& dv) const {
-    const i64 first = h.block_strip(block), last = h.block_strip(block + 1), nr = h.nr, unit = h.unit;
+    const AttentionKernel& kernel = h.kernel;
+    const i64 first = h.block_strip(block), last = h.block_strip(block + 1), nr = h.nr, unit = kernel.k_unit;
     const i64 begin = h.strip_begin(first), end = h.strip_begin(last), s_row = h.s_row;
     const bool scores = dq.data || dk.data;
     for (i64 strip = first; strip < last; ++strip) {
@@ -243,43 +322,139 @@ struct Part {
       const i64 at_row = unit == 1 ? in_block * s_row : 0;
       SoftmaxGradArgs x = h.grad_args(row, m, key, n, some ? columns : Seen{0, 0});
       x.scores.s = scratch.s + at_row, x.scale = d.scale, x.capped = true;
-      if (dv.data) x.p = scratch.p + in_block / unit * s_row;
+      if (turned()) x.rows = static_cast<int>(round_up(m, kernel.k_step));
+      if (dv.data) x.p = scratch.p + steps(kernel, in_block) * s_row;
       if (scores) {
-        x.g = scratch.g + at_row, x.ds = scratch.ds + in_block / unit * s_row;
-        x.rows_step = s_row / 2, x.ds_rows = scratch.ds_rows + in_block * x.rows_step;
+        x.g = scratch.g + at_row, x.ds = scratch.ds + steps(kernel, in_block) * s_row;
+        x.rows_step = backward_ds_row(kernel, p);
+        x.ds_rows = scratch.ds_rows + (turned() ? 0 : in_block * x.rows_step);
       }
       if (some) {
         h.products(packed.q_a, row, m, scratch.k_panels, h.q_steps, columns, x.scores.s);
         if (scores) h.products(packed.o_a, row, m, scratch.v_panels, h.o_steps, columns, scratch.g + at_row);
       }
-      p.kernel->grads->softmax_grad[static_cast<int>(d.mask)](x);
+      kernel.grads->softmax_grad[static_cast<int>(d.mask)](x);
       if (!some || !dq.data) continue;
       const i64 from = columns.begin / nr * nr;
       TileArgs t = {};
-      t.a = unit == 1 ? x.ds + from : x.ds_rows + from / 2, t.a_row = unit == 1 ? s_row : x.rows_step, t.a_col = 1;
-      t.c_row = dq.row, t.k = ceil_div(columns.end - from, unit), t.m = m;
+      t.a = unit == 1 ? x.ds + from : x.ds_rows + steps(kernel, from), t.a_row = unit == 1 ? s_row : x.rows_step;
+      t.a_col = 1, t.c_row = dq.row, t.k = steps(kernel, columns.end - from), t.m = m;
       t.accumulate = first_key(h, row, m) < key;
       for (i64 j = 0; j < d.D; j += nr) {
         h.set_b(&t, packed.k_b, n, from, j);
         t.c = dq.at(row, j), t.n = static_cast<int>(std::min(nr, d.D - j));
-        p.kernel->tile(t);
+        kernel.tile_p(t);
       }
     }
-    if (dv.data) add_keys(h, begin, end, key, n, scratch.p, packed.o_b, d.Dv, dv);
-    if (dk.data) add_keys(h, begin, end, key, n, scratch.ds, packed.q_b, d.D, dk);
+    const auto add = turned() ? &Part::add_keys_turned : &Part::add_keys;
+    if (dv.data) (this->*add)(h, begin, end, key, n, scratch.p, packed.o_b, d.Dv, dv);
+    if (dk.data) (this->*add)(h, begin, end, key, n, scratch.ds, packed.q_b, d.D, dk);
+  }
+
+  // Whether tiles have limits for the query block against the key block at hand.
+  bool limited(i64 block, const Least& k, const Least& k_rows, const Least& v) const {
+    if (!p.exact) return false;
+    const float q = scratch.q_least[block], o = scratch.o_least[block], scale = std::abs(d.scale);
+    const float least = std::min({q, o, k_rows.value, v.value});
+    const float ds = o * std::min(1.0f, v.value);  // about what the least rows of dP are, and dS
+    return least < kTinyPeak || k.value == 0 || ds * std::min(1.0f, scale * std::min(q, k_rows.value)) < kTinyProduct;
+  }
+
+  // run_block by FMA: packs what it needs, adds to sums that it first clears where run_block would not add.
+  void run_block_exact(const Head& tiles, i64 block, i64 key, i64 n, const Sums& dq, const Sums& dk,
+                       const Sums& dv) const {
+    const AttentionKernel& exact = *p.exact;
+    const Head h(d, p, args, grads, scratch, sequence, tiles.head, exact);
+    const i64 begin = tiles.block_begin(block), end = tiles.block_begin(block + 1), nr = h.nr, s_row = h.s_row;
+    for (i64 strip = tiles.block_strip(block); dq.data && strip < tiles.block_strip(block + 1); ++strip) {
+      const i64 row = tiles.strip_begin(strip), m = tiles.strip_begin(strip + 1) - row;
+      const Seen columns = h.seen_of(row, row + m, key, n);
+      if (columns.begin < columns.end && first_key(tiles, row, m) >= key) clear(dq.below(row), m, d.D);
+    }
+    for (i64 tile = 0; tile < key_tiles(n); ++tile) {
+      const i64 from = key_tile(n, tile), count = key_tile(n, tile + 1) - from;
+      const Seen rows = seeing(d, h.span, key + from, key + from + count);
+      if (std::max(rows.begin, begin) >= std::min(rows.end, end) || adds(h, rows, begin)) continue;
+      clear(dk.below(from), count, d.D), clear(dv.below(from), count, d.Dv);
+    }
+    h.pack_columns(h.k_row(key), d.k, n, d.D, scratch.exact_k);
+    h.pack_columns(h.v_row(key), d.v, n, d.Dv, scratch.exact_v);
+    h.pack_panels(h.k_row(key), d.k, n, d.D, scratch.exact_rows);
+    for (i64 row = begin; row < end; row += exact.mr) {
+      const int m = static_cast<int>(std::min<i64>(exact.mr, end - row));
+      const Seen columns = h.seen_of(row, row + m, key, n);
+      if (columns.begin >= columns.end) continue;
+      h.pack_operands(row, m, scratch.exact_q, scratch.exact_o);
+      h.products({scratch.exact_q, 0}, 0, m, scratch.exact_k, h.q_steps, columns, scratch.s);
+      h.products({scratch.exact_o, 0}, 0, m, scratch.exact_v, h.o_steps, columns, scratch.g);
+      SoftmaxGradArgs x = h.grad_args(row, m, key, n, columns);
+      x.scores.s = x.p = scratch.s, x.g = x.ds = scratch.g, x.scale = d.scale, x.capped = true;
+      exact.grads->softmax_grad[static_cast<int>(d.mask)](x);
+      const i64 from = columns.begin / nr * nr;
+      TileArgs t = {};
+      t.accumulate = true;
+      t.a = scratch.g + from, t.a_row = s_row, t.a_col = 1, t.k = columns.end - from, t.m = m, t.c_row = dq.row;
+      for (i64 j = 0; dq.data && j < d.D; j += nr) {
+        h.set_b(&t, {scratch.exact_rows, 0}, n, from, j);
+        t.c = dq.at(row, j), t.n = static_cast<int>(std::min(nr, d.D - j));
+        exact.tile(t);
+      }
+      add_exact(exact, scratch.exact_o, m, scratch.s, s_row, from, columns.end, d.Dv, dv);
+      add_exact(exact, scratch.exact_q, m, scratch.g, s_row, from, columns.end, d.D, dk);
+    }
+  }
+  // sums^T(c,j) += sum_i x(i,c) a(i,j), x packed [depth][m], keys j of [from, to).
+  static void add_exact(const AttentionKernel& exact, const float* x, int m, const float* a, i64 s_row, i64 from,
+                        i64 to, i64 depth, const Sums& sums) {
+    TileArgs t = {};
+    t.a_row = m, t.a_col = 1, t.k = m, t.b_row = s_row, t.b_col = 1, t.c_row = sums.col, t.accumulate = true;
+    for (i64 c = 0; sums.data && c < depth; c += exact.mr) {
+      t.a = x + c * m, t.m = static_cast<int>(std::min<i64>(exact.mr, depth - c));
+      for (i64 j = from; j < to; j += exact.nr) {
+        t.b = a + j, t.c = sums.at(j, c), t.n = static_cast<int>(std::min<i64>(exact.nr, round_up(to - j, 16)));
+        exact.tile(t);
+      }
+    }
+  }
+
+  // Keys of a block as rows of tiles, or columns.
+  i64 key_tiles(i64 n) const { return ceil_div(n, p.kernel->mr); }
+  i64 key_tile(i64 n, i64 tile) const { return turned() ? std::min(n, tile * p.kernel->mr) : n * tile / key_tiles(n); }
+  // Whether sums of keys that these rows see hold something before the query block that begins at `begin`.
+  bool adds(const Head& h, Seen rows, i64 begin) const { return rows.begin < begin || h.head > kv * (d.H / d.Hkv); }
+
+  // As add_keys, with the sums and x turned.
+  void add_keys_turned(const Head& h, i64 begin, i64 end, i64 key, i64 n, const float* a, const Operand& x, i64 depth,
+                       const Sums& sums) const {
+    const AttentionKernel& kernel = h.kernel;
+    TileArgs t = {};
+    t.a_row = 1, t.b_row = h.s_row, t.b_col = 1, t.c_row = sums.col;
+    for (i64 c = 0; c < depth; c += kernel.mr) {
+      t.m = static_cast<int>(lines(kernel, std::min<i64>(kernel.mr, depth - c))), t.a_col = t.m;
+      for (i64 tile = 0; tile < key_tiles(n); ++tile) {
+        const i64 from = key_tile(n, tile), to = key_tile(n, tile + 1);
+        const Seen rows = seeing(d, h.span, key + from, key + to);
+        const i64 r0 = std::max<i64>(0, rows.begin - begin) / h.unit * h.unit, r1 = std::min(end, rows.end) - begin;
+        if (r0 >= r1) continue;
+        t.a = x.data + c * steps(kernel, h.span.Lq) + steps(kernel, begin + r0) * t.m;
+        t.b = a + steps(kernel, r0) * h.s_row + from;
+        t.c = sums.at(from, c), t.k = steps(kernel, r1 - r0), t.n = static_cast<int>(round_up(to - from, 16));
+        t.accumulate = adds(h, rows, begin);
+        kernel.tile_p(t);
+      }
+    }
   }
 
   // sums(j,:) += sum_i a(i,j) b(i,:) over the rows [begin, end) of the block, keys j of [key, key + n).
   void add_keys(const Head& h, i64 begin, i64 end, i64 key, i64 n, const float* a, const Operand& b, i64 depth,
                 const Sums& sums) const {
     const i64 nr = h.nr, unit = h.unit, s_row = h.s_row;
-    const i64 tiles = ceil_div(n, p.kernel->mr);
     TileArgs t = {};
     t.a_row = 1, t.a_col = s_row, t.c_row = sums.row;
     for (i64 j = 0; j < depth; j += nr) {
       t.n = static_cast<int>(std::min(nr, depth - j));
-      for (i64 tile = 0; tile < tiles; ++tile) {
-        const i64 from = n * tile / tiles, to = n * (tile + 1) / tiles;
+      for (i64 tile = 0; tile < key_tiles(n); ++tile) {
+        const i64 from = key_tile(n, tile), to = key_tile(n, tile + 1);
         const Seen rows = seeing(d, h.span, key + from, key + to);  // those that see some key of the tile
         const i64 r0 = std::max<i64>(0, rows.begin - begin) / unit,
                   r1 = ceil_div(std::min(end, rows.end) - begin, unit);
@@ -287,7 +462,7 @@ struct Part {
         h.set_b(&t, b, h.span.Lq, begin + r0 * unit, j);
         t.a = a + r0 * s_row + from;
         t.c = sums.at(from, j), t.k = r1 - r0, t.m = static_cast<int>(to - from);
-        t.accumulate = rows.begin < begin || h.head > kv * (d.H / d.Hkv);
+        t.accumulate = adds(h, rows, begin);
         p.kernel->tile(t);
       }
     }
@@ -299,8 +474,8 @@ struct Part {
   }
   // Sums that no product reaches: of keys that no row sees, of rows that see no key of the part.
   void clear_unseen_keys(const Head& h, i64 key, i64 n, const Sums& dk, const Sums& dv) const {
-    for (i64 tile = 0, tiles = ceil_div(n, p.kernel->mr); tile < tiles; ++tile) {
-      const i64 from = n * tile / tiles, to = n * (tile + 1) / tiles;
+    for (i64 tile = 0; tile < key_tiles(n); ++tile) {
+      const i64 from = key_tile(n, tile), to = key_tile(n, tile + 1);
       const Seen rows = seeing(d, h.span, key + from, key + to);
       if (rows.begin < rows.end) continue;
       clear(dk.below(from), to - from, d.D), clear(dv.below(from), to - from, d.Dv);
@@ -319,6 +494,19 @@ struct Part {
     return {std::clamp<i64>(begin - w.end, 0, span.Lq), std::clamp<i64>(end - w.begin, 0, span.Lq)};
   }
 
+  // Tiles: the operands of a head, block by block.
+  Packed pack_queries(const Head& h, bool scores, bool want_dk, bool want_dv) const {
+    for (i64 block = 0; block < h.blocks; ++block) {
+      Least q, o;
+      h.pack_strips(block, h.q_row(0), d.q, d.D, scratch.q_strips, false, &q);
+      if (scores) h.pack_strips(block, h.o_row(0), grads.dout_step, d.Dv, scratch.o_strips, true, &o);
+      if (want_dk) h.pack_turned(block, h.q_row(0), d.q, d.D, scratch.q_panels, &q);
+      if (want_dv) h.pack_turned(block, h.o_row(0), grads.dout_step, d.Dv, scratch.o_panels, &o);
+      if (p.exact) scratch.q_least[block] = q.value, scratch.o_least[block] = o.value;
+    }
+    return {{scratch.q_strips, 0}, {scratch.o_strips, 0}, {scratch.q_panels, 0}, {scratch.o_panels, 0}, {}};
+  }
+
   void run_head(const Head& h, i64 key_begin, i64 key_end, const Sums& dk_all, const Sums& dv_all) const {
     const Sums dq = dq_sums(h);
     clear_unseeing_rows(h, key_end, dq);
@@ -333,7 +521,10 @@ struct Part {
       const Seen rows = seeing(d, h.span, key, key + n);
       if (rows.begin < rows.end) {
         const bool scores = dq.data || dk.data;
-        if (!packed.q_a.data) {
+        if (!packed.q_a.data && turned()) {
+          packed = pack_queries(h, scores, dk.data, dv.data);
+          if (scores) h.compute_delta(0, Lq);
+        } else if (!packed.q_a.data) {
           packed.q_a = h.strip_operand(h.q_row(0), d.q, d.D, scratch.q_strips);
           if (dk.data) packed.q_b = h.panel_operand(h.q_row(0), d.q, Lq, d.D, scratch.q_panels);
           if (dv.data) packed.o_b = h.panel_operand(h.o_row(0), grads.dout_step, Lq, d.Dv, scratch.o_panels);
@@ -342,12 +533,18 @@ struct Part {
             h.compute_delta(0, Lq);
           }
         }
-        h.pack_columns(h.k_row(key), d.k, n, d.D, scratch.k_panels);
-        if (scores) h.pack_columns(h.v_row(key), d.v, n, d.Dv, scratch.v_panels);
-        if (dq.data) packed.k_b = h.panel_operand(h.k_row(key), d.k, n, d.D, scratch.k_rows);
+        const Least k = h.pack_columns(h.k_row(key), d.k, n, d.D, scratch.k_panels);
+        Least v, k_rows;
+        if (scores) v = h.pack_columns(h.v_row(key), d.v, n, d.Dv, scratch.v_panels);
+        if (dq.data) packed.k_b = h.panel_operand(h.k_row(key), d.k, n, d.D, scratch.k_rows, &k_rows);
         for (i64 block = 0; block < h.blocks; ++block) {
           const Seen columns = h.seen_of(h.block_begin(block), h.block_begin(block + 1), key, n);
-          if (columns.begin < columns.end) run_block(h, packed, block, key, n, dq, dk, dv);
+          if (columns.begin >= columns.end) continue;
+          if (limited(block, k, k_rows, v)) {
+            run_block_exact(h, block, key, n, dq, dk, dv);
+          } else {
+            run_block(h, packed, block, key, n, dq, dk, dv);
+          }
         }
       }
       if (!whole) finish_keys(h, key, n, dk, dv);
@@ -359,13 +556,13 @@ struct Part {
 
   void run() const {
     const i64 group = d.H / d.Hkv;
-    const Head first(d, p, args, grads, scratch, sequence, kv * group);
+    const Head first(d, p, args, grads, scratch, sequence, kv * group, *p.kernel);
     const i64 begin = chunk * p.chunk, end = std::min(first.span.Lk, begin + p.chunk);
     if (begin >= end && chunk > 0) return;
     const Sums dk = key_sums(grads.dk, scratch.dk, d.D), dv = key_sums(grads.dv, scratch.dv, d.Dv);
     if (group == 0) clear(dk, end - begin, d.D), clear(dv, end - begin, d.Dv);
     for (i64 g = 0; g < group; ++g)
-      run_head(Head(d, p, args, grads, scratch, sequence, kv * group + g), begin, end, dk, dv);
+      run_head(Head(d, p, args, grads, scratch, sequence, kv * group + g, *p.kernel), begin, end, dk, dv);
     if (group != 1) finish_keys(first, begin, end - begin, dk, dv);
   }
 };
@@ -416,29 +613,34 @@ struct MaskPart {
       for (i64 j = key_begin; j < (step.col ? key_end : key_begin + 1); ++j) out[i * step.row + j * step.col] = 0;
     for (i64 sequence = step.batch ? b : 0; sequence < (step.batch ? b + 1 : d.B); ++sequence)
       for (i64 head = step.head ? h : 0; head < (step.head ? h + 1 : d.H); ++head)
-        add_head(Head(d, p, args, grads, scratch, sequence, head), rows_begin, rows_end, key_begin, key_end, out);
+        add_head(Head(d, p, args, grads, scratch, sequence, head, kernel()), rows_begin, rows_end, key_begin, key_end,
+                 out);
   }
+  // By FMA where parts have limits: so no element is looked at for them.
+  const AttentionKernel& kernel() const { return p.exact ? *p.exact : *p.kernel; }
 
   void add_head(const Head& h, i64 rows_begin, i64 rows_end, i64 key_begin, i64 key_end, float* out) const {
-    const i64 mr = p.kernel->mr, s_row = h.s_row;
+    const i64 mr = h.kernel.mr, s_row = h.s_row;
+    float* const q = p.exact ? scratch.exact_q : scratch.q_strips;
+    float* const o = p.exact ? scratch.exact_o : scratch.o_strips;
+    float* const k = p.exact ? scratch.exact_k : scratch.k_panels;
+    float* const v = p.exact ? scratch.exact_v : scratch.v_panels;
     h.compute_delta(rows_begin, rows_end);
     for (i64 key = key_begin; key < key_end; key += p.key_block) {
       const i64 n = std::min(p.key_block, key_end - key);
       if (h.seen_of(rows_begin, rows_end, key, n).begin >= h.seen_of(rows_begin, rows_end, key, n).end) continue;
-      h.pack_columns(h.k_row(key), d.k, n, d.D, scratch.k_panels);
-      h.pack_columns(h.v_row(key), d.v, n, d.Dv, scratch.v_panels);
+      h.pack_columns(h.k_row(key), d.k, n, d.D, k);
+      h.pack_columns(h.v_row(key), d.v, n, d.Dv, v);
       for (i64 row = rows_begin; row < rows_end; row += mr) {
         const int m = static_cast<int>(std::min(mr, rows_end - row));
         const Seen columns = h.seen_of(row, row + m, key, n);
         if (columns.begin >= columns.end) continue;
-        p.kernel->helpers->pack_a(h.q_row(row), d.q.col, d.q.row, d.D, m, m, scratch.q_strips, nullptr);
-        p.kernel->helpers->pack_a(h.o_row(row), grads.dout_step.col, grads.dout_step.row, d.Dv, m, m, scratch.o_strips,
-                                  nullptr);
-        h.products({scratch.q_strips, 0}, 0, m, scratch.k_panels, h.q_steps, columns, scratch.s);
-        h.products({scratch.o_strips, 0}, 0, m, scratch.v_panels, h.o_steps, columns, scratch.g);
+        h.pack_operands(row, m, q, o);
+        h.products({q, 0}, 0, m, k, h.q_steps, columns, scratch.s);
+        h.products({o, 0}, 0, m, v, h.o_steps, columns, scratch.g);
         SoftmaxGradArgs x = h.grad_args(row, m, key, n, columns);
         x.scores.s = scratch.s, x.g = x.ds = scratch.g, x.scale = 1;
-        p.kernel->grads->mask_grad[static_cast<int>(d.mask)](x);
+        h.kernel.grads->mask_grad[static_cast<int>(d.mask)](x);
         for (i64 i = 0; i < m; ++i) {
           float* const to = out + (row + i) * grads.dmask_step.row + key * grads.dmask_step.col;
           for (i64 j = columns.begin; j < columns.end; ++j) to[j * grads.dmask_step.col] += scratch.g[i * s_row + j];
@@ -454,7 +656,9 @@ void for_each(const AttentionDesc& d, const AttentionBackwardPlan& p, char* memo
   std::atomic<i64> next{0};
   parallel(p.threads, [&](int thread, int) {
     const Scratch scratch(memory + thread * p.per_thread_bytes(), d, p);
+    if (p.kernel->helpers->begin) p.kernel->helpers->begin();
     for (i64 i = next++; i < count; i = next++) body(i, scratch);
+    if (p.kernel->helpers->end) p.kernel->helpers->end();
   });
 }
 

@@ -13,20 +13,26 @@ namespace fastdl {
 
 struct AttentionBackwardPlan {
   const AttentionKernel* kernel;
-  i64 strips;         // register tiles of query rows in a query block
-  i64 key_block;      // keys that pass over all queries together
-  i64 chunk, chunks;  // keys of a part of a key head, and parts: where heads are few
+  const AttentionKernel* exact;  // as AttentionPlan::exact
+  i64 strips;                    // register tiles of query rows in a query block
+  i64 key_block;                 // keys that pass over all queries together
+  i64 chunk, chunks;             // keys of a part of a key head, and parts: where heads are few
   int threads;
-  i64 shared_bytes;                                                       // dQ of every chunk, where there are several
-  i64 q_bytes, o_bytes, k_bytes, v_bytes, s_bytes, sum_bytes, row_bytes;  // scratch of a thread
+  i64 shared_bytes;  // dQ of every chunk, where there are several
+  i64 q_bytes, o_bytes, k_bytes, v_bytes, s_bytes, sum_bytes, row_bytes, exact_bytes;  // scratch of a thread
   const char* why;
 
   i64 workspace_bytes() const { return shared_bytes + threads * per_thread_bytes(); }
-  i64 per_thread_bytes() const { return q_bytes + o_bytes + k_bytes + v_bytes + s_bytes + sum_bytes + row_bytes; }
+  i64 per_thread_bytes() const {
+    return q_bytes + o_bytes + k_bytes + v_bytes + s_bytes + sum_bytes + row_bytes + exact_bytes;
+  }
 };
 
 AttentionBackwardPlan attention_backward_plan(const AttentionDesc& desc, const Machine& machine,
                                               const AttentionKernel* forced = nullptr);
+// Floats of a row of dS along the keys, of a strip's scores (tiles: and of 32 rows of sums turned back).
+i64 backward_ds_row(const AttentionKernel& kernel, const AttentionBackwardPlan& plan);
+i64 backward_s_floats(const AttentionDesc& desc, const AttentionBackwardPlan& plan);
 std::string describe(const AttentionDesc& desc, const AttentionBackwardPlan& plan);
 void attention_backward_run(const AttentionDesc& desc, const AttentionBackwardPlan& plan, const AttentionArgs& args,
                             const AttentionGrads& grads);

@@ -12,33 +12,42 @@ namespace {
 
 constexpr i64 kStrips = 8;      // of a query block: scores and dP of a block, kept while dK and dV take them
 constexpr i64 kKeyBlock = 224;  // 7 panels of 32 keys, 16 tiles of 14
+// Of tiles: P and dS of a query block fill half of L2, so that sums are read and written rarely.
+constexpr i64 kMostTileStrips = 16;
 constexpr i64 kParts = 32, kMostChunks = 8;  // parts to aim at, whatever the team
 constexpr i64 kLeastChunk = 512;             // keys: dQ passes through memory once more for each chunk
 constexpr i64 kMostShared = i64{1} << 27;    // bytes of dQ of all chunks
 constexpr double kSerialNanoseconds = 6000;  // as forward
 
-const AttentionKernel* choose(const AttentionDesc& d, const Machine& machine) {
-  for (const AttentionKernel& k : attention_kernels())
-    if (k.isa <= machine.isa && k.dtype == d.dtype && k.kind == AttentionKind::kTile) return &k;
-  fail("fastdl.scaled_dot_product_attention: no kernel");
-}
-
 }  // namespace
+
+i64 backward_ds_row(const AttentionKernel& kernel, const AttentionBackwardPlan& p) {
+  return is_tiled(kernel) ? steps(kernel, p.key_block) + 16 : (p.key_block + 16) / 2;
+}
+i64 backward_s_floats(const AttentionDesc& d, const AttentionBackwardPlan& p) {
+  const i64 scores = p.kernel->mr * (p.key_block + 16);
+  return is_tiled(*p.kernel) ? std::max(scores, p.kernel->nr * round_up(std::max(d.D, d.Dv), 16)) : scores;
+}
 
 AttentionBackwardPlan attention_backward_plan(const AttentionDesc& d, const Machine& machine,
                                               const AttentionKernel* forced) {
   AttentionBackwardPlan p = {};
-  p.kernel = forced ? forced : choose(d, machine);
-  p.why = forced ? "forced" : "highest level with a tile kernel";
+  p.kernel = forced ? forced : &attention_tile_row(d, machine.isa, true, &p.why);
+  if (forced) p.why = "forced";
   const AttentionKernel& kernel = *p.kernel;
   if (kernel.dtype != d.dtype)
     fail("fastdl.scaled_dot_product_attention: kernel '", kernel.name, "': expected operands of its dtype");
   if (kernel.kind != AttentionKind::kTile)
     fail("fastdl.scaled_dot_product_attention: kernel '", kernel.name, "': expected a tile kernel for the gradients");
 
+  const bool tiled = is_tiled(kernel);
   const i64 unit = kernel.k_unit, nr = kernel.nr, group = d.H / std::max<i64>(1, d.Hkv);
-  p.strips = std::max<i64>(1, std::min(kStrips, ceil_div(d.Lq, kernel.mr)));
-  p.key_block = round_up(std::max<i64>(1, ceil_div(d.Lk, std::max<i64>(1, ceil_div(d.Lk, kKeyBlock)))), nr);
+  const i64 most = tiled ? kernel.key_block : kKeyBlock;
+  p.key_block = round_up(std::max<i64>(1, ceil_div(d.Lk, std::max<i64>(1, ceil_div(d.Lk, most)))), nr);
+  const i64 s_row = p.key_block + 16, p_strip = tiled ? steps(kernel, kernel.mr) * s_row : kernel.mr * s_row;
+  const i64 most_strips = tiled ? std::clamp<i64>(machine.l2 / 2 / (2 * p_strip * 4), 1, kMostTileStrips) : kStrips;
+  p.strips = std::max<i64>(1, std::min(most_strips, ceil_div(d.Lq, kernel.mr)));
+  p.exact = attention_exact_row(kernel);
   const i64 dp = round_up(d.D, 16), dvp = round_up(d.Dv, 16);  // rows of sums
 
   const i64 heads = std::max<i64>(1, (d.sequences ? d.sequences : d.B) * d.Hkv);
@@ -56,19 +65,25 @@ AttentionBackwardPlan attention_backward_plan(const AttentionDesc& d, const Mach
 
   constexpr i64 kSlack = 64;  // one vector: see GemmHelpers::pack
   const auto buffer = [](i64 floats) { return round_up(floats * 4 + kSlack, 4096); };
-  const i64 q_units = ceil_div(d.Lq, unit), k_units = ceil_div(p.key_block, unit);
-  const i64 s_row = p.key_block + 16, rows = p.strips * kernel.mr;
-  // Of a query head: rows as strips (A of S and dP) and as panels (B of dK and dV). Of a key block: panels along D for
-  // S, along the keys for dQ; V along Dv.
-  p.q_bytes = buffer(d.Lq * ceil_div(d.D, unit)) + buffer(q_units * round_up(d.D, nr));
-  p.o_bytes = buffer(d.Lq * ceil_div(d.Dv, unit)) + buffer(q_units * round_up(d.Dv, nr));
-  p.k_bytes = buffer(p.key_block * ceil_div(d.D, unit)) + buffer(k_units * round_up(d.D, nr));
-  p.v_bytes = buffer(p.key_block * ceil_div(d.Dv, unit));
-  p.s_bytes = 2 * buffer(rows * s_row);  // P and dS: float32, or as pairs and as 16 bits beside the strip's float32
-  if (unit == 2) p.s_bytes += 2 * buffer(kernel.mr * s_row);
-  p.row_bytes = buffer(d.Lq);
+  const i64 q_units = steps(kernel, d.Lq), k_units = steps(kernel, p.key_block), q_rows = lines(kernel, d.Lq);
+  const i64 q_line = steps(kernel, d.D), o_line = steps(kernel, d.Dv);
+  // Of a query head: rows as strips (A of S and dP) and as panels (B of dK and dV, or A of their transposes). Of a key
+  // block: panels along D for S, along the keys for dQ; V along Dv.
+  p.q_bytes = buffer(q_rows * q_line) + buffer(q_units * round_up(d.D, nr));
+  p.o_bytes = buffer(q_rows * o_line) + buffer(q_units * round_up(d.Dv, nr));
+  p.k_bytes = buffer(p.key_block * q_line) + buffer(k_units * round_up(d.D, nr));
+  p.v_bytes = buffer(p.key_block * o_line);
+  p.s_bytes = 2 * buffer(p.strips * p_strip);  // P and dS: float32, or as pairs (then dS as 16 bits in the second half)
+  if (unit == 2) p.s_bytes += 2 * buffer(backward_s_floats(d, p));         // the strip's S and dP in float32
+  if (tiled) p.s_bytes += buffer(kernel.mr * backward_ds_row(kernel, p));  // the strip's dS as parts
+  p.row_bytes = buffer(d.Lq) + (p.exact ? buffer(2 * ceil_div(d.Lq, kernel.mr)) : 0);
   const i64 keys = group != 1 ? std::min(p.chunk, round_up(d.Lk, nr)) : p.key_block;
   p.sum_bytes = buffer(p.chunks > 1 ? 0 : d.Lq * dp) + buffer(keys * dp) + buffer(keys * dvp);
+  if (p.exact) {
+    const i64 mr = p.exact->mr, panels = p.key_block * round_up(d.D, nr);
+    p.exact_bytes = buffer(mr * d.D) + buffer(mr * d.Dv) + buffer(p.key_block * d.D) + buffer(p.key_block * d.Dv);
+    p.exact_bytes += buffer(panels);
+  }
   return p;
 }
 

@@ -72,7 +72,8 @@ struct Decode {
       const i64 m = alike ? used : Lq;
       SoftmaxArgs f = softmax_args(d, args, span, sequence, head * group + g, 0, key, n);
       f.s = s + g * Lq * s_row, f.s_row = s_row, f.m = static_cast<int>(m);
-      f.begin = static_cast<int>(begin), f.end = static_cast<int>(end);
+      f.begin = static_cast<int>(begin), f.end = static_cast<int>(end), f.stop = static_cast<int>(round_up(end, 16));
+      f.p = f.s, f.p_row = s_row;
       f.max = row_max, f.sum = row_sum, f.first = true;
       ops.softmax[static_cast<int>(d.mask)](f);
       std::copy_n(row_max, m, max_out + g * Lq);

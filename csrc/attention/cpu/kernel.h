@@ -94,7 +94,6 @@ void softmax(const SoftmaxArgs& t) {
   const bool plain = !kMask && t.plain;
   const auto lowest = L::set1(-kInfinity);
   const auto factor = L::set1(plain ? t.scale * kLog2E : kLog2E);
-  const int stop = (t.end + W - 1) / W * W;
 
   for (int group = 0; group < t.m; group += W) {
     const int rows = t.m - group < W ? t.m - group : W;
@@ -139,7 +138,8 @@ void softmax(const SoftmaxArgs& t) {
 
     for (int i = 0; i < rows; ++i) {
       const i64 row = group + i;
-      float* const s = t.s + row * t.s_row;
+      const float* const s = t.s + row * t.s_row;
+      float* const out = t.p + row * t.p_row;
       const auto x0 = L::set1(shift[i]);
       const std::uint64_t key =
           t.dropout.threshold ? dropout_row_key(t.dropout.seed, t.dropout.batch, t.dropout.head, t.dropout.row + row)
@@ -150,10 +150,10 @@ void softmax(const SoftmaxArgs& t) {
         auto p = exp2_falling<L>(L::mul(L::sub(x, x0), factor));
         r[i] = L::add(r[i], p);
         if (t.dropout.threshold) p = drop<L>(p, key, t.dropout.col + j, t.dropout.threshold);
-        Rows::store(s, j, p);
+        Rows::store(out, j, p);
       }
-      for (i64 j = t.begin; j < from[i]; j += W) Rows::store(s, j, L::zero());
-      for (i64 j = to[i]; j < stop; j += W) Rows::store(s, j, L::zero());
+      for (i64 j = t.begin; j < from[i]; j += W) Rows::store(out, j, L::zero());
+      for (i64 j = to[i]; j < t.stop; j += W) Rows::store(out, j, L::zero());
       if (t.first || rescale[i] == 1.0f) continue;
       float* const o = t.o + row * t.o_row;
       const auto c = L::set1(rescale[i]);

@@ -21,10 +21,13 @@ struct DropoutArgs {
 // Scores S [m,n] to P, in place, with the running maximum, sum and output of each row (Milakov and Gimelshein, "Online
 // normalizer calculation for softmax", 2018; Dao et al., "FlashAttention", 2022).
 struct SoftmaxArgs {
-  float* s;        // row i at s + i*s_row; P takes its place: float32, or bf16 from the start of the row for pairs
-  i64 s_row;       // a multiple of the vector width, as is s's alignment to column 0
-  int m;           // rows
-  int begin, end;  // columns of S that were computed; P is zero where a row does not see one of them
+  float* s;   // row i at s + i*s_row
+  i64 s_row;  // a multiple of the vector width, as is s's alignment to column 0
+  float* p;   // row i of P at p + i*p_row: float32; bf16 for pairs; bf16 parts for tiles. May be s but for many parts
+  i64 p_row;
+  int m;                   // rows
+  int begin, end;          // columns of S that were computed; P is zero where a row does not see one of them
+  int stop;                // columns of P written, whole vectors: zeros from `end` on
   i64 see_begin, see_end;  // row 0 sees columns [see_begin, see_end) of them, each further row one later (clamped)
   int n;                   // columns that exist
   float scale, softcap;
@@ -101,10 +104,12 @@ struct SoftmaxGradArgs {
   float factor;  // 1 / (1 - p)
   float scale;
   bool capped;     // dS is that of the scores before the softcap, else that of the mask
+  int rows;        // of P and dS written, zeros behind m
   int stop;        // columns written, whole vectors; 0 where a row does not see
-  float* p;        // null: not wanted. A row of float32, or two rows as pairs (k_unit 2); rows s_row apart, may be s
+  float* p;        // null: not wanted. A row of float32, or two rows as pairs (k_unit 2); rows s_row apart, may be s.
+                   // Tiles: [ceil(rows/32)][part][16 pairs of rows][s_row]
   float* ds;       // likewise, may be g
-  float* ds_rows;  // k_unit 2: dS once more, each row as 16 bits, rows_step apart
+  float* ds_rows;  // k_unit 2: dS once more, each row as 16 bits, rows_step apart. Tiles: [ceil(stop/32)][part][32]
   i64 rows_step;
 };
 
@@ -123,6 +128,8 @@ struct AttentionGradOps {
   void (*softmax_grad[4])(const SoftmaxGradArgs&);  // by MaskKind, as the products of the row's k_unit read it
   void (*mask_grad[4])(const SoftmaxGradArgs&);     // float32 rows at any k_unit
   void (*delta)(const DeltaArgs&);
+  // dst(i,j) = src(j,i), i < m, j < n, whole 16 x 16 blocks; where sums over rows lie turned (tiles), else null.
+  void (*turn)(const float* src, i64 src_row, int m, int n, float* dst, i64 dst_row);
 };
 
 enum class AttentionKind : std::uint8_t {
@@ -134,12 +141,16 @@ struct AttentionKernel {
   const char* name;
   Isa isa;
   DType dtype;
+  Precision precision;
   AttentionKind kind;
   int k_unit;  // elements along the summed dimension in a float of a packed panel: 1, or 2 for pairs of 16 bits
+  int k_step;  // panels are filled with zeros to a multiple of this many
+  int planes;  // bf16 parts of an operand, of P and of dS, side by side in a panel
   int mr, nr;
-  i64 key_block;                  // keys that share one softmax step
-  void (*tile)(const TileArgs&);  // gemm's, of that level
-  const GemmHelpers* helpers;     // gemm's: packing
+  i64 key_block;                    // keys that share one softmax step
+  void (*tile)(const TileArgs&);    // gemm's, of that level
+  void (*tile_p)(const TileArgs&);  // for products of P or dS
+  const GemmHelpers* helpers;       // gemm's: packing
   const AttentionOps* ops;
   const AttentionGradOps* grads;
 };

@@ -59,7 +59,7 @@ void softmax_grad(const SoftmaxGradArgs& t) {
   const auto cap = L::set1(f.softcap), factor = L::set1(t.factor), ds_scale = L::set1(t.scale);
   const bool dropout = f.dropout.threshold != 0, capped = f.softcap > 0;
 
-  for (int i = 0; i < f.m; i += R) {
+  for (int i = 0; i < t.rows; i += R) {
     i64 first[R], last[R];
     V lse[R], rest[R], delta[R];
     std::uint64_t key[R];
@@ -143,7 +143,8 @@ constexpr AttentionGradOps attention_grad_ops() {
   return {{softmax_grad<L, Out, NoMask>, softmax_grad<L, Out, std::uint8_t>, softmax_grad<L, Out, float>,
            softmax_grad<L, Out, T>},
           {nullptr, nullptr, softmax_grad<L, Rows, float>, softmax_grad<L, Rows, T>},
-          attention_delta<L, T>};
+          attention_delta<L, T>,
+          nullptr};
 }
 
 }  // namespace

@@ -1,15 +1,14 @@
 // Which kernel, which blocks, how many threads. Pure: everything follows from the problem and the machine given.
 #include <algorithm>
+#include <cmath>
 #include <numeric>
 
 #include "attention/attention.h"
+#include "attention/cpu/schedule.h"
 #include "base/check.h"
 
 namespace fastdl {
 namespace {
-
-i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
-i64 round_up(i64 a, i64 b) { return ceil_div(a, b) * b; }
 
 // Register tiles of rows in a query block: a block of K and V is read from L2 for each tile and from L3 for each block.
 constexpr i64 kStrips = 8;
@@ -24,10 +23,17 @@ double serial_nanoseconds(const AttentionDesc& d) {
 // Rows this many bytes apart fall on one or two sets of an L1 way (4096 bytes) and evict each other.
 bool rows_collide(i64 stride) { return std::gcd<i64>(stride * 4, 4096) >= 2048; }
 
-const AttentionKernel* find(Isa isa, DType dtype, AttentionKind kind) {
-  for (const AttentionKernel& k : attention_kernels())
-    if (k.isa <= isa && k.dtype == dtype && k.kind == kind) return &k;
-  fail("fastdl.scaled_dot_product_attention: no kernel");
+// --- time of a score, in multiply-adds of the float32 FMA kernel ---------------------------------------------------
+// Sapphire Rapids, a core: FMA 122e9 multiply-adds a second, tiles 1.9e12 (gemm/cpu/plan.cc).
+constexpr double kTileRate = 1900.0 / 122;
+// Packing an element, as gemm; splitting one of P or dS: 9 instructions a part and vector of 16, two a cycle.
+constexpr double kPackCost = 8, kPartCost = 9;
+// Scores are multiplied by this before exp: beyond it, what tiny parts lose of them would show.
+constexpr float kMostScale = 0x1p20f;
+
+double rate(const AttentionKernel& k) {
+  if (!is_tiled(k)) return k.k_unit;
+  return kTileRate / (k.planes == 1 ? 1 : k.planes == 3 ? 6 : k.dtype == DType::f16 ? 4 : 3);
 }
 
 bool decode_applies(const AttentionDesc& d) { return d.q.col == 1 && d.k.col == 1 && d.v.col == 1; }
@@ -42,10 +48,9 @@ bool decode_pays(const AttentionDesc& d) {
 const AttentionKernel* choose(const AttentionDesc& d, const Machine& machine, const char** why) {
   if (decode_applies(d) && decode_pays(d)) {
     *why = "few query rows, all contiguous along the head dimension: K and V are read once, in place";
-    return find(machine.isa, d.dtype, AttentionKind::kDecode);
+    return &attention_row(machine.isa, d.dtype, d.precision, AttentionKind::kDecode);
   }
-  *why = "highest level with a tile kernel";
-  return find(machine.isa, d.dtype, AttentionKind::kTile);
+  return &attention_tile_row(d, machine.isa, false, why);
 }
 
 // Each chunk of keys is one unit of work; its rows are all queries of a key head.
@@ -62,6 +67,44 @@ void plan_decode(const AttentionDesc& d, AttentionPlan* p) {
 }
 
 }  // namespace
+
+const AttentionKernel& attention_row(Isa isa, DType dtype, Precision precision, AttentionKind kind) {
+  for (const AttentionKernel& k : attention_kernels())
+    if (k.isa <= isa && k.dtype == dtype && k.precision <= precision && k.kind == kind) return k;
+  fail("fastdl.scaled_dot_product_attention: no kernel");
+}
+
+double attention_tile_cost(const AttentionDesc& d, const AttentionKernel& k, bool backward) {
+  const bool tiled = is_tiled(k);
+  const double rows = static_cast<double>(std::max<i64>(1, d.Lq)), shared = rows * (d.H / std::max<i64>(1, d.Hkv));
+  const auto depth = [&](i64 x, i64 unit) { return static_cast<double>(tiled ? round_up(x, unit) : x); };
+  // S and dP sum over a head dimension, in steps of 32; the others have it as rows or columns of tiles.
+  const double summed = depth(d.D, 32) + (backward ? depth(d.Dv, 32) : 0);
+  const double across = (backward ? 2 * depth(d.D, 16) : 0) + depth(d.Dv, 16);
+  const double waste = tiled ? static_cast<double>(round_up(d.Lq, 16)) / rows : 1;
+  const double packed = static_cast<double>(backward ? 2 * d.D + d.Dv : d.D + d.Dv) * kPackCost;
+  const double split = k.k_unit == 1 ? 0 : kPartCost * k.planes * (backward ? 3 : 1);  // P; or P, dS, dS turned
+  return waste * (summed + across) / rate(k) + split + packed * k.planes / k.k_unit / shared;
+}
+
+const AttentionKernel& attention_tile_row(const AttentionDesc& d, Isa isa, bool backward, const char** why) {
+  const AttentionKernel& first = attention_row(isa, d.dtype, d.precision, AttentionKind::kTile);
+  *why = "highest level with a tile kernel";
+  if (!is_tiled(first)) return first;
+  const AttentionKernel& below = attention_row(Isa::kAvx512Bf16, d.dtype, Precision::fma, AttentionKind::kTile);
+  if (first.helpers->suspects && !(std::abs(d.scale) <= kMostScale)) {
+    *why = "a scale under which what bf16 parts lose would show";
+    return below;
+  }
+  if (attention_tile_cost(d, first, backward) < attention_tile_cost(d, below, backward)) return first;
+  *why = "too few rows or head dimensions too small to pay for tiles";
+  return below;
+}
+
+const AttentionKernel* attention_exact_row(const AttentionKernel& k) {
+  if (!k.helpers->suspects) return nullptr;
+  return &attention_row(Isa::kAvx512, k.dtype, Precision::fma, AttentionKind::kTile);
+}
 
 AttentionPlan attention_plan(const AttentionDesc& d, const Machine& machine, const AttentionKernel* forced) {
   AttentionPlan p = {};
@@ -82,21 +125,33 @@ AttentionPlan attention_plan(const AttentionDesc& d, const Machine& machine, con
   p.strips = std::max<i64>(1, std::min(kStrips, ceil_div(d.Lq, kernel.mr)));
   p.blocks = ceil_div(d.Lk, kernel.key_block);
   p.key_block = round_up(std::max<i64>(1, ceil_div(d.Lk, std::max<i64>(1, p.blocks))), kernel.nr);
-  p.pack_v = d.dtype != DType::f32 || d.v.col != 1 || rows_collide(d.v.row);
+  p.pack_v = is_tiled(kernel) || d.dtype != DType::f32 || d.v.col != 1 || rows_collide(d.v.row);
+  p.exact = attention_exact_row(kernel);
 
   constexpr i64 kSlack = 64;  // one vector: see GemmHelpers::pack
-  const i64 steps = ceil_div(d.D, kernel.k_unit);
-  const i64 k_block = p.key_block * steps * 4;
-  const i64 v_block = p.pack_v ? ceil_div(p.key_block, kernel.k_unit) * round_up(d.Dv, kernel.nr) * 4 : 0;
+  const i64 line = steps(kernel, d.D);
+  const i64 k_block = p.key_block * line * 4;
+  const i64 v_block = p.pack_v ? steps(kernel, p.key_block) * round_up(d.Dv, kernel.nr) * 4 : 0;
   const i64 units = ceil_div(ceil_div(d.Lq, kernel.mr), p.strips) * (d.H / std::max<i64>(1, d.Hkv));
   p.keep_k = units > 1 && (k_block + v_block) * p.blocks <= std::max(machine.l2, machine.l3 / (2 * p.threads));
   const i64 kept = p.keep_k ? std::max<i64>(1, p.blocks) : 1;
-  p.q_bytes = round_up(p.strips * kernel.mr * steps * 4 + kSlack, 4096);
+  p.q_bytes = round_up(p.strips * kernel.mr * line * 4 + kSlack, 4096);
   p.k_bytes = round_up(kept * k_block + kSlack, 4096);
   p.v_bytes = p.pack_v ? round_up(kept * v_block + kSlack, 4096) : 0;
-  p.s_bytes = round_up(kernel.mr * (p.key_block + 16) * 4, 4096);
+  p.p_row = p.key_block + 16;
+  p.s_bytes = round_up(kernel.mr * p.p_row * 4, 4096);
+  if (kernel.planes > 1) {
+    p.p_row = steps(kernel, p.key_block) + 16;  // 16: rows begin on different sets of L1
+    p.p_bytes = round_up(kernel.mr * p.p_row * 4, 4096);
+  }
   p.o_bytes = round_up(p.strips * kernel.mr * round_up(d.Dv, 16) * 4, 4096);
-  p.row_bytes = round_up(p.strips * 2 * 16 * 4 + kept, 4096);
+  p.row_bytes = round_up(p.strips * 2 * row_slots(kernel) * 4 + kept, 4096);
+  if (p.exact) {
+    p.exact_q_floats = round_up(p.exact->mr * d.D, 16) + 16;
+    p.exact_k_floats = round_up(p.key_block * d.D, 16) + 16;
+    const i64 v_floats = p.key_block * round_up(d.Dv, p.exact->nr) + 16;
+    p.exact_bytes = round_up((p.exact_q_floats + p.exact_k_floats + v_floats) * 4, 4096);
+  }
   return p;
 }
 
@@ -110,8 +165,14 @@ std::vector<std::string> attention_candidates(const AttentionDesc& d, const Mach
       reason = concat("needs ", isa_name(k.isa));
     } else if (k.kind == AttentionKind::kDecode && !decode_applies(d)) {
       reason = "operands not contiguous along the head dimension";
+    } else if (k.precision > d.precision) {
+      reason = "less exact than asked";
     } else if (k.kind == AttentionKind::kDecode && chosen.kernel->kind == AttentionKind::kTile) {
       reason = "enough query rows for packing K to pay";
+    } else if (k.kind == chosen.kernel->kind && k.kind == AttentionKind::kTile &&
+               (is_tiled(k) || is_tiled(*chosen.kernel))) {
+      const double times = attention_tile_cost(d, k, false) / attention_tile_cost(d, *chosen.kernel, false);
+      reason = concat("estimated at ", std::round(times * 100) / 100, " times the time but for exp");
     }
     lost.push_back(concat(k.name, ": ", reason));
   }

@@ -15,20 +15,27 @@ namespace {
 
 // Scratch of a thread, cut as the plan says.
 struct Scratch {
-  float *q, *k, *v, *s, *o, *max, *sum;
-  char* packed;  // [blocks]: which key blocks of the head at hand are packed
+  float *q, *k, *v, *s, *p, *o, *max, *sum;
+  char* packed;                        // [blocks]: see Pack
+  float *exact_q, *exact_k, *exact_v;  // operands of AttentionPlan::exact
 
-  Scratch(char* p, const AttentionPlan& plan) {
+  Scratch(char* memory, const AttentionPlan& plan) {
     const auto take = [&](i64 bytes) {
-      char* const begin = p;
-      p += bytes;
+      char* const begin = memory;
+      memory += bytes;
       return reinterpret_cast<float*>(begin);
     };
     q = take(plan.q_bytes), k = take(plan.k_bytes), v = take(plan.v_bytes), s = take(plan.s_bytes);
-    o = take(plan.o_bytes), max = take(plan.row_bytes), sum = max + plan.strips * kRowSlots;
-    packed = reinterpret_cast<char*>(sum + plan.strips * kRowSlots);
+    p = plan.p_bytes ? take(plan.p_bytes) : s;
+    o = take(plan.o_bytes), max = take(plan.row_bytes), sum = max + plan.strips * row_slots(*plan.kernel);
+    packed = reinterpret_cast<char*>(sum + plan.strips * row_slots(*plan.kernel));
+    exact_q = take(0);
+    exact_k = exact_q + plan.exact_q_floats, exact_v = exact_k + plan.exact_k_floats;
   }
 };
+
+// Of a block of keys in scratch.
+enum Pack : char { kNone, kPacked, kLimited };  // kLimited: for AttentionPlan::exact
 
 // One sequence and one key head.
 struct Head {
@@ -46,7 +53,10 @@ struct Head {
     strips = ceil_div(span.Lq, plan.kernel->mr);
     blocks = ceil_div(strips, plan.strips);
   }
-  i64 strip_begin(i64 strip) const { return span.Lq * strip / strips; }
+  // Tiles are whole but for the last; else strips are of even height.
+  i64 strip_begin(i64 strip) const {
+    return is_tiled(*p.kernel) ? std::min(span.Lq, strip * p.kernel->mr) : span.Lq * strip / strips;
+  }
   i64 block_strip(i64 block) const { return strips * block / blocks; }
   Seen block_seen(i64 block) const {
     return seen(d, span, strip_begin(block_strip(block)), strip_begin(block_strip(block + 1)));
@@ -64,17 +74,37 @@ struct Head {
   }
 };
 
-// Packed panels of keys [begin, begin + n): K as [panel][steps][nr], V as [panel of Dv][steps][nr].
-void pack_keys(const Head& h, i64 begin, i64 n, float* k_out, float* v_out) {
+constexpr int kMaxLines = 32;  // of a panel
+
+// Packed panels of keys [begin, begin + n): K as [panel][steps][nr], V, where v_out is not null, as [panel of
+// Dv][steps] [nr]. Tiny K is harmless: scores are off by what is lost of them, not by a share of it.
+Pack pack_keys(const Head& h, const AttentionKernel& kernel, i64 begin, i64 n, float* k_out, float* v_out) {
   const AttentionDesc& d = h.d;
-  const AttentionKernel& kernel = *h.p.kernel;
-  const i64 nr = kernel.nr, steps = ceil_div(d.D, kernel.k_unit), v_steps = ceil_div(h.p.key_block, kernel.k_unit);
-  for (i64 j = 0; j < n; j += nr)
+  const i64 nr = kernel.nr, k_steps = steps(kernel, d.D), v_steps = steps(kernel, h.p.key_block);
+  bool limited = false;
+  for (i64 j = 0; j < n; j += nr) {
+    float peak[kMaxLines] = {};
     kernel.helpers->pack_b(at(h.k, (begin + j) * d.k.row, d.dtype), d.k.col, d.k.row, d.D,
-                           static_cast<int>(std::min(nr, n - j)), kernel.nr, k_out + j * steps, nullptr);
-  for (i64 j = 0; h.p.pack_v && j < d.Dv; j += nr)
+                           static_cast<int>(std::min(nr, n - j)), kernel.nr, k_out + j * k_steps, peak);
+    limited |= is_large(peak, nr);
+  }
+  for (i64 j = 0; v_out && j < d.Dv; j += nr) {
+    float peak[kMaxLines] = {};
     kernel.helpers->pack_b(at(h.v, begin * d.v.row + j * d.v.col, d.dtype), d.v.row, d.v.col, n,
-                           static_cast<int>(std::min(nr, d.Dv - j)), kernel.nr, v_out + j * v_steps, nullptr);
+                           static_cast<int>(std::min(nr, d.Dv - j)), kernel.nr, v_out + j * v_steps, peak);
+    limited |= is_large(peak, nr) || is_tiny(peak, nr);
+  }
+  return limited ? kLimited : kPacked;
+}
+
+// The rows [begin, begin + m) of a query head, packed: whether tiles have limits for them.
+bool pack_rows(const Head& h, const AttentionKernel& kernel, i64 head, i64 begin, i64 m, float* out) {
+  const AttentionDesc& d = h.d;
+  float peak[kMaxLines] = {};
+  kernel.helpers->pack_a(
+      at(h.args.q, h.batch * d.q.batch + head * d.q.head + (h.span.q_begin + begin) * d.q.row, d.dtype), d.q.col,
+      d.q.row, d.D, static_cast<int>(m), static_cast<int>(lines(kernel, m)), out, peak);
+  return is_large(peak, m);
 }
 
 // Query rows [begin, begin + m) against the keys [key, key + n) of a block: what they add to sum, max and o.
@@ -86,8 +116,8 @@ struct StripBlock {
   const float* q;  // [steps][m]
   const float* k;
   const float* v;  // packed, or null
-  float *s, *max, *sum, *o;
-  i64 head;
+  float *s, *p, *max, *sum, *o;
+  i64 p_row, head;
   bool first;
 };
 
@@ -103,23 +133,25 @@ void prefetch_mask(const AttentionDesc& d, const SoftmaxArgs& f) {
 }
 
 // Whether the strip sees anything of the block.
-bool run_strip(const Head& h, const StripBlock& x) {
+bool run_strip(const Head& h, const AttentionKernel& kernel, const StripBlock& x) {
   const AttentionDesc& d = h.d;
-  const AttentionKernel& kernel = *h.p.kernel;
   const Seen some = seen(d, h.span, x.begin, x.begin + x.m);
-  const i64 nr = kernel.nr, steps = ceil_div(d.D, kernel.k_unit), v_steps = ceil_div(h.p.key_block, kernel.k_unit);
+  const i64 nr = kernel.nr, k_steps = steps(kernel, d.D), v_steps = steps(kernel, h.p.key_block);
   const i64 begin = std::max<i64>(0, some.begin - x.key) / nr * nr, end = std::min<i64>(x.n, some.end - x.key);
   if (begin >= end) return false;
   const i64 s_row = h.p.key_block + 16, o_row = round_up(d.Dv, 16);
 
   SoftmaxArgs f = softmax_args(d, h.args, h.span, h.sequence, x.head, x.begin, x.key, x.n);
-  f.s = x.s, f.s_row = s_row, f.m = x.m, f.begin = static_cast<int>(begin), f.end = static_cast<int>(end);
+  f.s = x.s, f.s_row = s_row, f.p = x.p, f.p_row = x.p_row;
+  f.m = x.m, f.begin = static_cast<int>(begin), f.end = static_cast<int>(end);
+  f.stop = static_cast<int>(round_up(end, std::max(16, kernel.k_step)));
   if (f.mask) prefetch_mask(d, f);
 
+  const int m = static_cast<int>(lines(kernel, x.m));
   TileArgs t = {};
-  t.a = x.q, t.a_row = 1, t.a_col = x.m, t.b_row = nr, t.b_col = 1, t.c_row = s_row, t.k = steps, t.m = x.m;
+  t.a = x.q, t.a_row = 1, t.a_col = m, t.b_row = nr, t.b_col = 1, t.c_row = s_row, t.k = k_steps, t.m = m;
   for (i64 j = begin; j < end; j += nr) {
-    t.b = x.k + j * steps, t.c = x.s + j, t.n = static_cast<int>(std::min(nr, round_up(end - j, 16)));
+    t.b = x.k + j * k_steps, t.c = x.s + j, t.n = static_cast<int>(std::min(nr, round_up(end - j, 16)));
     kernel.tile(t);
   }
 
@@ -127,21 +159,42 @@ bool run_strip(const Head& h, const StripBlock& x) {
   kernel.ops->softmax[static_cast<int>(d.mask)](f);
 
   t = {};
-  t.a = x.s + begin / kernel.k_unit, t.a_row = s_row, t.a_col = 1;
-  t.c_row = o_row, t.m = x.m, t.accumulate = !x.first, t.b_col = 1;
-  t.k = ceil_div(end - begin, kernel.k_unit);
+  t.a = x.p + steps(kernel, begin), t.a_row = x.p_row, t.a_col = 1;
+  t.c_row = o_row, t.m = m, t.accumulate = !x.first, t.b_col = 1;
+  t.k = steps(kernel, end - begin);
   for (i64 j = 0; j < d.Dv; j += nr) {
     if (x.v) {
-      t.b = x.v + j * v_steps + begin / kernel.k_unit * nr, t.b_row = nr;
+      t.b = x.v + j * v_steps + steps(kernel, begin) * nr, t.b_row = nr;
       t.n = static_cast<int>(std::min(nr, o_row - j));
     } else {
       t.b = static_cast<const float*>(h.v) + (x.key + begin) * d.v.row + j, t.b_row = d.v.row;
       t.n = static_cast<int>(std::min(nr, d.Dv - j));
     }
     t.c = x.o + j;
-    kernel.tile(t);
+    kernel.tile_p(t);
   }
   return true;
+}
+
+// The same by FMA: packs what it needs.
+void run_exact(const Head& h, const StripBlock& x, const Scratch& scratch) {
+  const AttentionKernel& exact = *h.p.exact;
+  const i64 o_row = round_up(h.d.Dv, 16);
+  pack_keys(h, exact, x.key, x.n, scratch.exact_k, scratch.exact_v);
+  if (x.first) std::fill_n(x.o, x.m * o_row, 0.0f);
+  for (int row = 0; row < x.m; row += exact.mr) {
+    StripBlock y = x;
+    y.begin += row, y.m = std::min(exact.mr, x.m - row), y.o = x.o + row * o_row, y.first = false;
+    pack_rows(h, exact, x.head, y.begin, y.m, scratch.exact_q);
+    float max[kMaxLines], sum[kMaxLines];  // written in whole vectors
+    std::fill_n(std::copy_n(x.max + row, y.m, max), kMaxLines - y.m, -INFINITY);
+    std::fill_n(std::copy_n(x.sum + row, y.m, sum), kMaxLines - y.m, 0.0f);
+    y.q = scratch.exact_q, y.k = scratch.exact_k, y.v = scratch.exact_v, y.p = y.s, y.p_row = h.p.key_block + 16;
+    y.max = max, y.sum = sum;
+    run_strip(h, exact, y);
+    std::copy_n(max, y.m, x.max + row);
+    std::copy_n(sum, y.m, x.sum + row);
+  }
 }
 
 // Block `block` of query head `head`.
@@ -150,17 +203,16 @@ void run_block(const Head& h, i64 head, i64 block, const Scratch& scratch) {
   const AttentionPlan& p = h.p;
   const AttentionKernel& kernel = *p.kernel;
   const i64 first = h.block_strip(block), strips = h.block_strip(block + 1) - first;
-  const i64 steps = ceil_div(d.D, kernel.k_unit), o_row = round_up(d.Dv, 16);
-  const i64 k_block = p.key_block * steps;
-  const i64 v_block = ceil_div(p.key_block, kernel.k_unit) * round_up(d.Dv, kernel.nr);
-  const i64 q_head = h.batch * d.q.batch + head * d.q.head;
+  const i64 q_strip = kernel.mr * steps(kernel, d.D), o_row = round_up(d.Dv, 16), slots = row_slots(kernel);
+  const i64 k_block = p.key_block * steps(kernel, d.D);
+  const i64 v_block = steps(kernel, p.key_block) * round_up(d.Dv, kernel.nr);
+  std::uint64_t limited = 0;  // strips
   for (i64 i = 0; i < strips; ++i) {
     const i64 begin = h.strip_begin(first + i), m = h.strip_begin(first + i + 1) - begin;
-    kernel.helpers->pack_a(at(h.args.q, q_head + (h.span.q_begin + begin) * d.q.row, d.dtype), d.q.col, d.q.row, d.D,
-                           static_cast<int>(m), static_cast<int>(m), scratch.q + i * kernel.mr * steps, nullptr);
+    if (pack_rows(h, kernel, head, begin, m, scratch.q + i * q_strip)) limited |= std::uint64_t{1} << i;
   }
-  std::fill_n(scratch.max, strips * kRowSlots, -INFINITY);
-  std::fill_n(scratch.sum, strips * kRowSlots, 0.0f);
+  std::fill_n(scratch.max, strips * slots, -INFINITY);
+  std::fill_n(scratch.sum, strips * slots, 0.0f);
 
   const Seen range = h.block_seen(block);
   std::uint64_t started = 0;
@@ -168,25 +220,28 @@ void run_block(const Head& h, i64 head, i64 block, const Scratch& scratch) {
     const i64 key = kb * p.key_block, n = std::min(p.key_block, h.span.Lk - key), slot = p.keep_k ? kb : 0;
     float* const k = scratch.k + slot * k_block;
     float* const v = p.pack_v ? scratch.v + slot * v_block : nullptr;
-    if (!p.keep_k || !scratch.packed[kb]) {
-      pack_keys(h, key, n, k, v);
-      if (p.keep_k) scratch.packed[kb] = 1;
-    }
+    if (!p.keep_k || !scratch.packed[slot]) scratch.packed[slot] = pack_keys(h, kernel, key, n, k, v);
+    const bool limits = scratch.packed[slot] == kLimited;
     for (i64 i = 0; i < strips; ++i) {
       const i64 begin = h.strip_begin(first + i);
       StripBlock x = {};
       x.begin = begin, x.m = static_cast<int>(h.strip_begin(first + i + 1) - begin), x.key = key;
-      x.n = static_cast<int>(n), x.q = scratch.q + i * kernel.mr * steps, x.k = k, x.v = v, x.s = scratch.s;
-      x.max = scratch.max + i * kRowSlots, x.sum = scratch.sum + i * kRowSlots;
+      x.n = static_cast<int>(n), x.q = scratch.q + i * q_strip, x.k = k, x.v = v, x.s = scratch.s, x.p = scratch.p;
+      x.p_row = p.p_row, x.max = scratch.max + i * slots, x.sum = scratch.sum + i * slots;
       x.o = scratch.o + i * kernel.mr * o_row, x.head = head, x.first = !(started >> i & 1);
-      if (run_strip(h, x)) started |= std::uint64_t{1} << i;
+      if (p.exact && (limits || limited >> i & 1)) {
+        run_exact(h, x, scratch);
+        started |= std::uint64_t{1} << i;
+      } else if (run_strip(h, kernel, x)) {
+        started |= std::uint64_t{1} << i;
+      }
     }
   }
 
   for (i64 i = 0; i < strips; ++i) {
     const i64 begin = h.strip_begin(first + i), m = h.strip_begin(first + i + 1) - begin;
-    const float* const max = scratch.max + i * kRowSlots;
-    const float* const sum = scratch.sum + i * kRowSlots;
+    const float* const max = scratch.max + i * slots;
+    const float* const sum = scratch.sum + i * slots;
     AttentionFinishArgs f = {};
     f.o = scratch.o + i * kernel.mr * o_row, f.o_row = o_row, f.sum = sum;
     f.factor = dropout_factor(d);
@@ -239,7 +294,9 @@ void attention_run(const AttentionDesc& d, const AttentionPlan& p, const Attenti
   ArenaLease memory(p.workspace_bytes());
   parallel(p.threads, [&](int thread, int threads) {
     const Scratch scratch(memory.data() + thread * p.per_thread_bytes(), p);
+    if (p.kernel->helpers->begin) p.kernel->helpers->begin();
     run_share(d, p, args, work * thread / threads, work * (thread + 1) / threads, scratch);
+    if (p.kernel->helpers->end) p.kernel->helpers->end();
   });
 }
 

@@ -17,7 +17,25 @@ inline void* at(void* p, i64 elements, DType dtype) {
 inline i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
 inline i64 round_up(i64 a, i64 b) { return ceil_div(a, b) * b; }
 
-constexpr i64 kRowSlots = 16;  // floats of a whole vector at any level: rows of sums and outputs are padded to it
+// Floats of the running values of a strip: whole vectors at any level.
+inline i64 row_slots(const AttentionKernel& k) { return round_up(k.mr, 16); }
+
+// Tiles read and write whole rows of 16, packed in the order of their use (gemm/cpu/kernel_amx.h).
+inline bool is_tiled(const AttentionKernel& k) { return k.isa == Isa::kAmx; }
+inline i64 lines(const AttentionKernel& k, i64 rows) { return is_tiled(k) ? round_up(rows, 16) : rows; }
+// Floats of a packed line, a row or column of an operand, of so many elements.
+inline i64 steps(const AttentionKernel& k, i64 depth) { return round_up(depth, k.k_step) / k.k_unit * k.planes; }
+
+// What bf16 parts get wrong: Inf, NaN and sums that may overflow on the way, from operands of kLargePeak on; values
+// whose lower parts are flushed, below kTinyPeak. Such operands, by the largest magnitudes of their lines, are
+// multiplied by FMA.
+constexpr float kLargePeak = 0x1p30f;
+inline bool is_large(const float* peak, i64 n) {
+  return !std::all_of(peak, peak + n, [](float x) { return x < kLargePeak; });
+}
+inline bool is_tiny(const float* peak, i64 n) {
+  return std::any_of(peak, peak + n, [](float x) { return x > 0 && x < kTinyPeak; });
+}
 
 // Where nothing but a positive scale comes between product and exp, the scale waits until exp is taken.
 inline bool plain(const AttentionDesc& d) {

@@ -32,40 +32,62 @@ struct Products6 {
   static constexpr int parts = 3, count = 6, a[] = {0, 0, 1, 1, 2, 0}, b[] = {2, 1, 1, 0, 0, 0};
 };
 
-// Where A lies, in bytes: from row to row of its tiles, whose second follows the first; from part to part; and from one
-// K step to the next.
-struct TileRows {
-  i64 row, part, step;
+// Where the tiles of an operand lie, in bytes: lines of a tile, tiles side by side in a panel, parts, steps of K.
+struct TileLayout {
+  const char* p;
+  i64 line, tile, part, depth;
 };
+
+// A: packed where a_col is the panel's rows, else rows of bf16 a_row floats apart, [ceil(K/32)][part][32] each (a_col
+// 1).
+template <class P>
+FASTDL_INLINE TileLayout layout_a(const TileArgs& t) {
+  const char* const p = static_cast<const char*>(t.a);
+  if (t.a_col == 1) return {p, t.a_row * 4, 16 * t.a_row * 4, kTileRowBytes, P::parts * kTileRowBytes};
+  const i64 part = t.a_col / 16 * kTileBytes;
+  return {p, kTileRowBytes, kTileBytes, part, P::parts * part};
+}
+template <class P>
+FASTDL_INLINE TileLayout layout_packed_b(const TileArgs& t) {
+  return {static_cast<const char*>(t.b), kTileRowBytes, kTileBytes, 2 * kTileBytes, P::parts * 2 * kTileBytes};
+}
+// B: packed where b_row is the panel's columns, else rows of pairs b_row floats apart, [ceil(K/32)][part][16][b_row].
+template <class P>
+FASTDL_INLINE TileLayout layout_b(const TileArgs& t) {
+  if (t.b_row == kBlock) return layout_packed_b<P>(t);
+  const i64 row = t.b_row * 4;
+  return {static_cast<const char*>(t.b), row, kTileRowBytes, 16 * row, P::parts * 16 * row};
+}
 
 // Rows of C: 16*kRows, columns 16*kCols, in tiles 0 to 3; A in 4 and 5, B in 6 and 7.
 template <class P, int kRows, int kCols, int I>
-FASTDL_INLINE void multiply(const char* a, const TileRows& lie, const char* b) {
-  constexpr i64 b_part = 2 * kTileBytes;
+FASTDL_INLINE void multiply(const TileLayout& a, const TileLayout& b) {
   if constexpr (I < P::count) {
     constexpr int before = I == 0 ? 0 : I - 1;
     if constexpr (I == 0 || P::a[I] != P::a[before]) {
-      tile_load<4>(a + P::a[I] * lie.part, lie.row);
-      if constexpr (kRows > 1) tile_load<5>(a + P::a[I] * lie.part + kTileRows * lie.row, lie.row);
+      tile_load<4>(a.p + P::a[I] * a.part, a.line);
+      if constexpr (kRows > 1) tile_load<5>(a.p + P::a[I] * a.part + a.tile, a.line);
     }
     if constexpr (I == 0 || P::b[I] != P::b[before]) {
       // B streams from L2: its next K step is fetched while this one is multiplied. Past a panel's end comes the next.
-      const char* next = b + P::parts * b_part + P::b[I] * b_part;
-#pragma GCC unroll 32
-      for (int r = 0; r < kCols * kTileRows; ++r) __builtin_prefetch(next + r * kTileRowBytes);
-      tile_load<6>(b + P::b[I] * b_part, kTileRowBytes);
-      if constexpr (kCols > 1) tile_load<7>(b + P::b[I] * b_part + kTileBytes, kTileRowBytes);
+      const char* next = b.p + b.depth + P::b[I] * b.part;
+#pragma GCC unroll 2
+      for (int c = 0; c < kCols; ++c)
+#pragma GCC unroll 16
+        for (int r = 0; r < kTileRows; ++r) __builtin_prefetch(next + c * b.tile + r * b.line);
+      tile_load<6>(b.p + P::b[I] * b.part, b.line);
+      if constexpr (kCols > 1) tile_load<7>(b.p + P::b[I] * b.part + b.tile, b.line);
     }
     tile_dpbf16ps<0, 4, 6>();
     if constexpr (kCols > 1) tile_dpbf16ps<1, 4, 7>();
     if constexpr (kRows > 1) tile_dpbf16ps<2, 5, 6>();
     if constexpr (kRows > 1 && kCols > 1) tile_dpbf16ps<3, 5, 7>();
-    multiply<P, kRows, kCols, I + 1>(a, lie, b);
+    multiply<P, kRows, kCols, I + 1>(a, b);
   }
 }
 
 template <class P, int kRows, int kCols>
-void block(const TileArgs& t, const TileRows& lie) {
+void block(const TileArgs& t, TileLayout a, TileLayout b) {
   for (int i = 0; i < t.m; ++i) {  // C comes from memory while the products run
     __builtin_prefetch(t.c + i * t.c_row, 1);
     __builtin_prefetch(t.c + i * t.c_row + t.n - 1, 1);
@@ -74,12 +96,10 @@ void block(const TileArgs& t, const TileRows& lie) {
   tile_zero<1>();
   tile_zero<2>();
   tile_zero<3>();
-  const char* a = static_cast<const char*>(t.a);
-  const char* b = static_cast<const char*>(t.b);
   for (i64 k = t.k / (16 * P::parts); k > 0; --k) {
-    multiply<P, kRows, kCols, 0>(a, lie, b);
-    a += lie.step;
-    b += P::parts * 2 * kTileBytes;
+    multiply<P, kRows, kCols, 0>(a, b);
+    a.p += a.depth;
+    b.p += b.depth;
   }
 
   if (!t.accumulate && t.m == 16 * kRows && t.n == 16 * kCols) {
@@ -107,20 +127,19 @@ void block(const TileArgs& t, const TileRows& lie) {
 }
 
 template <class P>
-FASTDL_INLINE void run_block(const TileArgs& t, const TileRows& lie) {
-  if (t.m > 16) return t.n > 16 ? block<P, 2, 2>(t, lie) : block<P, 2, 1>(t, lie);
-  return t.n > 16 ? block<P, 1, 2>(t, lie) : block<P, 1, 1>(t, lie);
+FASTDL_INLINE void run_block(const TileArgs& t, const TileLayout& a, const TileLayout& b) {
+  if (t.m > 16) return t.n > 16 ? block<P, 2, 2>(t, a, b) : block<P, 2, 1>(t, a, b);
+  return t.n > 16 ? block<P, 1, 2>(t, a, b) : block<P, 1, 1>(t, a, b);
 }
-// A packed, a_col lines of it to a panel.
 template <class P>
 void run_block(const TileArgs& t) {
-  const i64 part = t.a_col / 16 * kTileBytes;
-  run_block<P>(t, {kTileRowBytes, part, P::parts * part});
+  run_block<P>(t, layout_a<P>(t), layout_b<P>(t));
 }
-// A as rows of bfloat16, a_row floats apart, a matrix for each part, a_col floats apart.
+// A as rows of bfloat16, a_row floats apart, a matrix for each part, a_col floats apart; B packed.
 template <class P>
 void run_rows(const TileArgs& t) {
-  run_block<P>(t, {t.a_row * 4, t.a_col * 4, kTileRowBytes});
+  const i64 row = t.a_row * 4;
+  run_block<P>(t, {static_cast<const char*>(t.a), row, 16 * row, t.a_col * 4, kTileRowBytes}, layout_packed_b<P>(t));
 }
 
 // --- splitting -----------------------------------------------------------------------------------------------------
@@ -213,8 +232,7 @@ struct Parts {
 // One tile of each part: 16 lines (rows of A, columns of B), n <= 32 elements along K. Rows of A that are contiguous
 // along K are tile rows as they lie; so are, turned, columns of B. The other way round elements are paired first.
 template <class T, class S, bool kIsA>
-FASTDL_INLINE void pack_tile(const T* src, i64 k_step, i64 j_step, int n, int lines, float* dst, i64 part, L::V* peak,
-                             i64 row = 16, int rows = 16) {
+FASTDL_INLINE void pack_tile(const T* src, i64 k_step, i64 j_step, int n, int lines, float* dst, i64 part, L::V* peak) {
   L::V r[S::parts][16], x[S::parts];
   const bool along_k = k_step == 1;
   if (along_k) {
@@ -247,8 +265,7 @@ FASTDL_INLINE void pack_tile(const T* src, i64 k_step, i64 j_step, int n, int li
   for (int p = 0; p < S::parts; ++p) {
     if (along_k != kIsA) L::transpose(r[p]);
 #pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i)
-      if (i < rows) L::store(dst + p * part + row * i, r[p][i]);
+    for (int i = 0; i < 16; ++i) L::store(dst + p * part + 16 * i, r[p][i]);
   }
 }
 
