@@ -5,5 +5,6 @@
 namespace fastdl {
 
 void bind_cuda_probe(pybind11::module_& m);
+void bind_twin(pybind11::module_& m);  // of the host twin alone
 
 }  // namespace fastdl
