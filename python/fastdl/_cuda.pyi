@@ -12,6 +12,8 @@ from torch import Tensor
 
 __version__: str
 twin: bool  # this is the host twin
+nvcc: str  # version of the compiler that made it
+architectures: str  # what there is code for
 
 class GpuInfo(TypedDict):
     sm: int  # 80: compute capability 8.0
