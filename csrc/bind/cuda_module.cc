@@ -14,6 +14,10 @@
 #include "ptx/twin/fiber.h"
 #endif
 
+#ifndef FASTDL_NVCC
+#define FASTDL_NVCC ""
+#endif
+
 namespace py = pybind11;
 
 namespace fastdl {
@@ -49,6 +53,8 @@ PYBIND11_MODULE(FASTDL_CUDA_MODULE, m, py::mod_gil_not_used()) {
   m.doc() = "CUDA kernels of fastdl.";
   m.attr("__version__") = FASTDL_VERSION;
   m.attr("twin") = FASTDL_TWIN == 1;
+  m.attr("nvcc") = FASTDL_NVCC;
+  m.attr("architectures") = FASTDL_TWIN ? "the host" : "sm_80, PTX for newer GPUs";
   py::register_exception_translator([](std::exception_ptr p) {
     try {
       if (p) std::rethrow_exception(p);

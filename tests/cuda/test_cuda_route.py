@@ -85,9 +85,9 @@ class Gpus:
 def two_gpus(fake, monkeypatch):
     monkeypatch.setattr(cuda, "load", lambda name: (Gpus, ""))
     monkeypatch.setattr(cuda, "UNVERIFIED", True)
-    cuda._gpu_reason.cache_clear()
+    cuda.gpu_reason.cache_clear()
     yield
-    cuda._gpu_reason.cache_clear()
+    cuda.gpu_reason.cache_clear()
 
 
 def test_on_each_gpu_that_can(two_gpus):

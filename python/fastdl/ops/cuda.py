@@ -45,7 +45,7 @@ def load(name: str) -> tuple[Any, str]:
 
 
 @functools.cache
-def _gpu_reason(index: int) -> str:
+def gpu_reason(index: int) -> str:
     """Why the kernels cannot run on that GPU, or ""."""
     module, why = load("_cuda")
     if module is None:
@@ -62,7 +62,7 @@ def _gpu_reason(index: int) -> str:
 def reason(device: torch.device) -> str | None:
     """Why no CUDA kernels run on tensors of this CUDA device, or None where they do."""
     if UNVERIFIED:
-        return _gpu_reason(device.index or 0) or None
+        return gpu_reason(device.index or 0) or None
     return load("_cuda")[1] or OFF
 
 
@@ -99,6 +99,14 @@ def precision(operation: str) -> str:
         return "fma"
     asked = torch._C._get_fp32_precision_getter("cuda", operation)
     return asked if asked in ("tf32", "bf16") else "ieee"
+
+
+def kernels(operation: str, module: Any) -> list[dict[str, Any]]:
+    """The rows of an operation's table of CUDA kernels; none where it has no table yet."""
+    try:
+        return list(module.kernels(operation))
+    except RuntimeError:
+        return []
 
 
 def workspace(like: Tensor, bytes: int) -> Tensor | None:

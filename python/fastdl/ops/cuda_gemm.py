@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,12 +87,11 @@ def linear_wgrad(grad: Tensor, input: Tensor) -> Tensor:
 
 
 def sum_rows(x: Tensor, out: Tensor | None = None) -> Tensor:
-    """Sum of x[..., N] over all leading dimensions -> [N], into `out` where given; rows in no one stride are copied."""
+    """Sum of x[..., N] over all leading dimensions -> [N], into `out` where given."""
     if x.dtype is torch.float64:
         return reference.sum_rows(x)
     if out is None:
         out = x.new_empty(shapes.sum_rows(x))
-    x = _rows(x)
     if x.numel():
         cuda.require("sum_rows", x).sum_rows(x, out)
         return out
@@ -116,7 +114,7 @@ def matmul_plan(out: Tensor, input: Tensor, other: Tensor) -> str:
 def _kernel(op: str, a: Tensor, b: Tensor, out: Tensor) -> str:
     if out.numel() == 0 or a.shape[-1] == 0:
         return "none: empty"
-    return _plan(cuda.require(op, out), a, b, out)["kernel"]
+    return cuda.require(op, out).gemm_plan(a, b, out, precision=cuda.precision("matmul"))["kernel"]
 
 
 # --- one call ------------------------------------------------------------------------------------------------------
@@ -141,14 +139,9 @@ def _gemm(
             pre.copy_(z)
         out.copy_(reference.epilogue(z, residual, None if activation == "none" else activation))
         return
-    plan = _plan(native, a, b, out, bias, residual, pre, activation)
-    scratch = cuda.workspace(out, plan["workspace_bytes"])
     precision = cuda.precision("matmul")
+    scratch = cuda.workspace(out, native.gemm_workspace(a, b, out, precision=precision))
     native.gemm(a, b, out, bias, residual, pre, activation, precision=precision, workspace=scratch)
-
-
-def _plan(native: Any, a: Tensor, b: Tensor, out: Tensor, *epilogue: Any) -> dict[str, Any]:
-    return native.gemm_plan(a, b, out, *epilogue, precision=cuda.precision("matmul"))
 
 
 # --- shapes --------------------------------------------------------------------------------------------------------
