@@ -49,7 +49,7 @@ FASTDL_DEVICE void add_product(float (&sums)[kBlocks][4], const Fragment<kPartsO
     for (int j = 0; j < kN; ++j) {
       Fragment<kPartsOf<T>> y;
       load_b_transposed(&y, b, 16 * j, d);
-      multiply<T>(x[0], x[1], a[j], y);
+      multiply_add<T>(x[0], x[1], a[j], y);
     }
 #pragma unroll
     for (int r = 0; r < 8; ++r) {

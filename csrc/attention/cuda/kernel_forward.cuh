@@ -214,7 +214,7 @@ attention_forward_kernel(FASTDL_PARAM CudaAttentionArgs args) {
         Fragment<parts> y;
         load_b_transposed(&y, v, n0 + 16 * j, d);
 #pragma unroll
-        for (int m = 0; m < kM; ++m) multiply<T>(x[m][0], x[m][1], pf[m][j], y);
+        for (int m = 0; m < kM; ++m) multiply_add<T>(x[m][0], x[m][1], pf[m][j], y);
       }
 #pragma unroll
       for (int m = 0; m < kM; ++m) {

@@ -23,6 +23,7 @@ from fastdl.ops import attention_library as _registered  # noqa: F401  (defines 
 from fastdl.ops import attention_native as native
 from fastdl.ops import attention_reference as reference
 from fastdl.ops import attention_shapes as shapes
+from fastdl.ops import cuda, cuda_attention
 from fastdl.ops.attention_reference import UNBOUNDED, Options
 from fastdl.ops.plain import KERNEL_DTYPES, PLAIN_TYPES, eager_is_plain, is_plain
 from fastdl.ops.route import Operation, call
@@ -399,6 +400,9 @@ def _plan(out: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor |
     dropout_p, _, scale, gqa, (lo, hi), softcap = extras
     q, k, v, m = shapes.canonical(query, key, value, mask, gqa)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if cuda.runs(out):
+        m = native.expanded(m, q, k)
+        return cuda_attention.plan(q, k, v, m, None, None, None, *Options(scale, lo, hi, softcap, dropout_p))
     options = Options(scale, lo, hi, softcap, dropout_p)._asdict()
     return _C.attention_plan(q, k, v, native.expanded(m, q, k), **options)["kernel"]
 
@@ -441,8 +445,11 @@ def _varlen_plan(out: Tensor, query: Tensor, key: Tensor, value: Tensor, *extras
         return "reference"
     cu_q, cu_k, dropout_p, scale, (lo, hi), softcap = extras
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    options = Options(scale, lo, hi, softcap, dropout_p, True)._asdict()
     three = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
+    if cuda.runs(out):
+        values = Options(scale, lo, hi, softcap, dropout_p, True)
+        return cuda_attention.plan(*three, None, cu_q, cu_k, None, *values)
+    options = Options(scale, lo, hi, softcap, dropout_p, True)._asdict()
     return _C.attention_plan(*three, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, **options)["kernel"]
 
 
@@ -457,6 +464,7 @@ _ATTENTION = Operation(
     unsupported=_unsupported,
     plan=_plan,
     autocast=True,
+    unsupported_on_cuda=lambda *args: None,
 )
 _VARLEN = Operation(
     name=shapes.VARLEN,
@@ -467,4 +475,5 @@ _VARLEN = Operation(
     unsupported=_varlen_unsupported,
     plan=_varlen_plan,
     autocast=True,
+    unsupported_on_cuda=lambda *args: None,
 )

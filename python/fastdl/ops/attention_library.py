@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastdl.ops import attention_native as native
 from fastdl.ops import attention_shapes as shapes
+from fastdl.ops import cuda_attention
 from fastdl.ops.library import register
 from fastdl.ops.plain import KERNEL_DTYPES
 
@@ -179,6 +180,7 @@ register(
     _vmap_attention,
     _flops_attention,
     raw_flops=True,
+    cuda=cuda_attention.attention,
 )
 register(
     "attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor out, Tensor lse,"
@@ -188,6 +190,7 @@ register(
     _vmap_attention_backward,
     _flops_attention_backward,
     raw_flops=True,
+    cuda=cuda_attention.attention_backward,
 )
 register(
     "attention_keep(Tensor seed, SymInt[] shape, float dropout_p) -> Tensor",
@@ -195,4 +198,5 @@ register(
     _fake_attention_keep,
     _vmap_attention_keep,
     None,
+    cuda=cuda_attention.attention_keep,
 )

@@ -150,7 +150,8 @@ def seeded_dropout(
     B, H, Lq, _ = query.shape
     Lk = key.shape[2]
     if cu_q is None or cu_k is None:
-        return reference.dropout_by(torch.ops.fastdl.attention_keep(seed, (B, H, Lq, Lk), dropout_p), dropout_p)
+        keep = torch.ops.fastdl.attention_keep(seed, (B, H, Lq, Lk), dropout_p)
+        return reference.dropout_by(keep.to(query.device), dropout_p)
     longest = [int((cu[1:] - cu[:-1]).max()) if cu.shape[0] > 1 else 0 for cu in (cu_q, cu_k)]
-    keep = torch.ops.fastdl.attention_keep(seed, (cu_q.shape[0] - 1, H, *longest), dropout_p)
+    keep = torch.ops.fastdl.attention_keep(seed, (cu_q.shape[0] - 1, H, *longest), dropout_p).to(query.device)
     return reference.dropout_by(reference.packed_keep(keep, cu_q, cu_k, Lq, Lk), dropout_p)
