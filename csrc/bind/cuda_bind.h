@@ -5,7 +5,11 @@
 namespace fastdl {
 
 void bind_cuda_probe(pybind11::module_& m);
+void bind_cuda_conv(pybind11::module_& m);
 void bind_cuda_gemm(pybind11::module_& m);
 void bind_twin(pybind11::module_& m);  // of the host twin alone
+
+// Rows of the kernel tables as Python sees them.
+pybind11::list cuda_conv_kernel_rows();
 
 }  // namespace fastdl

@@ -48,6 +48,7 @@ PYBIND11_MODULE(FASTDL_CUDA_MODULE, m, py::mod_gil_not_used()) {
 #if FASTDL_TWIN
   fastdl::bind_twin(m);
 #endif
+  fastdl::bind_cuda_conv(m);
   fastdl::bind_cuda_probe(m);
   fastdl::bind_cuda_gemm(m);
 }
