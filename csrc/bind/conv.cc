@@ -155,7 +155,7 @@ void run_dense(ConvPass pass, py::handle x, py::handle w, py::handle y, py::hand
   Call c(pass, spatial(forward ? x : y, forward ? "fastdl.conv" : "fastdl.conv_dgrad", forward ? "input" : "grad"));
   c.tensors(x, w, y, stride, padding, dilation, groups);
   c.add_bias(bias);
-  c.args.activation = conv_activation_named(activation, c.op());
+  c.args.activation = activation_named(activation, c.op());
   c.args.residual = c.like_written(residual, "residual", false);
   c.args.pre = c.like_written(pre, "pre", true);
   c.add_pack(pack, kernel);

@@ -12,6 +12,7 @@
 #include "bind/conv_problem.h"
 #include "bind/cuda_bind.h"
 #include "bind/cuda_tensor.h"
+#include "bind/gemm_problem.h"
 #include "conv/cuda/plan.h"
 
 namespace py = pybind11;
@@ -134,7 +135,7 @@ void run_gather(ConvPass pass, py::handle x, py::handle w, py::handle y, py::han
   void* b = nullptr;
   c.add_channels(bias, "bias", forward ? c.desc.K : c.desc.C, false, &b, &c.args.bias_step);
   c.args.bias = b;
-  c.args.activation = conv_activation_named(activation, c.op());
+  c.args.activation = activation_named(activation, c.op());
   c.args.residual = c.like_written(residual, "residual", false);
   c.args.pre = c.like_written(pre, "pre", true);
   c.run(precision, workspace, kernel);
@@ -261,9 +262,7 @@ int divide_fast(int n, int divisor) {
   return fast_div(divisor).quotient(n);
 }
 
-}  // namespace
-
-py::list cuda_conv_kernel_rows() {
+py::list kernel_rows() {
   constexpr const char* kPrecision[] = {"fma", "ieee", "tf32", "bf16"};
   py::list out;
   for (const CudaConvKernel& k : cuda_conv_kernels()) {
@@ -280,8 +279,11 @@ py::list cuda_conv_kernel_rows() {
   return out;
 }
 
+}  // namespace
+
 void bind_cuda_conv(py::module_& m) {
   using namespace py::literals;
+  add_kernel_rows("conv", kernel_rows);
   m.def("conv", run_forward, "y"_a, "x"_a, "w"_a, "bias"_a = py::none(), py::kw_only(), "stride"_a, "padding"_a,
         "dilation"_a, "groups"_a = 1, "activation"_a = "none", "residual"_a = py::none(), "pre"_a = py::none(),
         "precision"_a = "ieee", "workspace"_a = py::none(), "kernel"_a = "");

@@ -3,6 +3,8 @@
 #include <pybind11/stl.h>
 
 #include <exception>
+#include <map>
+#include <string>
 
 #include "base/check.h"
 #include "bind/cuda_bind.h"
@@ -23,7 +25,24 @@ py::dict gpu_dict(const Gpu& gpu) {
                   "l2_bytes"_a = gpu.l2_bytes);
 }
 
+std::map<std::string, py::list (*)()>& kernel_rows() {
+  static std::map<std::string, py::list (*)()> rows;
+  return rows;
+}
+
+py::list kernels(const std::string& op) {
+  std::string names;
+  for (const auto& [name, rows] : kernel_rows()) {
+    if (name == op) return rows();
+    names += (names.empty() ? "" : ", ") + name;
+  }
+  fail("kernels: argument 'op': expected one of ", names, "; got '", op, "'");
+}
+
 }  // namespace
+
+void add_kernel_rows(const char* op, py::list (*rows)()) { kernel_rows()[op] = rows; }
+
 }  // namespace fastdl
 
 PYBIND11_MODULE(FASTDL_CUDA_MODULE, m, py::mod_gil_not_used()) {
@@ -49,6 +68,7 @@ PYBIND11_MODULE(FASTDL_CUDA_MODULE, m, py::mod_gil_not_used()) {
   fastdl::bind_twin(m);
 #endif
   fastdl::bind_cuda_conv(m);
+  m.def("kernels", &fastdl::kernels, py::arg("op"), "The rows of an operation's kernel table.");
   fastdl::bind_cuda_probe(m);
   fastdl::bind_cuda_gemm(m);
 }
