@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fastdl import _C
 from fastdl import machine as this_machine
 from fastdl._version import __version__
-from fastdl.bench import accuracy, runner
+from fastdl.bench import accuracy, place, runner
 from fastdl.bench import check as bars
 from fastdl.bench import compare as comparison
 from fastdl.bench.harness import REGIMES
@@ -156,6 +156,8 @@ def _bench_operation(operation: str) -> click.Command:
     @click.option("--dtype", default="float32", show_default=True)
     @click.option("--threads", type=click.IntRange(min=0), default=0, help="0: torch's default.")
     @click.option("--isa", type=click.Choice(this_machine.ISA_LEVELS), help="Hold fastdl and torch to a level.")
+    @click.option("--device", type=click.Choice(place.PLACES), default="cpu", show_default=True)
+    @click.option("--limit", type=click.FloatRange(min=0), default=0.0, help="Seconds after which no row begins.")
     @click.option("--frozen", is_flag=True, help="Weights packed beforehand, as fastdl.freeze does.")
     @click.option("--kernel", default="", help="Force a row of the kernel table.")
     @click.option("--family", "families", multiple=True, type=click.Choice(list(module.FAMILIES)))

@@ -23,6 +23,7 @@ from fastdl.ops.calls import run_while_tracing
 UNVERIFIED = os.environ.get("FASTDL_CUDA_UNVERIFIED", "0") not in ("", "0")
 OFF = "CUDA kernels are not verified on a GPU yet (FASTDL_CUDA_UNVERIFIED=1 turns them on)"
 OLDEST_SM = 80
+_FLOAT32 = os.environ.get("FASTDL_FLOAT32", "")
 
 # CPU tensors run on the twin. Written by `use_twin` alone; a rule of `plain` says that no call is plain meanwhile.
 twin_active = False
@@ -87,6 +88,17 @@ def require(op: str, x: Tensor) -> Any:
         why = reason(x.device) if x.is_cuda else f"no CUDA kernels for tensors on {x.device}"
         raise RuntimeError(f"fastdl.{op}: {why}")
     return module
+
+
+def precision(operation: str) -> str:
+    """How exact float32 products on a GPU must be, by torch's switch for "matmul", "conv" or "rnn": ieee, tf32 or fma.
+
+    torch gives cuDNN's operations leave to use tf32 unless it is told otherwise. "fma": FASTDL_FLOAT32=ieee.
+    """
+    if _FLOAT32 == "ieee":
+        return "fma"
+    asked = torch._C._get_fp32_precision_getter("cuda", operation)
+    return asked if asked in ("tf32", "bf16") else "ieee"
 
 
 def workspace(like: Tensor, bytes: int) -> Tensor | None:
