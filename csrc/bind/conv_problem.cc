@@ -109,15 +109,4 @@ ConvPass conv_pass_named(const std::string& name, const char* op) {
   fail(op, ": argument 'pass_': expected forward, dgrad or wgrad, got '", name, "'");
 }
 
-Activation conv_activation_named(const std::string& name, const char* op) {
-  constexpr std::pair<const char*, Activation> kNames[] = {{"none", Activation::none},
-                                                           {"relu", Activation::relu},
-                                                           {"gelu", Activation::gelu},
-                                                           {"gelu_tanh", Activation::gelu_tanh},
-                                                           {"silu", Activation::silu}};
-  for (const auto& [known, activation] : kNames)
-    if (name == known) return activation;
-  fail(op, ": argument 'activation': expected none, relu, gelu, gelu_tanh or silu, got '", name, "'");
-}
-
 }  // namespace fastdl

@@ -41,6 +41,5 @@ class ConvProblem {
 int conv_spatial(const TensorView& x, const char* op, const char* name);  // its spatial dimensions: 1 to 3
 ConvTensor conv_tensor(const TensorView& x);
 ConvPass conv_pass_named(const std::string& name, const char* op);
-Activation conv_activation_named(const std::string& name, const char* op);
 
 }  // namespace fastdl

@@ -74,6 +74,7 @@ PYBIND11_MODULE(FASTDL_CUDA_MODULE, m, py::mod_gil_not_used()) {
   fastdl::bind_twin(m);
 #endif
   fastdl::bind_cuda_attention(m);
+  fastdl::bind_cuda_conv(m);
   m.def("kernels", &fastdl::kernels, py::arg("op"), "The rows of an operation's kernel table.");
   fastdl::bind_cuda_probe(m);
   fastdl::bind_cuda_gemm(m);

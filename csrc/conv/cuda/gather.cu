@@ -1,0 +1,95 @@
+// Launches of forward and dgrad on tensor cores: pack the weight, the tiles, and, where sums are cut, their sum.
+#include "conv/cuda/launch.h"
+
+namespace fastdl {
+namespace {
+
+template <class T, int parts, int M, int N, int warp_m, int warp_n, int stages>
+void tiles(const LaunchShape& grid, const Stream& stream, const ConvGatherArgs<T>& args) {
+  using Tile = ConvGatherTile<T, parts, M, N, warp_m, warp_n, stages>;
+  LaunchShape shape = grid;
+  shape.threads = Tile::threads, shape.shared_bytes = Tile::shared_bytes;
+  launch(conv_gather_kernel<T, parts, M, N, warp_m, warp_n, stages>, shape, stream, args);
+}
+
+template <class T>
+using Launcher = void(const LaunchShape&, const Stream&, const ConvGatherArgs<T>&);
+
+template <class T, bool mine, int parts, int M, int N, int warp_m, int warp_n, int stages>
+constexpr Launcher<T>* row() {
+  if constexpr (mine)
+    return tiles<T, parts, M, N, warp_m, warp_n, stages>;
+  else
+    return nullptr;
+}
+
+template <class T>
+Launcher<T>* launcher(const std::string& name) {
+#define CUDA_CONV_TILE(row_name, type, kind, precision, parts, M, N, warp_m, warp_n, stages)                      \
+  if (name == #row_name)                                                                                          \
+    return row<T, DType::type == kConvDType<T> && CudaConvKind::kind == CudaConvKind::kTile, parts, M, N, warp_m, \
+               warp_n, stages>();
+#define CUDA_CONV_ROW(name, type, kind)
+#include "conv/cuda/kernels.inc"
+#undef CUDA_CONV_TILE
+#undef CUDA_CONV_ROW
+  return nullptr;
+}
+
+template <class T>
+void run(const ConvDesc& d, const CudaConvPlan& p, const ConvArgs& args, void* workspace, const Stream& stream) {
+  if (p.tiles == 0) return;
+  const bool dgrad = d.pass == ConvPass::dgrad;
+  const ConvTensor& in = dgrad ? args.y : args.x;
+  T* const pack = static_cast<T*>(workspace);
+  if (p.pack_bytes > 0) {
+    ConvPackWeights<T> a = {};
+    std::copy_n(p.phase, p.phases, a.phase);
+    a.phases = p.phases, a.channels = p.channels, a.columns = p.columns, a.groups = static_cast<int>(d.groups);
+    a.by_channels = fast_div(std::max(1, p.channels));
+    a.w = static_cast<const T*>(args.w.data), a.group_step = d.K / d.groups * args.w.n_step;
+    a.channel_step = dgrad ? args.w.n_step : args.w.c_step, a.column_step = dgrad ? args.w.c_step : args.w.n_step;
+    std::copy_n(args.w.step, 3, a.step);
+    a.out = pack;
+    i64 most = 0;
+    for (int i = 0; i < p.phases; ++i) most = std::max(most, d.groups * p.columns * p.phase[i].pack_row);
+    LaunchShape shape = conv_elements(most, p);
+    shape.grid[1] = p.phases;
+    launch(conv_pack_kernel<T>, shape, stream, a);
+  }
+  ConvGatherArgs<T> a = {};
+  std::copy_n(p.phase, p.phases, a.phase);
+  a.phases = p.phases;
+  const i64(&size)[3] = dgrad ? d.out : d.in;
+  a.x = gather_source(in, size, d.N, p.channels);
+  a.in = static_cast<const T*>(in.data), a.in_group = p.channels * in.c_step, a.w = pack;
+  a.channels = p.channels, a.columns = p.columns, a.tiles_n = p.tiles_n;
+  a.chunks = p.chunks, a.chunk = p.chunk;
+  a.wide = conv_aligned(in, p.channels, d.N, size, 16 / static_cast<int>(sizeof(T)), 16);
+  a.by_pixel = conv_by_pixel(in);
+  a.out = conv_epilogue<T>(d, args);
+  i64 pixels = 0;
+  for (int i = 0; i < p.phases; ++i) pixels += p.phase[i].pixels;
+  a.partial_row = d.groups * p.columns, a.partial_chunk = pixels * a.partial_row;
+  a.partial = reinterpret_cast<float*>(static_cast<char*>(workspace) + p.pack_bytes);
+  LaunchShape shape;
+  shape.grid[0] = p.tiles, shape.grid[1] = static_cast<int>(d.groups), shape.grid[2] = p.chunks;
+  launcher<T>(p.kernel->name)(shape, stream, a);
+  if (p.chunks == 1) return;
+  ConvFinishArgs<T> f = {};
+  std::copy_n(p.phase, p.phases, f.phase);
+  f.phases = p.phases, f.partial = a.partial, f.chunks = p.chunks, f.columns = static_cast<int>(a.partial_row);
+  f.partial_chunk = f.total = a.partial_chunk, f.out = a.out;
+  launch(conv_finish_kernel<T>, conv_elements(f.total, p), stream, f);
+}
+
+}  // namespace
+
+void run_conv_gather(const ConvDesc& d, const CudaConvPlan& p, const ConvArgs& args, void* workspace,
+                     const Stream& stream) {
+  if (d.dtype == DType::bf16) return run<bf16>(d, p, args, workspace, stream);
+  if (d.dtype == DType::f16) return run<f16>(d, p, args, workspace, stream);
+  run<float>(d, p, args, workspace, stream);
+}
+
+}  // namespace fastdl

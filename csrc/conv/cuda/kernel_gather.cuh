@@ -1,0 +1,256 @@
+// Forward and dgrad on tensor cores: out(m, j) = sum_k in(m, k) w(k, j), in gathered from the image (index.h), w
+// packed.
+//
+// A block: kM pixels x kN channels, kK = 32 of the depth a step, kStages steps in flight. Shared memory of a stage:
+// pixels [kM][32] and weights [kN][32], 16 KiB in all at 128x128 of 2-byte elements (4 stages: 64 KiB, two blocks on a
+// multiprocessor), 32 KiB of floats (3 stages: 96 KiB). A step of 128x128x32 is 256 mma of 2-byte elements, 16 cycles
+// of a tensor core each: 1024 cycles of four, for 512 chunks of pixels and 512 of weights (4 copies a thread).
+#pragma once
+#include "conv/cuda/epilogue.cuh"
+#include "conv/cuda/index.h"
+#include "gemm/cuda/kernel_tile.cuh"
+#include "ptx/barrier.cuh"
+
+namespace fastdl {
+
+constexpr int kConvDepth = 32;  // of a step
+
+template <class T>
+struct ConvGatherArgs {
+  GatherPhase phase[kMostPhases];
+  int phases;
+  GatherSource x;
+  const T* in;
+  i64 in_group;  // steps of a group
+  const T* w;    // packed
+  int channels, columns, tiles_n;
+  int chunks, chunk;  // of the depth, in steps
+  bool wide;          // channels come in whole, aligned chunks of 16 bytes
+  bool by_pixel;      // else neighbours in memory are pixels rather than channels
+  ConvEpilogue<T> out;
+  float* partial;  // [chunks][pixels][groups][columns] where there are several
+  i64 partial_row, partial_chunk;
+};
+
+template <class T>
+FASTDL_DEVICE T conv_zero() {
+  return from_float<T>(0.0f);
+}
+FASTDL_DEVICE bool finite(float x) { return (float_bits(x) & 0x7f800000u) != 0x7f800000u; }
+
+// Products of k in [begin, end) by FMA: what a split sum that is not finite is computed again by.
+template <class T>
+FASTDL_DEVICE float gather_exact(const ConvGatherArgs<T>& a, const GatherPhase& p, const T* in, const T* w,
+                                 const GatherRow& row, int begin, int end) {
+  float sum = 0;
+  for (int k = begin; k < end; ++k) {
+    const GatherCol col = gather_col(p, a.x, k);
+    sum = fma_rn(inside(a.x, row, col) ? to_float(in[row.offset + col.offset]) : 0.0f, to_float(w[k]), sum);
+  }
+  return sum;
+}
+
+template <class T, int parts, int kM, int kN, int kWarpM, int kWarpN, int kStages>
+struct ConvGatherTile {
+  static constexpr int warps_n = kN / kWarpN, threads = kM / kWarpM * warps_n * kWarp;
+  using A = SharedTile<T, kM, kConvDepth>;
+  using B = SharedTile<T, kN, kConvDepth>;
+  static constexpr int stage = A::bytes + B::bytes, sum_row = kN + 1;
+  static constexpr int sums = kM * sum_row * 4, pipeline = kStages * stage;
+  static constexpr int table = ((sums > pipeline ? sums : pipeline) + 15) / 16 * 16;
+  static constexpr int shared_bytes = table + kM * static_cast<int>(sizeof(GatherRow));
+  static_assert(threads % kM == 0 || kM % threads == 0, "a thread's pixel is one of few");
+
+  const ConvGatherArgs<T>& args;
+  const GatherPhase& phase;
+  const T* in;
+  const T* w;
+  int columns;  // of this tile on
+  GatherRow* rows;
+  unsigned char* memory;
+
+  FASTDL_DEVICE A a(int s) const { return {reinterpret_cast<T*>(memory + s * stage)}; }
+  FASTDL_DEVICE B b(int s) const { return {reinterpret_cast<T*>(memory + s * stage + A::bytes)}; }
+
+  // Step `step` of the depth into stage s.
+  FASTDL_DEVICE void load(int step, int s) const {
+    constexpr int chunk = A::chunk, chunks = kConvDepth / chunk, lines = threads / chunks;
+    const int k0 = step * kConvDepth, line = thread_x() / chunks, k = k0 + thread_x() % chunks * chunk;
+    const A to = a(s);
+    if (args.wide) {
+      const GatherCol col = gather_col(phase, args.x, k);
+#pragma unroll
+      for (int r = line; r < kM; r += lines) {
+        const GatherRow row = rows[r];
+        const bool in_image = inside(args.x, row, col);
+        copy_async<16>(to.at(r, k - k0), in_image ? in + row.offset + col.offset : in, in_image ? 16 : 0);
+      }
+    } else if (args.by_pixel) {
+      for (int i = thread_x(); i < kM * kConvDepth; i += threads) {
+        const int r = i % kM, c = i / kM;
+        const GatherRow row = rows[r];
+        const GatherCol col = gather_col(phase, args.x, k0 + c);
+        *to.at(r, c) = inside(args.x, row, col) ? in[row.offset + col.offset] : conv_zero<T>();
+      }
+    } else {
+      const GatherCol col = gather_col(phase, args.x, k0 + thread_x() % kConvDepth);
+      for (int r = thread_x() / kConvDepth; r < kM; r += threads / kConvDepth) {
+        const GatherRow row = rows[r];
+        *to.at(r, thread_x() % kConvDepth) = inside(args.x, row, col) ? in[row.offset + col.offset] : conv_zero<T>();
+      }
+    }
+    const B weights = b(s);
+#pragma unroll
+    for (int j = line; j < kN; j += lines) {
+      const bool there = j < columns && k < phase.pack_row;
+      copy_async<16>(weights.at(j, k - k0), there ? w + static_cast<i64>(j) * phase.pack_row + k : w, there ? 16 : 0);
+    }
+  }
+
+  FASTDL_DEVICE void run(int tile_m, int tile_n, int group, int chunk) {
+    for (int r = thread_x(); r < kM; r += threads) rows[r] = gather_row(phase, args.x, tile_m * kM + r);
+    block_sync(threads);
+    const int steps = (phase.depth + kConvDepth - 1) / kConvDepth;
+    const int begin = args.chunks > 1 ? chunk * args.chunk : 0;
+    const int end = args.chunks > 1 && begin + args.chunk < steps ? begin + args.chunk : steps;
+    constexpr bool promoted = sizeof(T) == 4;
+    constexpr int promote_steps = kPromoteDepth / kConvDepth;
+    WarpTile<T, parts, kWarpM, kWarpN> sum, part;
+    sum.clear();
+    if (promoted) part.clear();
+    const int m0 = warp() / warps_n * kWarpM, n0 = warp() % warps_n * kWarpN;
+    for (int s = 0; s < kStages - 1; ++s) {
+      if (begin + s < end) load(begin + s, s);
+      copy_commit();
+    }
+    for (int step = begin; step < end; ++step) {
+      copy_wait<kStages - 2>();
+      block_sync(threads);  // the step has come for all threads, and nobody reads the one before any more
+      const int ahead = step + kStages - 1;
+      if (ahead < end) load(ahead, (ahead - begin) % kStages);
+      copy_commit();
+      const int s = (step - begin) % kStages;
+#pragma unroll
+      for (int k = 0; k < kConvDepth; k += 16) {
+        if constexpr (promoted)
+          part.template add<false, false>(a(s), b(s), m0, n0, k);
+        else
+          sum.template add<false, false>(a(s), b(s), m0, n0, k);
+      }
+      if (promoted && (step - begin) % promote_steps == promote_steps - 1) sum.promote(&part);
+    }
+    if (promoted) sum.promote(&part);
+    copy_wait<0>();
+    block_sync(threads);
+
+    float* const sums = reinterpret_cast<float*>(memory);
+#pragma unroll
+    for (int i = 0; i < kWarpM / 16; ++i)
+#pragma unroll
+      for (int j = 0; j < kWarpN / 8; ++j)
+#pragma unroll
+        for (int r = 0; r < 4; ++r)
+          sums[(m0 + 16 * i + sum_row_of(r)) * sum_row + n0 + 8 * j + sum_col(r)] = sum.d[i][j][r];
+    block_sync(threads);
+
+    const ConvEpilogue<T>& out = args.out;
+    const bool by_column = args.chunks > 1 || out.channels_last;
+    for (int i = thread_x(); i < kM * kN; i += threads) {
+      const int r = by_column ? i / kN : i % kM, j = by_column ? i % kN : i / kM, m = tile_m * kM + r;
+      if (m >= phase.pixels || j >= columns) continue;
+      float x = sums[r * sum_row + j];
+      if (promoted && !finite(x)) {
+        const int k_end = end * kConvDepth < phase.depth ? end * kConvDepth : phase.depth;
+        x = gather_exact(args, phase, in, w + static_cast<i64>(j) * phase.pack_row, rows[r], begin * kConvDepth, k_end);
+      }
+      const i64 column = static_cast<i64>(group) * args.columns + tile_n * kN + j;
+      if (args.chunks > 1)
+        args.partial[chunk * args.partial_chunk + (phase.first_pixel + m) * args.partial_row + column] = x;
+      else
+        conv_finish(out, x, column, written_offset(phase, out.step, out.n_step, m) + column * out.c_step);
+    }
+  }
+  FASTDL_DEVICE static int sum_row_of(int r) { return lane() / 4 + r / 2 * 8; }
+};
+
+template <class T, int parts, int kM, int kN, int kWarpM, int kWarpN, int kStages>
+FASTDL_GLOBAL(kM / kWarpM * (kN / kWarpN) * kWarp, 1)
+conv_gather_kernel(FASTDL_PARAM ConvGatherArgs<T> args) {
+  using Tile = ConvGatherTile<T, parts, kM, kN, kWarpM, kWarpN, kStages>;
+  const GatherTile at = gather_tile(args.phase, args.phases, args.tiles_n, block_x());
+  const GatherPhase& phase = args.phase[at.phase];
+  const int group = block_y(), column = at.n * kN;
+  unsigned char* const memory = shared_memory<unsigned char>();
+  Tile tile = {args,
+               phase,
+               args.in + group * args.in_group,
+               args.w + phase.pack + (static_cast<i64>(group) * args.columns + column) * phase.pack_row,
+               args.columns - column,
+               reinterpret_cast<GatherRow*>(memory + Tile::table),
+               memory};
+  tile.run(at.m, at.n, group, block_z());
+}
+
+// Sums of all chunks, in their order, to what is written.
+template <class T>
+struct ConvFinishArgs {
+  GatherPhase phase[kMostPhases];
+  int phases;
+  const float* partial;
+  int chunks, columns;  // of all groups
+  i64 partial_chunk;
+  i64 total;
+  ConvEpilogue<T> out;
+};
+
+constexpr int kConvThreads = 256;
+
+template <class T>
+FASTDL_GLOBAL(kConvThreads, 1)
+conv_finish_kernel(FASTDL_PARAM ConvFinishArgs<T> args) {
+  const i64 stride = static_cast<i64>(grid_x()) * kConvThreads;
+  for (i64 i = static_cast<i64>(block_x()) * kConvThreads + thread_x(); i < args.total; i += stride) {
+    const int pixel = static_cast<int>(i / args.columns), column = static_cast<int>(i % args.columns);
+    float sum = 0;
+    for (int c = 0; c < args.chunks; ++c) sum += args.partial[c * args.partial_chunk + i];
+    int phase = 0;
+    while (phase + 1 < args.phases && pixel >= args.phase[phase + 1].first_pixel) ++phase;
+    const GatherPhase& p = args.phase[phase];
+    conv_finish(args.out, sum, column,
+                written_offset(p, args.out.step, args.out.n_step, pixel - p.first_pixel) + column * args.out.c_step);
+  }
+}
+
+// Weights as tiles read them: out[phase.pack + (group * columns + j) * pack_row + k], zeros behind the depth.
+template <class T>
+struct ConvPackWeights {
+  GatherPhase phase[kMostPhases];
+  int phases;
+  FastDiv by_channels;
+  int channels, columns, groups;
+  const T* w;
+  i64 group_step, channel_step, column_step, step[3];
+  T* out;
+};
+
+template <class T>
+FASTDL_GLOBAL(kConvThreads, 1)
+conv_pack_kernel(FASTDL_PARAM ConvPackWeights<T> args) {
+  const GatherPhase& p = args.phase[block_y()];
+  if (p.pack_row == 0) return;
+  const i64 total = static_cast<i64>(args.groups) * args.columns * p.pack_row;
+  const i64 stride = static_cast<i64>(grid_x()) * kConvThreads;
+  for (i64 i = static_cast<i64>(block_x()) * kConvThreads + thread_x(); i < total; i += stride) {
+    const int k = static_cast<int>(i % p.pack_row);
+    const i64 j = i / p.pack_row;
+    T x = conv_zero<T>();
+    if (k < p.depth) {
+      const int tap = args.by_channels.quotient(k), c = k - tap * args.channels;
+      x = args.w[j / args.columns * args.group_step + j % args.columns * args.column_step + c * args.channel_step +
+                 weight_offset(p, args.step, tap)];
+    }
+    args.out[p.pack + i] = x;
+  }
+}
+
+}  // namespace fastdl

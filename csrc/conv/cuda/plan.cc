@@ -1,0 +1,280 @@
+#include "conv/cuda/plan.h"
+
+#include <algorithm>
+
+#include "base/check.h"
+
+namespace fastdl {
+namespace {
+
+i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
+i64 aligned(i64 bytes) { return (bytes + 255) / 256 * 256; }
+
+constexpr i64 kMostCount = i64{1} << 30;  // of pixels, of products of a sum, of channels
+constexpr i64 kMostGroups = 65535;        // of a grid's second dimension
+constexpr i64 kMostPartial = i64{1} << 30;
+
+const char* dtype_of(DType dtype) {
+  constexpr const char* kNames[] = {"float32", "bfloat16", "float16"};
+  return kNames[static_cast<int>(dtype)];
+}
+
+bool multiply(i64 a, i64 b, i64* out) { return !__builtin_mul_overflow(a, b, out) && *out <= kMostCount; }
+
+// One dimension in 32 bits; false where a position or a step may be too large.
+bool narrow(const ConvAxis& a, GatherAxis* out) {
+  if (a.count > kMostPosition || a.taps > kMostPosition) return false;
+  const i64 in_step = a.count > 1 ? a.in_step : 0, tap_step = a.taps > 1 ? a.tap_step : 0;
+  const i64 out_step = a.count > 1 ? a.out_step : 0;
+  for (i64 step : {in_step, tap_step, out_step, a.first, a.out_first, a.tap_first, a.tap_inc})
+    if (step >= kMostPosition || step <= -kMostPosition) return false;
+  const i64 last = (a.count - 1) * in_step + a.first, reach = (a.taps - 1) * tap_step;
+  for (i64 z : {last, reach, (a.count - 1) * out_step + a.out_first, (a.taps - 1) * a.tap_inc + a.tap_first})
+    if (z >= kMostPosition || z <= -kMostPosition) return false;
+  const auto n = [](i64 x) { return static_cast<int>(x); };
+  *out = {n(a.count),  n(in_step),     n(a.first),     n(a.taps),   n(tap_step),
+          n(out_step), n(a.out_first), n(a.tap_first), n(a.tap_inc)};
+  return true;
+}
+
+// The gathers of all phases; "" or why 32 bits do not hold them.
+const char* plan_gather(const ConvDesc& d, CudaConvPlan* p) {
+  const bool dgrad = d.pass == ConvPass::dgrad;
+  const i64 channels = (dgrad ? d.K : d.C) / d.groups, columns = (dgrad ? d.C : d.K) / d.groups;
+  i64 phases[3], count = 1;
+  for (int i = 0; i < 3; ++i) {
+    phases[i] = dgrad ? std::min(d.stride[i], std::max<i64>(1, d.in[i])) : 1;
+    if (phases[i] > kMostPhases || (count *= phases[i]) > kMostPhases) return "more than 16 phases";
+    if ((dgrad ? d.out[i] : d.in[i]) >= kMostPosition) return "positions beyond 2^29";
+  }
+  if (channels > kMostCount || columns > kMostCount) return "more than 2^30 channels";
+  p->channels = static_cast<int>(channels), p->columns = static_cast<int>(columns);
+  p->phases = static_cast<int>(count);
+  i64 pack = 0, pixels_before = 0;
+  for (int i = 0; i < p->phases; ++i) {
+    GatherPhase& x = p->phase[i];
+    const i64 index[3] = {i / phases[2] / phases[1], i / phases[2] % phases[1], i % phases[2]};
+    i64 pixels = d.N, depth = channels;
+    if (pixels > kMostCount) return "more than 2^30 pixels";
+    for (int j = 0; j < 3; ++j) {
+      GatherAxis& a = x.axis[j];
+      if (!narrow(conv_axis(d, j, index[j]), &a)) return "positions beyond 2^29";
+      x.by_count[j] = fast_div(std::max(1, a.count)), x.by_taps[j] = fast_div(std::max(1, a.taps));
+      if (!multiply(pixels, a.count, &pixels)) return "more than 2^30 pixels";
+      if (!multiply(depth, a.taps, &depth)) return "sums of more than 2^30 products";
+    }
+    x.pixels = static_cast<int>(pixels), x.depth = static_cast<int>(depth);
+    x.first_pixel = static_cast<int>(pixels_before);
+    x.pack_row = static_cast<int>(ceil_div(depth, kPackUnit) * kPackUnit);
+    x.pack = pack;
+    pack += d.groups * columns * x.pack_row;
+    if ((pixels_before += pixels) > kMostCount) return "more than 2^30 pixels";
+  }
+  return "";
+}
+
+// How well a tile of this size uses a multiprocessor, against the largest: operands that it reads for a product.
+double efficiency(const CudaConvKernel& k) { return 2.0 * k.tile_m * k.tile_n / (k.tile_m + k.tile_n) / 128; }
+
+i64 tiles_of(const CudaConvPlan& p, const CudaConvKernel& k, CudaConvPlan* out) {
+  const i64 tiles_n = ceil_div(p.columns, k.tile_n);
+  i64 tiles = 0;
+  for (int i = 0; i < p.phases; ++i) {
+    const i64 tiles_m = ceil_div(p.phase[i].pixels, k.tile_m);
+    if (out) out->phase[i].first_tile = static_cast<int>(tiles), out->phase[i].tiles_m = static_cast<int>(tiles_m);
+    tiles += tiles_m * tiles_n;
+  }
+  if (out) out->tiles_n = static_cast<int>(tiles_n), out->tiles = static_cast<int>(tiles);
+  return tiles;
+}
+i64 wgrad_tiles(const CudaConvPlan& p, const CudaConvKernel& k) {
+  return ceil_div(p.columns, k.tile_m) * ceil_div(p.phase[0].depth, k.tile_n);
+}
+
+double cost(const ConvDesc& d, const CudaConvPlan& p, const CudaConvKernel& k, const Gpu& gpu) {
+  const i64 tiles = d.groups * (k.kind == CudaConvKind::kWgrad ? wgrad_tiles(p, k) : tiles_of(p, k, nullptr));
+  const double waves = static_cast<double>(ceil_div(std::max<i64>(1, tiles), gpu.multiprocessors));
+  return waves * k.tile_m * k.tile_n / efficiency(k);
+}
+
+// Chunks of a sum of `steps`, so that `blocks` of each fill the GPU: at least `least` steps a chunk.
+void cut(CudaConvPlan* p, i64 steps, i64 blocks, i64 wanted, i64 least, i64 most_chunks) {
+  i64 chunks = blocks >= wanted ? 1 : std::min(ceil_div(wanted, std::max<i64>(1, blocks)), steps / least);
+  chunks = std::max<i64>(1, std::min(chunks, most_chunks));
+  p->chunk = static_cast<int>(std::max<i64>(1, ceil_div(steps, chunks)));
+  p->chunks = static_cast<int>(std::max<i64>(1, ceil_div(steps, p->chunk)));
+}
+
+void plan_tile(const ConvDesc& d, const Gpu& gpu, CudaConvPlan* p) {
+  const CudaConvKernel& k = *p->kernel;
+  tiles_of(*p, k, p);
+  i64 steps = 0, pixels = 0, pack = 0;
+  for (int i = 0; i < p->phases; ++i) {
+    const GatherPhase& x = p->phase[i];
+    steps = std::max(steps, ceil_div(x.depth, k.tile_k)), pixels += x.pixels;
+    pack = x.pack + d.groups * p->columns * x.pack_row;
+  }
+  p->pack_bytes = aligned(pack * kItemSize[static_cast<int>(d.dtype)]);
+  // A block alone takes 8 steps to pay for writing its sums and reading them again.
+  const i64 sum_bytes = 4 * pixels * p->columns * d.groups;
+  cut(p, steps, p->tiles * d.groups, gpu.multiprocessors, 8,
+      std::min<i64>(64, kMostPartial / std::max<i64>(1, sum_bytes)));
+  p->partial_bytes = p->chunks > 1 ? aligned(p->chunks * sum_bytes) : 0;
+}
+
+// Pixels of a chunk of dbias, or of a depthwise dw: enough blocks, and sums of a thread that stay short.
+constexpr i64 kSumPixels = 2048;
+
+void plan_wgrad(const ConvDesc& d, const Gpu& gpu, CudaConvPlan* p) {
+  const CudaConvKernel& k = *p->kernel;
+  const GatherPhase& x = p->phase[0];
+  p->tiles_n = static_cast<int>(ceil_div(x.depth, k.tile_n));
+  p->tiles = static_cast<int>(wgrad_tiles(*p, k));
+  // 16-bit sums are not promoted: tensor cores cut each of a chunk's additions, 8192 / 16 of them at most.
+  constexpr i64 kMostSteps = 256;
+  const i64 steps = ceil_div(x.pixels, k.tile_k), dw_bytes = 4 * d.K * x.depth;
+  const i64 most = std::max<i64>(1, std::min<i64>(4096, kMostPartial / std::max<i64>(1, dw_bytes)));
+  const i64 blocks = p->tiles * d.groups;
+  cut(p, steps, blocks, std::max<i64>(2 * gpu.multiprocessors, blocks * ceil_div(steps, kMostSteps)), 8, most);
+  p->partial_bytes = aligned(p->chunks * dw_bytes);
+}
+
+void plan_bias_sums(const ConvDesc& d, CudaConvPlan* p) {
+  const i64 pixels = p->phase[0].pixels;
+  p->bias_chunk = static_cast<int>(std::max<i64>(1, std::max(kSumPixels, ceil_div(pixels, 1024))));
+  p->bias_chunks = static_cast<int>(std::max<i64>(1, ceil_div(pixels, p->bias_chunk)));
+  p->bias_bytes = aligned(4 * p->bias_chunks * d.K);
+}
+
+bool is_depthwise(const ConvDesc& d) { return d.groups > 1 && d.C == d.groups && d.K == d.groups; }
+
+// Whether tiles waste so much on groups of few channels that FMA is faster: it does about a sixteenth of the products.
+bool small_groups(const ConvDesc& d, const CudaConvPlan& p) {
+  if (d.groups == 1) return false;
+  i64 depth = 1;
+  for (int i = 0; i < p.phases; ++i) depth = std::max<i64>(depth, p.phase[i].depth);
+  return 16 * p.columns * depth < ceil_div(p.columns, 64) * 64 * ceil_div(depth, 32) * 32;
+}
+
+CudaConvKind tile_kind(const ConvDesc& d) {
+  return d.pass == ConvPass::wgrad ? CudaConvKind::kWgrad : CudaConvKind::kTile;
+}
+
+// "" or why this row cannot run it.
+std::string refusal(const ConvDesc& d, Precision precision, const CudaConvPlan& p, const char* gather,
+                    const CudaConvKernel& k) {
+  if (k.dtype != d.dtype) return concat("needs ", dtype_of(k.dtype));
+  if (k.kind == CudaConvKind::kDirect) return "";
+  if (*gather) return gather;
+  if (k.kind == CudaConvKind::kDepthwise) return is_depthwise(d) ? "" : "needs one channel a group, in and out";
+  if (k.kind != tile_kind(d)) return "another pass";
+  if (d.groups > kMostGroups) return "more than 65535 groups";
+  if (d.dtype == DType::f32 && k.precision > precision) return "less exact than asked";
+  i64 tiles = d.groups * (k.kind == CudaConvKind::kWgrad ? wgrad_tiles(p, k) : tiles_of(p, k, nullptr));
+  return tiles > kMostCount ? "more than 2^30 tiles" : "";
+}
+
+}  // namespace
+
+const std::vector<CudaConvKernel>& cuda_conv_kernels() {
+#define CUDA_CONV_TILE(name, dtype, kind, precision, parts, M, N, warp_m, warp_n, stages) \
+  {#name, DType::dtype, CudaConvKind::kind, Precision::precision, M, N, 32, M / warp_m * (N / warp_n) * 32},
+#define CUDA_CONV_ROW(name, dtype, kind) {#name, DType::dtype, CudaConvKind::kind, Precision::fma, 0, 0, 0, 256},
+  static const std::vector<CudaConvKernel> table = {
+#include "conv/cuda/kernels.inc"
+  };
+#undef CUDA_CONV_TILE
+#undef CUDA_CONV_ROW
+  return table;
+}
+
+const CudaConvKernel& cuda_conv_kernel(const std::string& name, const char* op) {
+  std::string names;
+  for (const CudaConvKernel& k : cuda_conv_kernels()) {
+    if (name == k.name) return k;
+    names += names.empty() ? k.name : std::string(", ") + k.name;
+  }
+  fail(op, ": argument 'kernel': expected one of ", names, "; got '", name, "'");
+}
+
+const char* cuda_conv_kind_name(CudaConvKind kind) {
+  constexpr const char* kNames[] = {"tile", "wgrad", "depthwise", "direct"};
+  return kNames[static_cast<int>(kind)];
+}
+
+CudaConvPlan cuda_conv_plan(const ConvDesc& d, Precision precision, const Gpu& gpu, const CudaConvKernel* forced) {
+  CudaConvPlan p = {};
+  p.multiprocessors = gpu.multiprocessors;
+  const char* gather = plan_gather(d, &p);
+  if (forced) {
+    const std::string why = refusal(d, precision, p, gather, *forced);
+    if (!why.empty()) fail("fastdl.conv: kernel '", forced->name, "': cannot run this: ", why);
+    p.kernel = forced, p.why = "forced";
+  } else {
+    const auto usable = [&](const CudaConvKernel& k, CudaConvKind kind) {
+      return k.kind == kind && refusal(d, precision, p, gather, k).empty();
+    };
+    const CudaConvKernel* direct = nullptr;
+    double best = -1;
+    for (const CudaConvKernel& k : cuda_conv_kernels()) {
+      if (usable(k, CudaConvKind::kDepthwise)) {
+        p.kernel = &k, p.why = "one channel a group";
+        break;
+      }
+      if (usable(k, CudaConvKind::kDirect)) direct = &k;
+      // Of float32's rows the least exact one that is exact enough: it makes the fewest products.
+      if (!usable(k, tile_kind(d)) || small_groups(d, p)) continue;
+      const double c = cost(d, p, k, gpu) * (k.dtype == DType::f32 ? 6 - static_cast<int>(k.precision) : 1);
+      if (best < 0 || c < best) best = c, p.kernel = &k, p.why = "the fewest waves of tiles";
+    }
+    if (!p.kernel) p.kernel = direct, p.why = *gather ? gather : small_groups(d, p) ? "groups of few channels" : "FMA";
+  }
+  switch (p.kernel->kind) {
+    case CudaConvKind::kTile:
+      plan_tile(d, gpu, &p);
+      break;
+    case CudaConvKind::kWgrad:
+      plan_wgrad(d, gpu, &p);
+      plan_bias_sums(d, &p);
+      break;
+    case CudaConvKind::kDepthwise:
+      if (d.pass != ConvPass::wgrad) {
+        i64 taps = 0;
+        for (int i = 0; i < p.phases; ++i) p.phase[i].pack = taps * d.C, taps += p.phase[i].depth;
+        p.pack_bytes = aligned(4 * taps * d.C);
+      } else {
+        const GatherPhase& x = p.phase[0];
+        p.chunk = static_cast<int>(std::max<i64>(1, std::max(kSumPixels, ceil_div(x.pixels, 1024))));
+        p.chunks = static_cast<int>(std::max<i64>(1, ceil_div(x.pixels, p.chunk)));
+        p.partial_bytes = aligned(4 * p.chunks * d.K * x.depth);
+        plan_bias_sums(d, &p);
+      }
+      break;
+    case CudaConvKind::kDirect:
+      break;
+  }
+  return p;
+}
+
+std::vector<std::string> cuda_conv_candidates(const ConvDesc& d, Precision precision, const CudaConvPlan& chosen) {
+  CudaConvPlan p = {};
+  const char* gather = plan_gather(d, &p);
+  std::vector<std::string> lost;
+  for (const CudaConvKernel& k : cuda_conv_kernels()) {
+    if (&k == chosen.kernel || k.dtype != d.dtype) continue;
+    const std::string why = refusal(d, precision, p, gather, k);
+    lost.push_back(concat(k.name, ": ", why.empty() ? "another is faster" : why));
+  }
+  return lost;
+}
+
+std::string describe(const ConvDesc& d, const CudaConvPlan& p) {
+  const auto three = [](const i64* x) { return concat(x[0], "x", x[1], "x", x[2]); };
+  return concat("conv ", conv_pass_name(d.pass), " ", dtype_of(d.dtype), d.channels_last ? " NHWC" : " NCHW",
+                " N=", d.N, " C=", d.C, " K=", d.K, " groups=", d.groups, " in=", three(d.in), " out=", three(d.out),
+                " kernel=", three(d.kernel), " stride=", three(d.stride), " pad=", three(d.pad),
+                " dilation=", three(d.dilation), " -> ", p.kernel->name, " phases=", p.phases, " tiles=", p.tiles,
+                " chunks=", p.chunks, " workspace=", p.workspace_bytes(), "B: ", p.why);
+}
+
+}  // namespace fastdl
