@@ -5,5 +5,9 @@
 namespace fastdl {
 
 void bind_cuda_probe(pybind11::module_& m);
+void bind_cuda_rnn(pybind11::module_& m);
+
+// Rows of the kernel tables as Python sees them.
+pybind11::list cuda_rnn_kernel_rows();
 
 }  // namespace fastdl

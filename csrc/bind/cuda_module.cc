@@ -57,5 +57,13 @@ PYBIND11_MODULE(FASTDL_CUDA_MODULE, m, py::mod_gil_not_used()) {
       },
       "(bank conflicts of ldmatrix, warp instructions) since the last call.");
 #endif
+  m.def(
+      "kernels",
+      [](const std::string& op) {
+        if (op == "rnn") return fastdl::cuda_rnn_kernel_rows();
+        fastdl::fail("fastdl.kernels: argument 'op': expected rnn, got '", op, "'");
+      },
+      py::arg("op"), "The kernel table of an operation.");
   fastdl::bind_cuda_probe(m);
+  fastdl::bind_cuda_rnn(m);
 }
