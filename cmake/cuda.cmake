@@ -43,7 +43,7 @@ function(fastdl_add_cuda_module target twin)
   target_compile_definitions(${target} PRIVATE FASTDL_VERSION="${FASTDL_VERSION}" FASTDL_CUDA_MODULE=${target}
                                                FASTDL_TWIN=${twin})
   target_compile_options(
-    ${target} PRIVATE $<$<COMPILE_LANGUAGE:CXX>:-Wall;-Wextra;-ffp-contract=off;$<$<BOOL:${FASTDL_WERROR}>:-Werror>>)
+    ${target} PRIVATE $<$<COMPILE_LANGUAGE:CXX>:-Wall;-Wextra;-Wno-unknown-pragmas;-ffp-contract=off;$<$<BOOL:${FASTDL_WERROR}>:-Werror>>)
   set_target_properties(${target} PROPERTIES CXX_VISIBILITY_PRESET hidden VISIBILITY_INLINES_HIDDEN ON)
   install(TARGETS ${target} DESTINATION fastdl)
 endfunction()

@@ -9,5 +9,6 @@ void bind_cuda_rnn(pybind11::module_& m);
 
 // Rows of the kernel tables as Python sees them.
 pybind11::list cuda_rnn_kernel_rows();
+void bind_cuda_gemm(pybind11::module_& m);
 
 }  // namespace fastdl

@@ -66,4 +66,5 @@ PYBIND11_MODULE(FASTDL_CUDA_MODULE, m, py::mod_gil_not_used()) {
       py::arg("op"), "The kernel table of an operation.");
   fastdl::bind_cuda_probe(m);
   fastdl::bind_cuda_rnn(m);
+  fastdl::bind_cuda_gemm(m);
 }
