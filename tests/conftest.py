@@ -1,6 +1,7 @@
 """Fixtures: `kernel` runs a test once for each row of the GEMM kernel table, rows not runnable here skipped.
 
 `@pytest.mark.rows(dtype=("bfloat16", "float16"), kind="tile")` narrows it to the rows that have one of these values.
+`gpu` runs a test of CUDA kernels on their host twin and on a GPU, each where it is there.
 """
 
 import atexit
@@ -9,13 +10,18 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from fastdl import _C
-from fastdl.testing import LAYOUTS, UNIT_ROUNDOFF, GuardedOutput, integer_matrix
+from fastdl.ops import cuda
+from fastdl.testing import LAYOUTS, UNIT_ROUNDOFF, GuardedOutput, integer_matrix, twin
 
 # torch keeps compiled graphs on disk by the names of their operations: another build's shapes must not come back.
 if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
@@ -137,3 +143,53 @@ def run_python():
         return done.stdout
 
     return run
+
+
+@dataclass(frozen=True)
+class GpuUnderTest:
+    """Where CUDA kernels run in a test: `twin`, with CPU tensors, or `cuda`."""
+
+    name: str
+    module: Any  # fastdl._twin or fastdl._cuda
+    device: torch.device
+
+    @property
+    def is_twin(self) -> bool:
+        return self.name == "twin"
+
+    def orders(self, count: int = 3) -> Iterator[int]:
+        """Runs of one call that must agree bit for bit: the twin's scheduler gets another seed for each."""
+        for seed in range(count):
+            if self.is_twin:
+                self.module.set_seed(seed)
+            yield seed
+        if self.is_twin:
+            self.module.set_seed(0)
+
+    def synchronize(self) -> None:
+        if not self.is_twin:
+            torch.cuda.synchronize(self.device)
+
+
+def absent_gpu(name: str) -> str:
+    """Why tests cannot run on the twin, or on a GPU; "" where they can."""
+    module, why = cuda.load("_twin" if name == "twin" else "_cuda")
+    if module is None:
+        return "the host twin is not built (FASTDL_TWIN=ON)" if name == "twin" else why
+    if name == "cuda" and not (torch.cuda.is_available() and module.gpu_count()):
+        return "no GPU, or torch is built without CUDA"
+    return ""
+
+
+@pytest.fixture(params=["twin", "cuda"])
+def gpu(request, monkeypatch):
+    """GpuUnderTest; for the whole test CPU tensors run on the twin, or CUDA tensors on the GPU, from Python too."""
+    name = request.param
+    if reason := absent_gpu(name):
+        pytest.skip(reason)
+    module = cuda.load("_twin" if name == "twin" else "_cuda")[0]
+    monkeypatch.setattr(cuda, "UNVERIFIED", True)
+    with twin() if name == "twin" else nullcontext():
+        yield GpuUnderTest(name, module, torch.device("cpu" if name == "twin" else "cuda:0"))
+        if name == "cuda":
+            torch.cuda.synchronize()  # an error of a kernel belongs to this test

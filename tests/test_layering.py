@@ -14,6 +14,7 @@ CSRC = ROOT / "csrc"
 PYTHON = ROOT / "python" / "fastdl"
 SOURCES = sorted(p for p in CSRC.rglob("*") if p.suffix in (".h", ".cc", ".cu", ".cuh", ".inc"))
 ISA_UNITS = [p for p in SOURCES if re.search(r"(^|_)(scalar|avx2|avx512|avx512bf16|amx)\.cc$", p.name)]
+CUDA_SOURCES = [p for p in SOURCES if p.suffix in (".cu", ".cuh") or "cuda" in p.relative_to(CSRC).parts[:-1]]
 PYTHON_LAYERS = ["ops", "nn", "optimize"]
 PYTHON_LAYERED = sorted(
     p for p in PYTHON.rglob("*.py") if p.relative_to(PYTHON).parts[0].removesuffix(".py") in PYTHON_LAYERS
@@ -87,6 +88,27 @@ def test_instruction_set_units_see_little(path):
             relative
         )
         assert set(includes(file)[1]) <= ISA_SYSTEM_HEADERS, relative
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name)
+def test_cpu_and_cuda_do_not_include_each_other(path):
+    side = {"cpu": "cuda", "cuda": "cpu"}
+    for other in side.keys() & set(path.relative_to(CSRC).parts[:-1]):
+        assert not [n for n in includes(path)[0] if side[other] in Path(n).parts[:-1]]
+
+
+@pytest.mark.parametrize("path", CUDA_SOURCES, ids=name)
+def test_cuda_is_spoken_in_ptx_only(path):
+    """Everything else calls the functions of csrc/ptx, each of which has its twin: no intrinsic, no assembly, no
+    CUDA header, no atomic (a sum in no fixed order)."""
+    text = re.sub(r"//[^\n]*", "", path.read_text())
+    assert not re.findall(r"\batomic\w+", text)
+    if path.relative_to(CSRC).parts[0] != "ptx":
+        assert not [n for n in includes(path)[1] if re.match(r"cuda|cooperative_groups|mma\.h|cub/|cute/|cutlass/", n)]
+        spoken = (
+            r"\basm\b|\b(?:threadIdx|blockIdx|blockDim|gridDim)\b|\b__(?:global|device|shared|host|sync|shfl|ld|st)\w*"
+        )
+        assert not re.findall(spoken, text)
 
 
 @pytest.mark.parametrize("path", PYTHON_LAYERED, ids=lambda p: str(p.relative_to(PYTHON)))

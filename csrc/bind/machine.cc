@@ -38,7 +38,7 @@ py::dict build_info() {
   for (int i = 0; i < kIsaLevels; ++i)
     if (isa_compiled(static_cast<Isa>(i))) compiled.push_back(static_cast<Isa>(i));
   py::dict cuda, out;
-  cuda["built"] = false;
+  cuda["built"] = std::string(FASTDL_CUDA_REASON).empty();
   cuda["reason"] = FASTDL_CUDA_REASON;
 #if defined(__clang__)
   out["compiler"] = __VERSION__;

@@ -1,13 +1,15 @@
 """What "correct" means: float64 references, error measures, exact-integer data, layouts and guard bands.
 
-Shared by the tests, `fastdl verify` and `fastdl bench`; needs torch only.
+Shared by the tests, `fastdl verify` and `fastdl bench`; needs torch only, but for `twin`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -391,3 +393,15 @@ def assert_attention_within_bound(actual: Tensor, reference: AttentionReference)
             f"got {actual[where].item()!r}, expected {reference.expected[where].item()!r}"
         )
     return error_measures(actual, reference.expected, reference.scale)
+
+
+# --- CUDA kernels without a GPU ------------------------------------------------------------------------------------
+def twin(seed: int = 0) -> AbstractContextManager[Any]:
+    """Inside it CPU tensors go where CUDA tensors go: through the same Python, to the kernels' host twin.
+
+    `seed` is the order in which the threads of a block run. Gives the module `fastdl._twin`; RuntimeError where it is
+    not built (FASTDL_TWIN=ON). Process-wide: for tests.
+    """
+    from fastdl.ops.cuda import use_twin
+
+    return use_twin(seed)

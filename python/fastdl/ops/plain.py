@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad, profiler
 
 from fastdl import _C
-from fastdl.ops import calls
+from fastdl.ops import calls, cuda
 
 MAX_BATCH_DIMS = 8  # what the native loops hold, besides rows and columns
 
@@ -24,7 +24,7 @@ KERNEL_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 DTYPES = KERNEL_DTYPES | {torch.float64}
 
 _has_storage = torch._C._has_storage
-# Whether nothing watches or rewrites calls: no mode, transform, autocast, trace, compiler, profiler or `explain`.
+# Whether nothing watches or rewrites calls: no mode, transform, autocast, trace, compiler, profiler, `explain` or twin.
 RULES = {
     "probes": (
         torch._C._len_torch_function_stack,
@@ -38,6 +38,7 @@ RULES = {
         (vars(profiler), "_is_profiler_enabled", False),
         (vars(torch.compiler), "_is_compiling_flag", False),
         (vars(calls), "observer", None),
+        (vars(cuda), "twin_active", False),
     ),
     "grad_enabled": torch.is_grad_enabled,
 }

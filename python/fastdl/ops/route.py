@@ -15,12 +15,13 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling, is_exporting
 
 from fastdl import _C
-from fastdl.ops import calls
-from fastdl.ops.plain import DTYPES, HAS_VECTOR_LEVEL, PLAIN_TYPES
+from fastdl.ops import calls, cuda
+from fastdl.ops.plain import DTYPES, HAS_VECTOR_LEVEL
 
 # torch.export writes programs that load without fastdl, unless FASTDL_EXPORT_OPS=1 asks to keep its operations.
 EXPORT_OPS = os.environ.get("FASTDL_EXPORT_OPS", "0") not in ("", "0")
 _FUNCTIONALIZE = torch._C._functorch.TransformType.Functionalize
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)  # exactly these: a subclass may redefine any operation
 # Tensors that stand for a plain one while torch traces; the registered operations know what to do with them.
 _TRACING_TYPES = (FakeTensor, FunctionalTensor)
 
@@ -41,6 +42,8 @@ class Operation:
     autocast: bool = False  # whether torch.autocast casts its tensors
     cast: Callable[..., Any] | None = None  # (args, dtype, *constants) -> args as autocast casts them; None: all alike
     several: bool = False  # whether all of several results are wanted, or the first
+    # As `unsupported`, asked of CUDA tensors on top of it; None: the operation has no CUDA kernels.
+    unsupported_on_cuda: Callable[..., str | None] | None = None
 
 
 def call(op: Operation, *args: Any, constants: tuple[Any, ...] = (), more: tuple[str, ...] = ()) -> Any:
@@ -52,11 +55,14 @@ def call(op: Operation, *args: Any, constants: tuple[Any, ...] = (), more: tuple
     tensors = _given(op, args, more)
     reason = handback_reason(op.name, tensors)
     if reason is None:
-        if op.autocast and torch.is_autocast_enabled("cpu"):
-            dtype = torch.get_autocast_dtype("cpu")
+        device = tensors[op.arguments[0]].device.type
+        if op.autocast and torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
             args = _cast(args, dtype) if op.cast is None else op.cast(args, dtype, *constants)
             tensors = _given(op, args, more)
         reason = _reason_from_dtype(op, tensors) or op.unsupported(*args, *constants)
+        if reason is None and (device != "cpu" or cuda.twin_active):
+            reason = _reason_on_cuda(op, *args, *constants)
     before = _recomputed()
     if reason is not None:
         calls.handback(op.name, reason)
@@ -77,6 +83,12 @@ def call(op: Operation, *args: Any, constants: tuple[Any, ...] = (), more: tuple
 @calls.run_while_tracing
 def _recomputed() -> int:
     return _C.recomputed()
+
+
+def _reason_on_cuda(op: Operation, *args: Any) -> str | None:
+    if op.unsupported_on_cuda is None:
+        return "the operation has no CUDA kernels"
+    return op.unsupported_on_cuda(*args)
 
 
 def _given(op: Operation, args: tuple[Tensor | None, ...], more: tuple[str, ...]) -> dict[str, Tensor]:
@@ -117,11 +129,11 @@ def handback_reason(op: str, tensors: dict[str, Tensor]) -> str | None:
             if hasattr(type(x), "__torch_function__"):  # e.g. a torch.fx proxy
                 return f"{name} is a {type(x).__name__}"
             raise TypeError(f"fastdl.{op}: argument '{name}': expected a torch.Tensor, got {type(x).__name__}")
-    return _reason_from_context() or _reason_from_kind(op, tensors)
+    return _reason_from_context(tensors) or _reason_from_kind(op, tensors)
 
 
-def _reason_from_context() -> str | None:
-    if not HAS_VECTOR_LEVEL:
+def _reason_from_context(tensors: dict[str, Tensor]) -> str | None:
+    if not (HAS_VECTOR_LEVEL or cuda.twin_active or any(x.is_cuda for x in tensors.values())):
         return "this build has no vector level"
     if _exporting() and not EXPORT_OPS:
         return "torch.export (FASTDL_EXPORT_OPS=1 keeps fastdl's operations)"
@@ -139,13 +151,16 @@ def _reason_from_context() -> str | None:
 
 def _reason_from_kind(op: str, tensors: dict[str, Tensor]) -> str | None:
     for name, x in tensors.items():
-        if type(x) not in PLAIN_TYPES and not isinstance(x, _TRACING_TYPES):
+        if type(x) not in _PLAIN_TYPES and not isinstance(x, _TRACING_TYPES):
             return f"{name} is a {type(x).__name__}"
-    if len({x.device.type == "meta" for x in tensors.values()}) > 1:
+    if len({x.device for x in tensors.values()}) > 1:
         got = ", ".join(f"{name} on {x.device}" for name, x in tensors.items())
         raise RuntimeError(f"fastdl.{op}: expected all tensors on one device, got {got}")
     for name, x in tensors.items():
-        if x.device.type != "cpu":
+        if x.device.type == "cuda":
+            if (why := cuda.reason(x.device)) is not None:
+                return why
+        elif x.device.type != "cpu":
             return f"{name} is on {x.device.type}"
         if x.is_quantized:
             return f"{name} is quantized"
