@@ -10,5 +10,6 @@ void bind_cuda_rnn(pybind11::module_& m);
 // Rows of the kernel tables as Python sees them.
 pybind11::list cuda_rnn_kernel_rows();
 void bind_cuda_gemm(pybind11::module_& m);
+void bind_twin(pybind11::module_& m);  // of the host twin alone
 
 }  // namespace fastdl

@@ -46,16 +46,7 @@ PYBIND11_MODULE(FASTDL_CUDA_MODULE, m, py::mod_gil_not_used()) {
       "gpu_named", [](const std::string& name) { return fastdl::gpu_dict(fastdl::gpu_named(name)); }, py::arg("name"));
   m.def("gpu_name", &fastdl::gpu_name, py::arg("device"));
 #if FASTDL_TWIN
-  m.def("set_seed", &fastdl::twin::set_seed, py::arg("seed"),
-        "The order in which the threads of a block run: 0 one after the other, else random from this seed.");
-  m.def(
-      "take_counts",
-      [] {
-        const fastdl::twin::Counts counts = fastdl::twin::counts();
-        fastdl::twin::counts() = {};
-        return py::make_tuple(counts.conflicts, counts.collectives);
-      },
-      "(bank conflicts of ldmatrix, warp instructions) since the last call.");
+  fastdl::bind_twin(m);
 #endif
   m.def(
       "kernels",

@@ -315,6 +315,8 @@ void copy_commit() { ++current().fiber->group; }
 
 void copy_wait(int groups_in_flight) {
   Fiber* self = current().fiber;
+  g.ready.push_back(self);  // while the others may see what is not there yet
+  leave();
   const int done = self->group - groups_in_flight;
   auto& copies = self->copies;
   for (const Copy& c : copies) {
