@@ -1,4 +1,5 @@
-// _cuda, _twin: recurrent layers, forward and backward. The calls are those of _C, with a workspace of `rnn_plan`'s size.
+// _cuda, _twin: recurrent layers, forward and backward. The calls are those of _C, with a workspace of `rnn_plan`'s
+// size.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -17,9 +17,9 @@ struct RnnMode {
   bool relu;
 };
 constexpr RnnMode kRnnModes[] = {{"lstm", RnnCell::lstm, false},
-                           {"gru", RnnCell::gru, false},
-                           {"rnn_tanh", RnnCell::plain, false},
-                           {"rnn_relu", RnnCell::plain, true}};
+                                 {"gru", RnnCell::gru, false},
+                                 {"rnn_tanh", RnnCell::plain, false},
+                                 {"rnn_relu", RnnCell::plain, true}};
 
 inline const RnnMode& rnn_mode(const std::string& name, const char* op) {
   for (const RnnMode& m : kRnnModes)

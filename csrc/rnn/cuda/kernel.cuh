@@ -53,8 +53,8 @@ FASTDL_DEVICE void run_product(const RnnCudaArgs& args, const RnnStep& step, int
         for (int g = 0; g < kCellGates; ++g) {
           const int slot = unit / 8 * kCellGates + g;
           sum[g] = total<T, kSlots>(sums, blocks, columns, column, slot * 8 + unit % 8);
-          sum[g] = repaired<T>(sum[g], p, args.operand[phase], parity, b0 + column,
-                               g * p.units + group * kUnits + unit);
+          sum[g] =
+              repaired<T>(sum[g], p, args.operand[phase], parity, b0 + column, g * p.units + group * kUnits + unit);
         }
         items[i].finish(args, step, b0 + column, group * kUnits + unit, sum);
       }
@@ -191,8 +191,7 @@ struct CudaRnnRow {
   }
   static void backward(const LaunchShape& shape, const Stream& stream, const RnnCudaArgs& args) {
     if constexpr (cell == RnnCell::lstm)
-      if (args.projected)
-        return launch(rnn_backward_kernel<T, E, parts, true, resident>, shape, stream, args);
+      if (args.projected) return launch(rnn_backward_kernel<T, E, parts, true, resident>, shape, stream, args);
     launch(rnn_backward_kernel<T, E, parts, false, resident>, shape, stream, args);
   }
   static void pack(const LaunchShape& shape, const Stream& stream, const RnnPackArgs& args) {

@@ -43,18 +43,18 @@ struct RnnCudaArgs {
   RnnCell cell;
   bool relu, projected, packed, rising;  // rising: t grows from step to step
   int H, P, gates;
-  int tile_rows, batch_blocks;   // a thread block takes tiles of so many sequences, batch_blocks apart
-  int phase_begin, phase_end;    // of each step: the products that this launch runs
-  int first_step;                // counted from the first that is computed: the parity of buffers
-  int before, after;             // sequences of the step before this launch and of that behind it
-  i64 t, row, rows;              // of the first step: its time, the rows before it; all rows
+  int tile_rows, batch_blocks;  // a thread block takes tiles of so many sequences, batch_blocks apart
+  int phase_begin, phase_end;   // of each step: the products that this launch runs
+  int first_step;               // counted from the first that is computed: the parity of buffers
+  int before, after;            // sequences of the step before this launch and of that behind it
+  i64 t, row, rows;             // of the first step: its time, the rows before it; all rows
   RnnProduct product[2];
   RnnOperand operand[2];  // of the two products
   u32* arrived;           // [batch_blocks], zeros: grid_sync
 
   RnnCudaRows y;
-  const void* x;   // [rows, G*H]
-  void* saved;     // [rows, G*H], then [rows, H]
+  const void* x;  // [rows, G*H]
+  void* saved;    // [rows, G*H], then [rows, H]
   const void* bias;
   i64 bias_step;
   RnnCudaState h_n, c0, c_n;

@@ -51,8 +51,8 @@ FASTDL_DEVICE float get(const RnnOperand& x, int parity, i64 b, int k) {
 // is 48, and sums of gru (3 tiles) take 96 more.
 constexpr int rnn_ahead(int parts, int tiles) { return parts == 1 ? (tiles == 3 ? 2 : 4) : 1; }
 
-// sum[tile][columns] += W x over K blocks [begin, end). w: the group, x: the first of the sequences. Products of a batch
-// of blocks are summed by the tensor cores, at most 128 of K, the rest in float32.
+// sum[tile][columns] += W x over K blocks [begin, end). w: the group, x: the first of the sequences. Products of a
+// batch of blocks are summed by the tensor cores, at most 128 of K, the rest in float32.
 template <class E, int parts, int tiles>
 FASTDL_DEVICE void multiply(const u32* w, const std::uint16_t* x, i64 plane, int row, int begin, int end,
                             int column_tiles, float (&sum)[tiles][kRnnColumnTiles][4]) {
@@ -67,8 +67,8 @@ FASTDL_DEVICE void multiply(const u32* w, const std::uint16_t* x, i64 plane, int
 #pragma unroll
         for (int n = 0; n < kRnnColumnTiles; ++n)
           if (first + a < end && n < column_tiles)
-            b[a][p][n] = load_l2(static_cast<const void*>(from + p * plane + n * 8 * static_cast<i64>(row) +
-                                                          (first + a) * kRnnBlockK));
+            b[a][p][n] = load_l2(
+                static_cast<const void*>(from + p * plane + n * 8 * static_cast<i64>(row) + (first + a) * kRnnBlockK));
     float part[tiles][kRnnColumnTiles][4] = {};
 #pragma unroll
     for (int a = 0; a < kAhead; ++a) {

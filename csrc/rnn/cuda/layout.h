@@ -11,10 +11,10 @@
 
 namespace fastdl {
 
-constexpr int kRnnBlockK = 32;         // elements along K that a lane takes at once, times 4
-constexpr int kRnnColumnTiles = 4;     // of 8 sequences: a block of threads works on 32 at most
+constexpr int kRnnBlockK = 32;      // elements along K that a lane takes at once, times 4
+constexpr int kRnnColumnTiles = 4;  // of 8 sequences: a block of threads works on 32 at most
 constexpr int kRnnRows = 8 * kRnnColumnTiles;
-constexpr int kRnnWarps = 8;           // of a block; each takes a part of K
+constexpr int kRnnWarps = 8;  // of a block; each takes a part of K
 constexpr int kRnnThreads = 32 * kRnnWarps;
 
 // An even number of slots: lstm i f g o of 8 units; gru r z n of 16; plain and what is not a cell, 16 rows.

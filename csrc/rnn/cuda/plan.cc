@@ -9,7 +9,7 @@ namespace fastdl {
 
 #define CUDA_RNN_KERNEL(name, unit, cell, schedule, dtype, precision, parts) \
   namespace cuda_##unit {                                                    \
-  extern const CudaRnnFunctions cell##_##schedule;                           \
+    extern const CudaRnnFunctions cell##_##schedule;                         \
   }
 #include "rnn/cuda/kernels.inc"
 #undef CUDA_RNN_KERNEL
@@ -85,8 +85,8 @@ bool make_resident(const RnnDesc& d, const Gpu& gpu, CudaRnnPlan* p) {
   const i64 bytes = resident_bytes(*p, p->unit_blocks, p->tile_rows);
   if (bytes > gpu.shared_bytes) return false;
   p->shared_bytes = static_cast<int>(bytes);
-  p->batch_blocks = static_cast<int>(std::max<i64>(
-      1, std::min<i64>(ceil_div(d.B, p->tile_rows), gpu.multiprocessors / p->unit_blocks)));
+  p->batch_blocks = static_cast<int>(
+      std::max<i64>(1, std::min<i64>(ceil_div(d.B, p->tile_rows), gpu.multiprocessors / p->unit_blocks)));
   p->counter_bytes = aligned(4 * p->batch_blocks);
   return true;
 }

@@ -137,8 +137,7 @@ class Pass {
   void begin() {
     if (d_.T == 0) {
       copy_state(d_.backward ? a_.dh_n : a_.h0, d_.backward ? a_.dh0 : a_.h_n, d_.P);
-      if (d_.cell == RnnCell::lstm)
-        copy_state(d_.backward ? a_.dc_n : a_.c0, d_.backward ? a_.dc0 : a_.c_n, d_.H);
+      if (d_.cell == RnnCell::lstm) copy_state(d_.backward ? a_.dc_n : a_.c0, d_.backward ? a_.dc0 : a_.c_n, d_.H);
       return;
     }
     fill_zero(zeros_, zero_bytes_, stream_);
