@@ -27,7 +27,7 @@ struct RnnProduct {
 struct RnnRun {
   int steps, rows;
 };
-constexpr int kRnnRuns = 128;  // of a launch: 1 KB of its 4 KB of parameters
+constexpr int kRnnRuns = 64;  // of a launch: half a KB of its 4 KB of parameters
 
 // Rows of a sequence: see RnnRows in rnn.h; packed: step is 0 and rows count from the sequence's start.
 struct RnnCudaRows {
