@@ -249,17 +249,6 @@ int spatial(py::handle x, const char* op, const char* name) {
   return t.ndim - 2;
 }
 
-Activation activation_named(const std::string& name, const char* op) {
-  constexpr std::pair<const char*, Activation> kNames[] = {{"none", Activation::none},
-                                                           {"relu", Activation::relu},
-                                                           {"gelu", Activation::gelu},
-                                                           {"gelu_tanh", Activation::gelu_tanh},
-                                                           {"silu", Activation::silu}};
-  for (const auto& [known, activation] : kNames)
-    if (name == known) return activation;
-  fail(op, ": argument 'activation': expected none, relu, gelu, gelu_tanh or silu, got '", name, "'");
-}
-
 void run_dense(ConvPass pass, py::handle x, py::handle w, py::handle y, py::handle bias, const Sizes& stride,
                const Sizes& padding, const Sizes& dilation, i64 groups, const std::string& activation,
                py::handle residual, py::handle pre, py::handle pack, const std::string& kernel, int threads) {

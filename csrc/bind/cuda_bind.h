@@ -4,6 +4,9 @@
 
 namespace fastdl {
 
+// What kernels(op) lists: each binding names its operation's.
+void add_kernel_rows(const char* op, pybind11::list (*rows)());
+
 void bind_cuda_probe(pybind11::module_& m);
 void bind_cuda_rnn(pybind11::module_& m);
 

@@ -3,6 +3,8 @@
 #include <pybind11/stl.h>
 
 #include <exception>
+#include <map>
+#include <string>
 
 #include "base/check.h"
 #include "bind/cuda_bind.h"
@@ -10,6 +12,10 @@
 #include "ptx/device.h"
 #if FASTDL_TWIN
 #include "ptx/twin/fiber.h"
+#endif
+
+#ifndef FASTDL_NVCC
+#define FASTDL_NVCC ""
 #endif
 
 namespace py = pybind11;
@@ -23,13 +29,32 @@ py::dict gpu_dict(const Gpu& gpu) {
                   "l2_bytes"_a = gpu.l2_bytes);
 }
 
+std::map<std::string, py::list (*)()>& kernel_rows() {
+  static std::map<std::string, py::list (*)()> rows;
+  return rows;
+}
+
+py::list kernels(const std::string& op) {
+  std::string names;
+  for (const auto& [name, rows] : kernel_rows()) {
+    if (name == op) return rows();
+    names += (names.empty() ? "" : ", ") + name;
+  }
+  fail("kernels: argument 'op': expected one of ", names, "; got '", op, "'");
+}
+
 }  // namespace
+
+void add_kernel_rows(const char* op, py::list (*rows)()) { kernel_rows()[op] = rows; }
+
 }  // namespace fastdl
 
 PYBIND11_MODULE(FASTDL_CUDA_MODULE, m, py::mod_gil_not_used()) {
   m.doc() = "CUDA kernels of fastdl.";
   m.attr("__version__") = FASTDL_VERSION;
   m.attr("twin") = FASTDL_TWIN == 1;
+  m.attr("nvcc") = FASTDL_NVCC;
+  m.attr("architectures") = FASTDL_TWIN ? "the host" : "sm_80, PTX for newer GPUs";
   py::register_exception_translator([](std::exception_ptr p) {
     try {
       if (p) std::rethrow_exception(p);
@@ -55,6 +80,7 @@ PYBIND11_MODULE(FASTDL_CUDA_MODULE, m, py::mod_gil_not_used()) {
         fastdl::fail("fastdl.kernels: argument 'op': expected rnn, got '", op, "'");
       },
       py::arg("op"), "The kernel table of an operation.");
+  m.def("kernels", &fastdl::kernels, py::arg("op"), "The rows of an operation's kernel table.");
   fastdl::bind_cuda_probe(m);
   fastdl::bind_cuda_rnn(m);
   fastdl::bind_cuda_gemm(m);

@@ -44,17 +44,6 @@ void run_linear(py::handle out, py::handle input, py::handle weight, py::handle 
   run(p, kernel, threads, op);
 }
 
-Activation activation_named(const std::string& name, const char* op) {
-  constexpr std::pair<const char*, Activation> kNames[] = {{"none", Activation::none},
-                                                           {"relu", Activation::relu},
-                                                           {"gelu", Activation::gelu},
-                                                           {"gelu_tanh", Activation::gelu_tanh},
-                                                           {"silu", Activation::silu}};
-  for (const auto& [known, activation] : kNames)
-    if (name == known) return activation;
-  fail(op, ": argument 'activation': expected none, relu, gelu, gelu_tanh or silu, got '", name, "'");
-}
-
 // An argument that lies in memory exactly as out does, or null for None.
 void* like_out(py::handle object, const TensorView& out, const char* op, const char* argument) {
   if (object.is_none()) return nullptr;

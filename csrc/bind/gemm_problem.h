@@ -38,6 +38,7 @@ bool linear_shape(const TensorView& input, const TensorView& weight, pybind11::h
 bool matmul_shape(const TensorView& a, const TensorView& b, i64* shape);
 
 void require_rank(const TensorView& t, int least, const char* op, const char* argument);
+Activation activation_named(const std::string& name, const char* op);
 void require_threads(int threads, const char* op);
 // How exact products of this dtype must be now: FASTDL_FLOAT32, or torch's own switch. Needs the GIL.
 Precision asked_precision(DType dtype);

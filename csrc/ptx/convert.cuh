@@ -46,6 +46,8 @@ FASTDL_DEVICE float from_f16_bits(std::uint16_t h) {
 FASTDL_DEVICE float exp2_approx(float x) { return std::exp2(x); }
 FASTDL_DEVICE float reciprocal_approx(float x) { return 1.0f / x; }
 FASTDL_DEVICE float fma_rn(float a, float b, float c) { return std::fma(a, b, c); }
+FASTDL_DEVICE float magnitude(float x) { return std::fabs(x); }
+FASTDL_DEVICE float larger(float a, float b) { return std::fmax(a, b); }
 
 #else
 
@@ -60,6 +62,17 @@ FASTDL_DEVICE float exp2_approx(float x) {
 }
 FASTDL_DEVICE float reciprocal_approx(float x) { return __frcp_rn(x); }
 FASTDL_DEVICE float fma_rn(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+FASTDL_DEVICE float magnitude(float x) {
+  float y;
+  asm("abs.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+// The other one where one is NaN.
+FASTDL_DEVICE float larger(float a, float b) {
+  float y;
+  asm("max.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+}
 
 #endif
 

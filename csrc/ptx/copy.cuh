@@ -107,4 +107,24 @@ FASTDL_DEVICE void load_matrices(u32 (&r)[4], const void* row) {
 
 #endif
 
+// Whether of the matrices transposed, the same in all lanes, as a value: one instruction of the two is switched off.
+#if FASTDL_TWIN
+FASTDL_DEVICE void load_matrices(u32 (&r)[4], const void* row, bool transposed) {
+  transposed ? load_matrices<true>(r, row) : load_matrices<false>(r, row);
+}
+#else
+FASTDL_DEVICE void load_matrices(u32 (&r)[4], const void* row, bool transposed) {
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.ne.s32 p, %5, 0;\n"
+      "@p ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];\n"
+      "@!p ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];\n"
+      "}"
+      : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+      : "r"(shared_address(row)), "r"(static_cast<int>(transposed))
+      : "memory");
+}
+#endif
+
 }  // namespace fastdl

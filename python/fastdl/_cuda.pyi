@@ -6,12 +6,14 @@ operation, argument, expected and got. Work goes to torch's current stream of th
 `fastdl._twin` has the same functions for CPU tensors.
 """
 
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from torch import Tensor
 
 __version__: str
 twin: bool  # this is the host twin
+nvcc: str  # version of the compiler that made it
+architectures: str  # what there is code for
 
 class GpuInfo(TypedDict):
     sm: int  # 80: compute capability 8.0
@@ -30,6 +32,50 @@ def gpu_named(name: str) -> GpuInfo:
     """The GPU that plans are made for anywhere: "sm80" or "sm90"."""
 
 def gpu_name(device: int) -> str: ...
+
+# --- GEMM -------------------------------------------------------------------------------------------------------
+def kernels(op: str) -> list[dict[str, Any]]:
+    """The kernel table of an operation ("gemm", ...): each row's name, isa and dtype, and what that operation adds."""
+
+def gemm(
+    a: Tensor,
+    b: Tensor,
+    out: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    pre: Tensor | None = None,
+    activation: str = "none",
+    accumulate: bool = False,
+    precision: str = "ieee",
+    workspace: Tensor | None = None,
+    kernel: str = "",
+    splits: int = 0,
+) -> None:
+    """out = activation(z) + residual, pre = z = [out +] a[..., M, K] @ b[..., K, N] [+ bias[N]].
+
+    Any strides; out has unit stride along N, residual and pre its shape and strides. activation: none, relu, gelu,
+    gelu_tanh or silu. precision, of float32: fma, ieee, tf32 or bf16. workspace: uint8, of gemm_workspace() bytes.
+    kernel forces a row of the table, splits > 0 the number of runs that K is cut into.
+    """
+
+def gemm_workspace(
+    a: Tensor, b: Tensor, out: Tensor, precision: str = "ieee", kernel: str = "", splits: int = 0
+) -> int:
+    """Bytes of workspace that gemm() of these needs."""
+
+def gemm_plan(
+    a: Tensor, b: Tensor, out: Tensor, precision: str = "ieee", kernel: str = "", gpu: str = "", splits: int = 0
+) -> dict[str, Any]:
+    """What gemm() would do with tensors like these, of any device, on a GPU named sm80 or sm90; "": the first here."""
+
+def activation_grad(dy: Tensor, z: Tensor, dz: Tensor, activation: str) -> None:
+    """dz = dy * d activation(z) / dz, elementwise, contiguous."""
+
+def sum_rows(x: Tensor, out: Tensor) -> None:
+    """out[N] = the sum of x[..., N] over all leading dimensions."""
+
+def tile_probe(a: Tensor, b: Tensor, out: Tensor, a_transposed: bool, b_transposed: bool, precision: str) -> None:
+    """out[16,32] = a b by one warp, and the largest magnitudes of the rows of a and the columns of b."""
 
 # --- single instructions, for tests -----------------------------------------------------------------------------
 def mma_probe(a: Tensor, b: Tensor, out: Tensor) -> None:

@@ -15,17 +15,19 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 from fastdl import _C
 from fastdl import machine as this_machine
 from fastdl._version import __version__
-from fastdl.bench import accuracy, runner
+from fastdl.bench import accuracy, place, runner
 from fastdl.bench import check as bars
 from fastdl.bench import compare as comparison
 from fastdl.bench.harness import REGIMES
 from fastdl.bench.host import measure_host
 from fastdl.bench.report import make_console, make_table, print_document, read_json, write_json
 from fastdl.bench.settings import Settings
+from fastdl.ops import cuda
 
 _QUICK_SECONDS = 0.05
 
@@ -99,8 +101,41 @@ def _info_facts() -> Iterator[tuple[str, str]]:
     for line in _openmp_lines():
         yield "OpenMP runtime", line
     yield "torch", f"{torch.__version__}, {torch.get_num_threads()} threads"
-    cuda = build["cuda"]
-    yield "CUDA", "built in" if cuda["built"] else f"not built: {cuda['reason']}"
+    yield from _cuda_facts()
+
+
+def _cuda_facts() -> Iterator[tuple[str, str]]:
+    module, why = cuda.load("_cuda")
+    if module is None:
+        yield "CUDA", f"not built: {_C.build_info()['cuda']['reason'] or why}"
+    else:
+        yield "CUDA", f"built by nvcc {module.nvcc} for {module.architectures}"
+        yield "CUDA in use", "UNVERIFIED, on by FASTDL_CUDA_UNVERIFIED=1" if cuda.UNVERIFIED else f"off: {cuda.OFF}"
+        gpus = this_machine.gpus()
+        for gpu in gpus:
+            reason = cuda.gpu_reason(gpu["index"]) or "can run them"
+            facts = f"sm_{gpu['sm']}, {gpu['multiprocessors']} multiprocessors, L2 {_bytes(gpu['l2_bytes'])}"
+            yield f"cuda:{gpu['index']}", f"{gpu['name']}, {facts}: {reason}"
+        if not gpus:
+            yield "GPUs", "none seen"
+    if cuda.load("_twin")[0] is not None:
+        yield "CUDA twin", "built: the CUDA kernels as host code, slow, for tests"
+
+
+def _cuda_table() -> Table | None:
+    """The CUDA kernels, every operation said to be unverified; None where there are none."""
+    module = cuda.load("_cuda")[0] or cuda.load("_twin")[0]
+    if module is None:
+        return None
+    state = "unverified: on" if cuda.UNVERIFIED else "unverified: off by default"
+    table = make_table("CUDA kernels, never yet run on a GPU", ("operation", "state", "kernel"), ("dtype", "level"))
+    for operation in runner.OPERATIONS:
+        rows = cuda.kernels(operation, module)
+        for row in rows:
+            table.add_row(operation, state, row["name"], str(row.get("dtype", "")), str(row.get("isa", "")))
+        if not rows:
+            table.add_row(operation, "no CUDA kernels: torch runs it", "", "", "")
+    return table
 
 
 @main.command()
@@ -118,6 +153,9 @@ def info() -> None:
         available = "yes" if row["available"] else f"no: {row['reason']}"
         table.add_row(row["name"], row["isa"], row["dtype"], row["kind"], tile, escape(available))
     console.print(table)
+    if (of_cuda := _cuda_table()) is not None:
+        console.print()
+        console.print(of_cuda)
 
 
 # --- bench --------------------------------------------------------------------------------------------------------
@@ -156,6 +194,8 @@ def _bench_operation(operation: str) -> click.Command:
     @click.option("--dtype", default="float32", show_default=True)
     @click.option("--threads", type=click.IntRange(min=0), default=0, help="0: torch's default.")
     @click.option("--isa", type=click.Choice(this_machine.ISA_LEVELS), help="Hold fastdl and torch to a level.")
+    @click.option("--device", type=click.Choice(place.PLACES), default="cpu", show_default=True)
+    @click.option("--limit", type=click.FloatRange(min=0), default=0.0, help="Seconds after which no row begins.")
     @click.option("--frozen", is_flag=True, help="Weights packed beforehand, as fastdl.freeze does.")
     @click.option("--kernel", default="", help="Force a row of the kernel table.")
     @click.option("--family", "families", multiple=True, type=click.Choice(list(module.FAMILIES)))
@@ -239,13 +279,23 @@ def bench_check(only: str, path: Path | None, target: str) -> None:
 # --- verify, demo -------------------------------------------------------------------------------------------------
 @main.command()
 @click.option("--quick", is_flag=True, help="The smallest sizes only: seconds, even under emulation.")
-def verify(quick: bool) -> None:
+@click.option(
+    "--device",
+    type=click.Choice(["all", *place.PLACES]),
+    default="all",
+    help="all: the CPU, and a GPU where its kernels are on.",
+)
+def verify(quick: bool, device: str) -> None:
     """Check every kernel against float64 on this machine, offline; fail where one is wrong."""
     from fastdl.verify import verify as run
 
+    if device not in ("all", "cpu") and (why := place.unavailable(device)):
+        raise click.ClickException(f"device {device}: {why}")
+    devices = ("cpu", "cuda")[: 1 + cuda.enabled()] if device == "all" else (device,)
+
     console = make_console()
     with _progress() as progress:
-        outcome = run(quick, progress)
+        outcome = run(quick, progress, devices)
     table = make_table(f"{_C.cpu_info()['isa']}, {_C.threads()[0]} threads", ("subject",), ("checks", "failed"))
     for subject, count in outcome.checks.items():
         table.add_row(subject, str(count), str(sum(failure[0] == subject for failure in outcome.failures)))

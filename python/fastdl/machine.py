@@ -14,6 +14,7 @@ import torch
 
 from fastdl import _C
 from fastdl._version import __version__
+from fastdl.ops import cuda
 
 ISA_LEVELS = ("scalar", "avx2", "avx512", "avx512bf16", "amx")
 
@@ -100,6 +101,15 @@ class OtherLoad:
         return max(0.0, (now[1] - self._start[1]) / max(now[0] - self._start[0], 1e-9))
 
 
+def gpus() -> list[dict[str, Any]]:
+    """The GPUs that the CUDA kernels of this build see, as their module describes them; none without the module."""
+    module, _ = cuda.load("_cuda")
+    return [
+        {"index": i, "name": module.gpu_name(i), **module.gpu_info(i)}
+        for i in range(module.gpu_count() if module else 0)
+    ]
+
+
 def describe() -> dict[str, Any]:
     """The machine and the versions, as JSON: processor, caches (bytes), levels, threads, software, environment."""
     cpu, build = _C.cpu_info(), _C.build_info()
@@ -110,6 +120,7 @@ def describe() -> dict[str, Any]:
         "threads": {"torch": torch.get_num_threads(), "fastdl": threads, "why": why},
         "openmp_runtimes": [Path(path).name for path in openmp_runtimes() or ()],
         "build": build,
+        "gpus": gpus(),
         "versions": {
             "fastdl": __version__,
             "torch": str(torch.__version__),

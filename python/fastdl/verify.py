@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdl import _C, functional, verify_attention, verify_conv, verify_rnn
+from fastdl import _C, functional, verify_attention, verify_conv, verify_cuda, verify_rnn
 from fastdl.testing import (
     LAYOUTS,
     GuardedOutput,
@@ -277,8 +277,11 @@ _OPERATIONS: dict[str, tuple[Callable[[dict[str, Any], bool], Iterator[Step]], C
 }
 
 
-def steps(quick: bool = False) -> Iterator[Step]:
+def steps(quick: bool = False, device: str = "cpu") -> Iterator[Step]:
     """Every check of the rows this process can run, and of the operations above them."""
+    if device != "cpu":
+        yield from verify_cuda.steps(quick, device)
+        return
     for operation, (of_kernel, of_operation) in _OPERATIONS.items():
         for row in _C.kernels(operation):
             if row["available"]:
@@ -286,17 +289,27 @@ def steps(quick: bool = False) -> Iterator[Step]:
         yield from of_operation(quick)
 
 
-def verify(quick: bool = False, progress: Callable[[int, int, str], None] | None = None) -> Outcome:
-    """Run all checks; a check that raises anything at all has failed. progress(done, total, subject) before each."""
+def verify(
+    quick: bool = False, progress: Callable[[int, int, str], None] | None = None, devices: tuple[str, ...] = ("cpu",)
+) -> Outcome:
+    """Run all checks; a check that raises anything at all has failed. progress(done, total, subject) before each.
+
+    devices: of "cpu", "cuda" and "twin", the host twin of the CUDA kernels.
+    """
     rows = (row for operation in _OPERATIONS for row in _C.kernels(operation))
-    outcome = Outcome(unavailable={row["name"]: row["reason"] for row in rows if not row["available"]})
-    todo = list(steps(quick))
+    outcome = Outcome()
+    if "cpu" in devices:
+        outcome.unavailable |= {row["name"]: row["reason"] for row in rows if not row["available"]}
+    todo = [step for device in devices for step in steps(quick, device)]
     for done, (subject, what, check) in enumerate(todo):
         if progress:
             progress(done, len(todo), subject)
-        outcome.checks[subject] = outcome.checks.get(subject, 0) + 1
         try:
             check()
+        except verify_cuda.NotRun as reason:
+            outcome.unavailable[f"{subject}, {what}"] = str(reason)
+            continue
         except Exception as error:  # a kernel that refuses a legal call has failed as well
             outcome.failures.append((subject, what, f"{type(error).__name__}: {error}"))
+        outcome.checks[subject] = outcome.checks.get(subject, 0) + 1
     return outcome

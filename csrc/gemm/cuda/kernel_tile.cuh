@@ -100,11 +100,7 @@ FASTDL_DEVICE void split_pair(Fragment<parts>* f, int r, float low, float high) 
 // x[1] of g + 8. NaN is passed over: what comes of it shows in the sums.
 struct Peak {
   float x[2] = {};
-  FASTDL_DEVICE void see(int half, float a, float b) {
-    a = a < 0 ? -a : a, b = b < 0 ? -b : b;
-    if (a > x[half]) x[half] = a;
-    if (b > x[half]) x[half] = b;
-  }
+  FASTDL_DEVICE void see(int half, float a, float b) { x[half] = larger(larger(x[half], magnitude(a)), magnitude(b)); }
 };
 
 // --- fragments

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastdl import _C, functional
-from fastdl.bench.harness import Case, Check
+from fastdl.bench import place
+from fastdl.bench.harness import Call, Case, Check
 from fastdl.bench.operands import normal
 from fastdl.bench.settings import Settings
 from fastdl.bench.shapes import Shape
@@ -77,7 +79,7 @@ def _seen(shape: Shape, mask: Tensor | None, rows: Tensor) -> Tensor | None:
     """The mask of some query rows, the causal one included."""
     if mask is not None or "causal" not in shape.tags:
         return mask if mask is None else mask[:, :, rows]
-    return torch.arange(shape.dims["Lk"]) <= rows[:, None]
+    return (torch.arange(shape.dims["Lk"]) <= rows[:, None]).to(place.device())
 
 
 def _assert_near_torch(name: str, actual: Tensor, theirs: Tensor) -> None:
@@ -157,6 +159,26 @@ def _forced(
     return out
 
 
+def _backends(candidate: Call, baseline: Call) -> dict[str, tuple[Call, Call]]:
+    """On a GPU: torch held to each of its own implementations that takes the call."""
+    if place.current != "cuda":
+        return {}
+
+    def held(backend: SDPBackend) -> Any:
+        with sdpa_kernel(backend):
+            return baseline()
+
+    parts = {}
+    for name in ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION"):
+        call = partial(held, getattr(SDPBackend, name))
+        try:
+            call()
+        except RuntimeError:  # it does not take this
+            continue
+        parts[f"torch's {name}"] = candidate, call
+    return parts
+
+
 def forward(shape: Shape, settings: Settings) -> Case:
     """Without grad; with a mask, also against fastdl's own time without it."""
     operands, mask, options = _operands(shape, settings), _mask(shape, settings), _options(shape)
@@ -169,6 +191,7 @@ def forward(shape: Shape, settings: Settings) -> Case:
         lambda: _check_forward(shape, operands, mask, candidate(), baseline()),
         **_work(shape, settings, 2),
     )
+    case.parts |= _backends(candidate, baseline)
     if mask is not None:
         case.parts["without mask"] = (candidate, partial(attend, *operands, None, **options))
     return case

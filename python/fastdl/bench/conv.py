@@ -9,7 +9,6 @@ gradient.
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -20,6 +19,7 @@ from torch.nn import functional as F
 
 import fastdl
 from fastdl import functional
+from fastdl.bench import place
 from fastdl.bench.harness import Call, Case, Check
 from fastdl.bench.operands import normal
 from fastdl.bench.settings import Settings
@@ -162,12 +162,7 @@ def _check(p: Problem, operands: Operands, dy: Tensor | None, ours: Any, theirs:
 # --- families ---------------------------------------------------------------------------------------------------
 def _seconds(call: Call) -> float:
     call()
-    seconds = []
-    for _ in range(_PROBES):
-        start = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
+    return statistics.median(place.seconds(call, 1) for _ in range(_PROBES))
 
 
 def _case(p: Problem, calls: dict[str, tuple[Call, Call]], check: Callable[[], Check], passes: int) -> Case:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from fastdl import _C
+from fastdl.bench import place
 
 Call = Callable[[], Any]
 
@@ -98,8 +99,9 @@ class CacheFlush:
 
     def __init__(self) -> None:
         cpu = _C.cpu_info()
-        size = 2 * max(cpu["l3"], cpu["l2"] * cpu["cpus"], 32 << 20)
-        self._buffer = torch.zeros(min(size, 1 << 30), dtype=torch.uint8)
+        largest = place.last_level_cache() if place.current == "cuda" else max(cpu["l3"], cpu["l2"] * cpu["cpus"])
+        size = 2 * max(largest, 32 << 20)
+        self._buffer = torch.zeros(min(size, 1 << 30), dtype=torch.uint8, device=place.device())
 
     def __call__(self) -> None:
         self._buffer.add_(1)
@@ -120,10 +122,7 @@ def _quiet(grad: bool) -> Any:
 
 
 def _seconds(call: Call, inner: int) -> float:
-    start = time.perf_counter_ns()
-    for _ in range(inner):
-        call()
-    return (time.perf_counter_ns() - start) * 1e-9 / inner
+    return place.seconds(call, inner)
 
 
 def _timing(seconds: list[float], inner: int) -> Timing:
@@ -166,7 +165,7 @@ class Stopwatch:
         with _quiet(grad):
             first = max(_seconds(call, 1) for call in calls)  # also allocates, packs, fills caches
             once = first if first > _SLOW_S else max(_seconds(call, 3) for call in calls)
-            if regime != "warm" and once > _SLOW_S:
+            if regime != "warm" and (once > _SLOW_S or (regime == "idle" and place.current != "cpu")):
                 return None
             before, extra = self._before(regime)
             inner = max(1, min(1000, math.ceil(_BATCH_S / once))) if regime == "warm" else 1
@@ -176,10 +175,22 @@ class Stopwatch:
 
 def run_check(case: Case) -> tuple[Check, dict[str, int]]:
     """The check, and the kernels of fastdl that ran in it, each with its number of runs."""
+    if place.current != "cpu":
+        return _run_check_on_gpu(case)
     with torch.set_grad_enabled(case.grad):
         _C.reset_counters()
         check = case.check()
     return check, {name: count for name, count in _C.counters().items() if count}
+
+
+def _run_check_on_gpu(case: Case) -> tuple[Check, dict[str, int]]:
+    """As run_check; one call handed to torch counts as all."""
+    with torch.set_grad_enabled(case.grad), place.observed() as seen:
+        check = case.check()
+    if not seen or any(call.reason for call in seen):
+        return check, {}
+    kernels = [call.kernel for call in seen]
+    return check, {kernel: max(case.kernel_calls, kernels.count(kernel)) for kernel in kernels}
 
 
 def measure_case(case: Case, stopwatch: Stopwatch, regimes: tuple[str, ...]) -> dict[str, Any]:

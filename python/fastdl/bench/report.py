@@ -6,7 +6,8 @@ The document (`schema` 1):
     date       ISO 8601, UTC
     command    list of str, as typed
     machine    {cpu, system, threads, openmp_runtimes, build, versions, ...}, see `fastdl.machine.describe`
-    settings   {dtype, threads, isa, frozen, kernel, families, shapes, regimes, seconds}
+    settings   {dtype, threads, isa, frozen, kernel, families, shapes, regimes, seconds, device, limit}; on a GPU
+               isa is its compute capability, and fma in `peaks` a large product by torch
     peaks      {threads, isa, fma (FLOP/s), read {memory: bytes/s}, capacity {memory: bytes}}, as measured
     other_load null (unknown) or how many processors other programs kept busy during the run
     rows       list of
@@ -23,6 +24,7 @@ The document (`schema` 1):
         gflops, gbytes fastdl's rates, warm, in 1e9 a second; bytes are the operands and the result once
         fma_percent    of the FMA peak measured beside the row
         read_percent   of the read bandwidth of `memory`, the fastest level that holds the operands and the result
+    left_out   int: rows that the time limit left out
     means      list of {family, rows, counted, warm, cold, idle (geometric means of speed-ups), worst {name, speedup}}
 """
 
@@ -158,6 +160,13 @@ def _print_means(console: Console, means: list[dict[str, Any]]) -> None:
 def print_document(document: dict[str, Any], console: Console) -> None:
     """Rows, those handed back to torch apart, failed checks, means; losses as plainly as wins."""
     machine, settings = document["machine"], document["settings"]
+    if settings.get("device", "cpu") != "cpu":
+        names = ", ".join(gpu["name"] for gpu in machine["gpus"]) or "the host twin"
+        console.print(
+            f"{settings['device']}: {names}, {settings['isa']}, {settings['dtype']}; "
+            f"torch's own large product (FMA below) {document['peaks']['fma'] * 1e-12:.3g} TFLOP/s, "
+            f"its copy {document['peaks']['read']['memory'] * 1e-9:.0f} GB/s; {document['left_out']} rows left out"
+        )
     console.print(
         f"{machine['cpu']['brand']}, {settings['isa']}, {settings['threads']} threads, {settings['dtype']}, "
         f"{'frozen' if settings['frozen'] else 'not frozen'}; fastdl {machine['versions']['fastdl']}, "

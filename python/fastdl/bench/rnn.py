@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fastdl
+from fastdl.bench import place
 from fastdl.bench.harness import Case, Check
 from fastdl.bench.operands import normal
 from fastdl.bench.settings import Settings
@@ -41,7 +42,7 @@ def _layers(cell: str, shape: Shape, settings: Settings) -> tuple[nn.Module, nn.
         options["proj_size"] = proj
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(1)
-        theirs = _CLASSES[cell][0](features, H, **options)
+        theirs = _CLASSES[cell][0](features, H, **options).to(place.device())
     ours = copy.copy(theirs)
     return fastdl.optimize(ours), theirs
 
@@ -174,7 +175,7 @@ def step(cell: str, shape: Shape, settings: Settings) -> Case:
     features, H, B = shape.sizes("I", "H", "B")
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(1)
-        theirs = _CLASSES[cell][1](features, H, dtype=settings.torch_dtype)
+        theirs = _CLASSES[cell][1](features, H, dtype=settings.torch_dtype).to(place.device())
     ours = fastdl.optimize(copy.copy(theirs))
     x, h, c = (normal(seed, settings.torch_dtype, B, n) for seed, n in ((2, features), (3, H), (4, H)))
     hx = (h, c) if cell == "lstm" else h

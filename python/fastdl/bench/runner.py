@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 
 from fastdl import _C
-from fastdl.bench import attention, conv, gemm, rnn
+from fastdl.bench import attention, conv, gemm, place, rnn
 from fastdl.bench.harness import Stopwatch, geometric_mean, measure_case
 from fastdl.bench.host import Peaks
 from fastdl.bench.settings import Settings
@@ -27,6 +28,14 @@ Progress = Callable[[int, int, str], None]
 
 def _validate(operation: str, settings: Settings) -> None:
     """ValueError for what this build, machine or operation cannot do."""
+    if settings.device not in place.PLACES:
+        raise ValueError(f"{operation}: device: expected one of {place.PLACES}, got {settings.device!r}")
+    if why := place.unavailable(settings.device):
+        raise ValueError(f"{operation}: device {settings.device}: {why}")
+    if settings.device != "cpu":
+        for name in ("threads", "isa", "frozen", "kernel"):
+            if getattr(settings, name):
+                raise ValueError(f"{operation}: {name} has a meaning on the CPU only, got device {settings.device!r}")
     module, table = OPERATIONS[operation], _C.kernels(operation)
     dtypes = sorted({row["dtype"] for row in table})
     names = {row["name"]: row for row in table if row["dtype"] == settings.dtype}
@@ -84,10 +93,14 @@ def _row(
     operation: str, family: str, shape: Shape, settings: Settings, peaks: Peaks, watch: Stopwatch
 ) -> dict[str, Any]:
     case = OPERATIONS[operation].FAMILIES[family](shape, settings)
+    if settings.device == "cuda" and not case.grad:
+        graphs = place.graph(case.candidate), place.graph(case.baseline)
+        if None not in graphs:
+            case.parts["CUDA graph"] = graphs
     # The peak of this very moment: the clock of a busy or warm machine moves.
-    probes = [_C.measure_fma(peaks.isa, peaks.threads, 0.02)]
+    probes = [_peak(peaks)]
     measured = measure_case(case, watch, settings.regimes)
-    probes.append(_C.measure_fma(peaks.isa, peaks.threads, 0.02))
+    probes.append(_peak(peaks))
     head = {
         "name": f"{family}/{shape.name}",
         "operation": operation,
@@ -100,10 +113,17 @@ def _row(
     return head | measured | _rates(measured, (case.flops, case.bytes), peaks, max(probes))
 
 
+def _peak(peaks: Peaks) -> float:
+    return _C.measure_fma(peaks.isa, peaks.threads, 0.02) if place.current == "cpu" else peaks.fma
+
+
 def _rows(operation: str, settings: Settings, peaks: Peaks, progress: Progress) -> Iterator[dict[str, Any]]:
     selected = _selected(operation, settings)
     watch = Stopwatch(settings.seconds)
+    start = time.monotonic()
     for done, (family, shape) in enumerate(selected):
+        if settings.limit and time.monotonic() - start > settings.limit:
+            break
         progress(done, len(selected), f"{family}/{shape.name}")
         yield _row(operation, family, shape, settings, peaks, watch)
     progress(len(selected), len(selected), "")
@@ -135,11 +155,16 @@ def run(operation: str, settings: Settings, progress: Progress = lambda done, to
         threads, why = _C.threads()
         if settings.threads and threads != settings.threads:
             raise ValueError(f"{operation}: threads: {settings.threads} asked, {threads} possible ({why})")
-        settings = replace(settings, threads=threads, isa=_C.cpu_info()["isa"])
-        peaks = Peaks.measure(threads, min(0.05, settings.seconds))
-        others = OtherLoad()
-        rows = list(_rows(operation, settings, peaks, progress))
-        other_load = others.processors()
+        with place.at(settings.device):
+            if settings.device == "cpu":
+                peaks = Peaks.measure(threads, min(0.05, settings.seconds))
+                settings = replace(settings, threads=threads, isa=_C.cpu_info()["isa"])
+            else:
+                peaks = place.peaks(settings.torch_dtype)
+                settings = replace(settings, isa=peaks.isa)
+            others = OtherLoad()
+            rows = list(_rows(operation, settings, peaks, progress))
+            other_load = others.processors()
         machine = describe()
     finally:
         torch.set_num_threads(before)
@@ -156,5 +181,6 @@ def run(operation: str, settings: Settings, progress: Progress = lambda done, to
         "peaks": asdict(peaks),
         "other_load": other_load,
         "rows": rows,
+        "left_out": len(_selected(operation, settings)) - len(rows),
         "means": summarise(rows),
     }

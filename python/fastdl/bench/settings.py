@@ -25,6 +25,8 @@ class Settings:
     shapes: str = ""
     regimes: tuple[str, ...] = REGIMES
     seconds: float = 0.4
+    device: str = "cpu"  # one of place.PLACES
+    limit: float = 0.0  # seconds after which no further row begins; 0: none
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -23,6 +23,7 @@ from fastdl.ops.calls import run_while_tracing
 UNVERIFIED = os.environ.get("FASTDL_CUDA_UNVERIFIED", "0") not in ("", "0")
 OFF = "CUDA kernels are not verified on a GPU yet (FASTDL_CUDA_UNVERIFIED=1 turns them on)"
 OLDEST_SM = 80
+_FLOAT32 = os.environ.get("FASTDL_FLOAT32", "")
 
 # CPU tensors run on the twin. Written by `use_twin` alone; a rule of `plain` says that no call is plain meanwhile.
 twin_active = False
@@ -44,7 +45,7 @@ def load(name: str) -> tuple[Any, str]:
 
 
 @functools.cache
-def _gpu_reason(index: int) -> str:
+def gpu_reason(index: int) -> str:
     """Why the kernels cannot run on that GPU, or ""."""
     module, why = load("_cuda")
     if module is None:
@@ -61,7 +62,7 @@ def _gpu_reason(index: int) -> str:
 def reason(device: torch.device) -> str | None:
     """Why no CUDA kernels run on tensors of this CUDA device, or None where they do."""
     if UNVERIFIED:
-        return _gpu_reason(device.index or 0) or None
+        return gpu_reason(device.index or 0) or None
     return load("_cuda")[1] or OFF
 
 
@@ -87,6 +88,25 @@ def require(op: str, x: Tensor) -> Any:
         why = reason(x.device) if x.is_cuda else f"no CUDA kernels for tensors on {x.device}"
         raise RuntimeError(f"fastdl.{op}: {why}")
     return module
+
+
+def precision(operation: str) -> str:
+    """How exact float32 products on a GPU must be, by torch's switch for "matmul", "conv" or "rnn": ieee, tf32 or fma.
+
+    torch gives cuDNN's operations leave to use tf32 unless it is told otherwise. "fma": FASTDL_FLOAT32=ieee.
+    """
+    if _FLOAT32 == "ieee":
+        return "fma"
+    asked = torch._C._get_fp32_precision_getter("cuda", operation)
+    return asked if asked in ("tf32", "bf16") else "ieee"
+
+
+def kernels(operation: str, module: Any) -> list[dict[str, Any]]:
+    """The rows of an operation's table of CUDA kernels; none where it has no table yet."""
+    try:
+        return list(module.kernels(operation))
+    except RuntimeError:
+        return []
 
 
 def workspace(like: Tensor, bytes: int) -> Tensor | None:

@@ -139,4 +139,5 @@ _LINEAR_FUSED = Operation(
     unsupported=_unsupported,
     plan=lambda out, input, weight, bias, residual, activation, packed: linear_plan(out, input, weight, bias, packed),
     autocast=True,
+    unsupported_on_cuda=lambda *args: None,
 )

@@ -21,8 +21,8 @@ from torch.compiler import is_compiling, is_dynamo_compiling
 from torch.nn import functional as F
 
 from fastdl import _C
+from fastdl.ops import cuda, cuda_gemm, gemm_native, reference, shapes
 from fastdl.ops import gemm_library as _registered  # noqa: F401  (defines torch.ops.fastdl)
-from fastdl.ops import gemm_native, reference, shapes
 from fastdl.ops.plain import MAX_BATCH_DIMS, eager_is_plain, is_plain
 from fastdl.ops.route import Operation, call
 
@@ -264,12 +264,16 @@ def linear_plan(out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None,
     """The kernel that `linear` runs for these."""
     if out.dtype is torch.float64:
         return "reference"
+    if cuda.runs(out):
+        return cuda_gemm.linear_plan(out, input, weight)
     return _C.linear_plan(out, input, weight, packed is not None)["kernel"]
 
 
 def _matmul_plan(out: Tensor, input: Tensor, other: Tensor) -> str:
     if out.dtype is torch.float64:
         return "reference"
+    if cuda.runs(out):
+        return cuda_gemm.matmul_plan(out, input, other)
     a = input.unsqueeze(0) if input.ndim == 1 else input
     b = other.unsqueeze(1) if other.ndim == 1 else other
     return _C.matmul_plan(out.new_empty(shapes.matmul(a, b)), a, b)["kernel"]
@@ -285,6 +289,7 @@ LINEAR = Operation(
     unsupported=linear_unsupported,
     plan=linear_plan,
     autocast=True,
+    unsupported_on_cuda=lambda *args: None,
 )
 _MATMUL = Operation(
     name="matmul",
@@ -295,6 +300,7 @@ _MATMUL = Operation(
     unsupported=_matmul_unsupported,
     plan=_matmul_plan,
     autocast=True,
+    unsupported_on_cuda=lambda *args: None,
 )
 _LINEAR_WGRAD = Operation(
     name="linear_wgrad",
@@ -303,6 +309,7 @@ _LINEAR_WGRAD = Operation(
     overload=torch.ops.fastdl.linear_wgrad.default,
     function=LinearWgradFunction,
     unsupported=lambda grad, input: None,
+    unsupported_on_cuda=lambda *args: None,
     plan=lambda out, grad, input: "gemm",
 )
 _SUM_ROWS = Operation(
@@ -312,6 +319,7 @@ _SUM_ROWS = Operation(
     overload=torch.ops.fastdl.sum_rows.default,
     function=SumRowsFunction,
     unsupported=lambda x: None,
+    unsupported_on_cuda=lambda *args: None,
     plan=lambda out, x: "sum_rows",
 )
 

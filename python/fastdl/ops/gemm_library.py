@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdl.ops import gemm_native, reference, shapes
+from fastdl.ops import cuda_gemm, gemm_native, reference, shapes
 from fastdl.ops.library import register
 
 _ops = torch.ops.fastdl
@@ -165,6 +165,7 @@ for _row in (
         _fake_linear,
         _vmap_linear,
         _flops_linear,
+        cuda_gemm.linear,
     ),
     (
         "linear_fused(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, str? activation, bool save_pre, "
@@ -173,6 +174,7 @@ for _row in (
         _fake_linear_fused,
         _vmap_linear_fused,
         _flops_linear,
+        cuda_gemm.linear_fused,
     ),
     (
         "activation_grad(Tensor grad, Tensor pre, str activation) -> Tensor",
@@ -180,6 +182,7 @@ for _row in (
         _fake_activation_grad,
         _vmap_activation_grad,
         None,
+        cuda_gemm.activation_grad,
     ),
     (
         "matmul(Tensor input, Tensor other) -> Tensor",
@@ -187,6 +190,7 @@ for _row in (
         _fake_matmul,
         _vmap_matmul,
         _flops_matmul,
+        cuda_gemm.matmul,
     ),
     (
         "linear_wgrad(Tensor grad, Tensor input) -> Tensor",
@@ -194,7 +198,15 @@ for _row in (
         _fake_linear_wgrad,
         _vmap_linear_wgrad,
         _flops_linear_wgrad,
+        cuda_gemm.linear_wgrad,
     ),
-    ("sum_rows(Tensor x) -> Tensor", gemm_native.sum_rows, _fake_sum_rows, _vmap_sum_rows, None),
+    (
+        "sum_rows(Tensor x) -> Tensor",
+        gemm_native.sum_rows,
+        _fake_sum_rows,
+        _vmap_sum_rows,
+        None,
+        cuda_gemm.sum_rows,
+    ),
 ):
-    register(*_row)
+    register(*_row[:-1], cuda=_row[-1])

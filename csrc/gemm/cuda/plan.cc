@@ -1,0 +1,168 @@
+#include "gemm/cuda/plan.h"
+
+#include <algorithm>
+
+#include "base/check.h"
+#include "gemm/cuda/kernel_args.h"
+
+namespace fastdl {
+
+#define CUDA_GEMM_KERNEL(name, ...) void name(const CudaGemmArgs&, i64, const Stream&);
+#include "gemm/cuda/kernels.inc"
+#undef CUDA_GEMM_KERNEL
+
+namespace {
+
+i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
+i64 round_up(i64 a, i64 b) { return ceil_div(a, b) * b; }
+
+constexpr int shared_bytes(int element, int parts, int m, int n, int depth, int slots) {
+  const int load = slots * (m + n) * depth * element;
+  const int finish = (m * n + (element == 4 && parts > 0 ? m + n : 0)) * 4;
+  return load > finish ? load : finish;
+}
+
+// Every tile once, whatever the numbers.
+constexpr bool each_tile_once(i64 tiles_m, i64 tiles_n) {
+  unsigned seen[32] = {};
+  for (i64 id = 0; id < tiles_m * tiles_n; ++id) {
+    const TilePlace at = tile_place(id, tiles_m, tiles_n);
+    if (at.m < 0 || at.m >= tiles_m || at.n < 0 || at.n >= tiles_n || seen[at.m] >> at.n & 1) return false;
+    seen[at.m] |= 1u << at.n;
+  }
+  return true;
+}
+constexpr bool each_tile_once() {
+  for (i64 m = 1; m < 27; ++m)
+    for (i64 n = 1; n < 6; ++n)
+      if (!each_tile_once(m, n)) return false;
+  return true;
+}
+static_assert(each_tile_once());
+
+// --- time
+// ------------------------------------------------------------------------------------------------------------- Of a
+// multiprocessor, in cycles of 1.4 GHz (data sheets): multiply-adds of 16-bit tensor products and of float32, and bytes
+// from memory. What the loops of this file reach of the tensor cores is assumed, not measured.
+struct Rates {
+  double tensor, fma, bytes;
+};
+Rates rates(const Gpu& gpu) {
+  if (gpu.sm >= 90) return {2048, 128, 18};
+  return {1024, gpu.sm == 80 ? 64.0 : 128.0, 10};
+}
+constexpr double kCyclesPerMicrosecond = 1400, kLaunch = 4, kStart = 1500;  // microseconds; cycles before a block's
+                                                                            // first product and after its last
+
+double products(const CudaGemmKernel& k) { return k.parts == 3 ? 6 : k.parts == 2 ? 3 : 1; }
+// Part of the peak that a multiprocessor full of blocks reaches: shared memory against products (kernels.inc).
+double efficiency(const CudaGemmKernel& k) {
+  if (k.parts == 0) return 0.6;
+  if (k.tile_m == 128) return 0.75;
+  return k.tile_m == 64 ? 0.5 : 0.25;
+}
+
+double microseconds(const GemmDesc& d, const Gpu& gpu, const CudaGemmKernel& k, i64 tiles, int splits, i64 depth) {
+  const Rates rate = rates(gpu);
+  const double item = kItemSize[static_cast<int>(d.dtype)], batch = static_cast<double>(d.batch);
+  const i64 blocks = tiles * splits * d.batch;
+  // A multiprocessor takes its blocks together as far as they fit; the fullest one is waited for. One block alone
+  // leaves it waiting for memory half of the time.
+  const i64 most = ceil_div(blocks, gpu.multiprocessors);
+  const double alone = k.blocks > 1 && most == 1 ? 0.6 : 1;
+  const double macs = static_cast<double>(k.tile_m) * k.tile_n * static_cast<double>(round_up(depth, k.depth));
+  const double peak = k.parts == 0 ? rate.fma : rate.tensor / products(k);
+  double cycles = static_cast<double>(most) * macs / (peak * efficiency(k) * alone);
+  cycles += static_cast<double>(ceil_div(most, k.blocks)) * kStart;
+  // Memory: both operands once and C once; half of the multiprocessors can draw all of it.
+  const double elements =
+      batch * (static_cast<double>(d.M) * d.K + static_cast<double>(d.K) * d.N + static_cast<double>(d.M) * d.N);
+  const double drawing = std::min<double>(gpu.multiprocessors, 2.0 * static_cast<double>(blocks));
+  cycles = std::max(cycles, elements * item / (rate.bytes * drawing) + kStart);
+  double us = kLaunch + cycles / kCyclesPerMicrosecond;
+  if (splits > 1) {
+    const double bytes = batch * static_cast<double>(d.M) * d.N * (8.0 * splits + item);
+    us += kLaunch + bytes / (rate.bytes * gpu.multiprocessors) / kCyclesPerMicrosecond;
+  }
+  return us;
+}
+
+constexpr int kMostSplits = 32;
+
+CudaGemmPlan plan_row(const GemmDesc& d, const Gpu& gpu, const CudaGemmKernel& kernel, int splits) {
+  CudaGemmPlan p = {};
+  p.kernel = &kernel;
+  p.tiles_m = ceil_div(d.M, kernel.tile_m), p.tiles_n = ceil_div(d.N, kernel.tile_n);
+  const i64 steps = std::max<i64>(1, ceil_div(d.K, kernel.depth));
+  splits = static_cast<int>(std::min<i64>(std::max(1, splits), steps));
+  p.split_depth = ceil_div(steps, splits) * kernel.depth;
+  p.splits = static_cast<int>(std::max<i64>(1, ceil_div(d.K, p.split_depth)));  // none is empty
+  if (p.splits > 1) {
+    p.partial_row = round_up(d.N, 4);
+    p.partial_bytes = round_up(p.splits * d.batch * d.M * p.partial_row * 4, 256);
+    const bool repairs = d.dtype == DType::f32 && kernel.parts > 0;
+    p.workspace_bytes = p.partial_bytes + (repairs ? p.splits * d.batch * (d.M + d.N) * 4 : 0);
+  }
+  p.microseconds = microseconds(d, gpu, kernel, p.tiles_m * p.tiles_n, p.splits, p.split_depth);
+  return p;
+}
+
+}  // namespace
+
+const std::vector<CudaGemmKernel>& cuda_gemm_kernels() {
+#define CUDA_GEMM_KERNEL(name, dtype, precision, parts, m, n, warp_m, warp_n, depth, slots, blocks) \
+  {#name,                                                                                           \
+   DType::dtype,                                                                                    \
+   Precision::precision,                                                                            \
+   parts,                                                                                           \
+   m,                                                                                               \
+   n,                                                                                               \
+   depth,                                                                                           \
+   (m / warp_m) * (n / warp_n) * 32,                                                                \
+   shared_bytes(kItemSize[static_cast<int>(DType::dtype)], parts, m, n, depth, slots),              \
+   blocks,                                                                                          \
+   name},
+  static const std::vector<CudaGemmKernel> table = {
+#include "gemm/cuda/kernels.inc"
+  };
+#undef CUDA_GEMM_KERNEL
+  return table;
+}
+
+const CudaGemmKernel& cuda_gemm_kernel(const std::string& name, const char* op) {
+  std::string names;
+  for (const CudaGemmKernel& k : cuda_gemm_kernels()) {
+    if (name == k.name) return k;
+    names += names.empty() ? k.name : std::string(", ") + k.name;
+  }
+  fail(op, ": argument 'kernel': expected one of ", names, "; got '", name, "'");
+}
+
+CudaGemmPlan cuda_gemm_plan(const GemmDesc& d, const Gpu& gpu, const CudaGemmKernel* forced, int splits) {
+  if (d.pairs != 1 || d.packed) fail("fastdl.gemm: CUDA kernels take one pair of operands as they lie");
+  if (forced && forced->dtype != d.dtype)
+    fail("fastdl.gemm: kernel '", forced->name, "': expected ", dtype_name(forced->dtype), " operands, got ",
+         dtype_name(d.dtype));
+  CudaGemmPlan best = {};
+  for (const CudaGemmKernel& k : cuda_gemm_kernels()) {
+    if (forced ? &k != forced : k.dtype != d.dtype || k.precision > d.precision) continue;
+    const int least = std::max(1, splits), most = splits ? splits : kMostSplits;
+    for (int s = least; s <= most; ++s) {
+      const CudaGemmPlan p = plan_row(d, gpu, k, s);
+      if (!best.kernel || p.microseconds < best.microseconds) best = p;
+    }
+  }
+  best.why = forced ? "forced" : "the least time of all rows and splits";
+  if (best.blocks(std::max<i64>(1, d.batch)) > 0x7fffffff)
+    fail("fastdl.gemm: expected at most 2^31 - 1 tiles, got ", best.blocks(d.batch));
+  return best;
+}
+
+std::string describe(const GemmDesc& d, const CudaGemmPlan& p) {
+  return concat("gemm ", dtype_name(d.dtype), " ", d.batch, " x ", d.M, " x ", d.N, " x ", d.K, ", A strides (",
+                d.a_row, ", ", d.a_col, "), B strides (", d.b_row, ", ", d.b_col, ") -> ", p.kernel->name, ", ",
+                p.tiles_m, " x ", p.tiles_n, " tiles, ", p.splits, " splits of ", p.split_depth, ", workspace ",
+                p.workspace_bytes, " bytes, about ", p.microseconds, " us: ", p.why);
+}
+
+}  // namespace fastdl
