@@ -102,6 +102,10 @@ class Problem:
             results[k] = torch.zeros_like(v) if d is None else d
         return {k: v.detach() for k, v in results.items()}
 
+    def call(self, name, *tensors, **options):
+        """The native call of this name; here is where other modules than _C come in."""
+        getattr(_C, name)(*tensors, **options)
+
     def empty(self, *shape):
         return torch.full(shape, float("nan"), dtype=self.dtype)
 
@@ -111,8 +115,8 @@ class Problem:
         out = {"y": y, "h_n": self.empty(self.B, self.width), "c_n": self.empty(self.B, self.H) if lstm else None}
         shape = _C.rnn_saved_shape(self.mode, self.rows, self.B, self.H, self.width)
         out["saved"] = self.empty(*shape) if training else None
-        _C.rnn(
-            y, out["h_n"], out["c_n"], out["saved"], self.x, self.h0, self.c0, self.w, self.b, self.r,
+        self.call(
+            "rnn", y, out["h_n"], out["c_n"], out["saved"], self.x, self.h0, self.c0, self.w, self.b, self.r,
             mode=self.mode, batch_sizes=self.sizes, reverse=self.reverse, **options,
         )  # fmt: skip
         return out
@@ -124,8 +128,8 @@ class Problem:
         extra = {"d_recurrent": self.empty(*self.lead, H) if self.mode == "gru" else None}
         extra["d_hidden"] = self.empty(*self.lead, self.width) if self.P else None
         extra["hidden"] = self.empty(*self.lead, H) if self.P else None
-        _C.rnn_backward(
-            out["d_gates"], out["dh0"], out["dc0"], self.dy, self.dh_n, self.dc_n, forward["saved"], forward["y"],
+        self.call(
+            "rnn_backward", out["d_gates"], out["dh0"], out["dc0"], self.dy, self.dh_n, self.dc_n, forward["saved"], forward["y"],
             self.h0, self.c0, self.w, self.b, self.r,
             mode=self.mode, batch_sizes=self.sizes, reverse=self.reverse, **extra, **options,
         )  # fmt: skip

@@ -16,6 +16,12 @@ FASTDL_DEVICE void copy_wait() {
   twin::copy_wait(groups);
 }
 
+FASTDL_DEVICE Pack<u32, 4> load_l2(const void* p) {
+  if (reinterpret_cast<std::uintptr_t>(p) % 16 != 0) twin::fail("ld.global: unaligned address");
+  return *static_cast<const Pack<u32, 4>*>(p);
+}
+FASTDL_DEVICE float load_l2(const float* p) { return *p; }
+
 template <bool transposed>
 FASTDL_DEVICE void load_matrices(u32 (&r)[4], const void* row) {
   if (reinterpret_cast<std::uintptr_t>(row) % 16 != 0) twin::fail("ldmatrix: unaligned row");
@@ -67,6 +73,20 @@ FASTDL_DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" : : : "
 template <int groups>
 FASTDL_DEVICE void copy_wait() {
   asm volatile("cp.async.wait_group %0;" : : "n"(groups) : "memory");
+}
+
+// From global memory past the multiprocessor's own cache: what other blocks of the grid write between two loads.
+FASTDL_DEVICE Pack<u32, 4> load_l2(const void* p) {
+  Pack<u32, 4> v;
+  asm volatile("ld.global.cg.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x[0]), "=r"(v.x[1]), "=r"(v.x[2]), "=r"(v.x[3])
+               : "l"(p));
+  return v;
+}
+FASTDL_DEVICE float load_l2(const float* p) {
+  float v;
+  asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(p));
+  return v;
 }
 
 // ldmatrix.x4: four 8x8 matrices of 2-byte elements. Lane l gives the address of row l % 8 of matrix l / 8, and gets of

@@ -35,11 +35,6 @@ const RnnKernel& rnn_kernel(const std::string& name, const char* op) {
   fail(op, ": argument 'kernel': expected one of ", names, "; got '", name, "'");
 }
 
-i64 rnn_saved_width(RnnCell cell, i64 H) {
-  constexpr i64 kSaved[] = {5, 4, 0};
-  return kSaved[static_cast<int>(cell)] * H;
-}
-
 namespace {
 constexpr int kMaxKernels = 64;
 std::atomic<i64> g_calls[kMaxKernels];

@@ -102,7 +102,10 @@ struct RnnGradients {
 
 // Elements that the backward pass needs of a row: the gates as x has them, and behind those of all rows lstm c, gru
 // h W_n^T + b_n; plain none (y will do).
-i64 rnn_saved_width(RnnCell cell, i64 H);
+inline i64 rnn_saved_width(RnnCell cell, i64 H) {
+  constexpr i64 kSaved[] = {5, 4, 0};
+  return kSaved[static_cast<int>(cell)] * H;
+}
 
 const std::vector<RnnKernel>& rnn_kernels();
 const RnnKernel& rnn_kernel(const std::string& name, const char* op);  // throws Error naming the rows
