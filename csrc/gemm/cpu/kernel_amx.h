@@ -232,7 +232,8 @@ struct Parts {
 // One tile of each part: 16 lines (rows of A, columns of B), n <= 32 elements along K. Rows of A that are contiguous
 // along K are tile rows as they lie; so are, turned, columns of B. The other way round elements are paired first.
 template <class T, class S, bool kIsA>
-FASTDL_INLINE void pack_tile(const T* src, i64 k_step, i64 j_step, int n, int lines, float* dst, i64 part, L::V* peak) {
+FASTDL_INLINE void pack_tile(const T* src, i64 k_step, i64 j_step, int n, int lines, float* dst, i64 part, L::V* peak,
+                             i64 row = 16, int rows = 16) {
   L::V r[S::parts][16], x[S::parts];
   const bool along_k = k_step == 1;
   if (along_k) {
@@ -265,7 +266,8 @@ FASTDL_INLINE void pack_tile(const T* src, i64 k_step, i64 j_step, int n, int li
   for (int p = 0; p < S::parts; ++p) {
     if (along_k != kIsA) L::transpose(r[p]);
 #pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) L::store(dst + p * part + 16 * i, r[p][i]);
+    for (int i = 0; i < 16; ++i)
+      if (i < rows) L::store(dst + p * part + row * i, r[p][i]);
   }
 }
 
