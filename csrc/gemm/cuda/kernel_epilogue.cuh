@@ -6,8 +6,7 @@
 namespace fastdl {
 namespace {
 
-// --- activations: the polynomials of simd/math.h, NaN goes through
-// ------------------------------------------------------
+// --- activations: the polynomials of simd/math.h, NaN goes through -------------------------------------------------
 FASTDL_DEVICE float exp_f32(float x) {
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to an integer
   x = x > 89.0f ? 89.0f : x < -104.0f ? -104.0f : x;
@@ -84,9 +83,8 @@ FASTDL_DEVICE float activation_slope(Activation activation, float x) {
   }
 }
 
-// --- memory
-// ------------------------------------------------------------------------------------------------------------- n
-// neighbours at p, as one access where `whole`; else the first `count`, the rest zeros.
+// --- memory --------------------------------------------------------------------------------------------------------
+// n neighbours at p, as one access where `whole`; else the first `count`, the rest zeros.
 template <class T, int n>
 FASTDL_DEVICE void load_floats(float (&x)[n], const T* p, bool whole, int count) {
   if (whole) {
@@ -112,8 +110,7 @@ FASTDL_DEVICE void store_floats(T* p, const float (&x)[n], bool whole, int count
   }
 }
 
-// --- sums to elements of C
-// ----------------------------------------------------------------------------------------------
+// --- sums to elements of C -----------------------------------------------------------------------------------------
 constexpr int kFinish = 4;  // neighbours along N that a thread finishes together
 
 // z = sum [+ C] [+ bias], pre = z, C = activation(z) [+ residual] for `count` neighbours from column j on; `at`: their
@@ -150,9 +147,8 @@ FASTDL_DEVICE void finish(const CudaGemmArgs& p, float (&x)[kFinish], i64 at, i6
   store_floats(static_cast<T*>(p.c) + at, x, whole, count);
 }
 
-// --- sums that bfloat16 parts cannot be relied on for
-// ------------------------------------------------------------------- What is Inf or NaN may be so of its parts alone;
-// tiny rows and columns lose parts that matter (kTinyPeak).
+// --- sums that bfloat16 parts cannot be relied on for --------------------------------------------------------------
+// What is Inf or NaN may be so of its parts alone; tiny rows and columns lose parts that matter (kTinyPeak).
 FASTDL_DEVICE bool is_suspect(float sum, float a_peak, float b_peak) {
   if ((float_bits(sum) & 0x7f800000u) == 0x7f800000u) return true;
   if (!(a_peak > 0 && b_peak > 0)) return false;

@@ -23,32 +23,32 @@ struct TileShape {
                        slots = kSlots, blocks = kBlocks;
   static constexpr int warps_n = n / warp_n, threads = m / warp_m * warps_n * kWarp;
   static constexpr int slot = (m + n) * depth;  // elements
-  // tensor cores cut the sums of float parts off, and serial sums round: both start afresh now and then
-  static constexpr bool promotes = parts == 3 || parts == 0;
+  static constexpr bool promotes = parts == 0;  // serial sums start afresh every kPromoteDepth
   static constexpr bool repairs = sizeof(T) == 4 && parts > 0;
   static constexpr int load_bytes = slots * slot * static_cast<int>(sizeof(T));
   static constexpr int finish_bytes = (m * n + (repairs ? m + n : 0)) * 4;
   static constexpr int shared_bytes = load_bytes > finish_bytes ? load_bytes : finish_bytes;
 };
 
-// --- load
-// ---------------------------------------------------------------------------------------------------------------
+// --- load ----------------------------------------------------------------------------------------------------------
 // Element (row, col) of the tile = src[(row0 + row) * row_step + (col0 + col) * col_step]; zeros past rows and cols.
 template <int threads, class Tile>
 FASTDL_DEVICE void load_tile(const Tile& tile, const typename Tile::Element* src, i64 row_step, i64 col_step, i64 row0,
                              i64 rows, i64 col0, i64 cols, bool vector) {
   using T = typename Tile::Element;
   constexpr int per_row = Tile::cols / Tile::chunk, chunks = Tile::rows * per_row;
-  if (vector) {
+  if (vector) {  // a thread: a chunk of every `pass`-th row
+    constexpr int pass = threads / per_row;
+    static_assert(threads % per_row == 0 && Tile::rows % pass == 0, "whole passes");
+    const int row = thread_x() / per_row, col = thread_x() % per_row * Tile::chunk;
+    const i64 left = cols - col0 - col, down = rows - row0;
+    const int valid = left <= 0 ? 0 : left < Tile::chunk ? static_cast<int>(left * sizeof(T)) : 16;
+    const int end = down < Tile::rows ? static_cast<int>(down) : Tile::rows;
+    const T* p = src + (row0 + row) * row_step + col0 + col;
+    const i64 step = pass * row_step;
 #pragma unroll
-    for (int first = 0; first < chunks; first += threads) {
-      const int c = first + thread_x();
-      if (chunks % threads != 0 && c >= chunks) break;
-      const int row = c / per_row, col = c % per_row * Tile::chunk;
-      const i64 left = row0 + row < rows ? cols - col0 - col : 0;
-      const int valid = left <= 0 ? 0 : left < Tile::chunk ? static_cast<int>(left * sizeof(T)) : 16;
-      copy_async<16>(tile.at(row, col), valid > 0 ? src + (row0 + row) * row_step + col0 + col : src, valid);
-    }
+    for (int r = 0; r < Tile::rows; r += pass, p += step)
+      copy_async<16>(tile.at(row + r, col), p, row + r < end ? valid : 0);
     return;
   }
 #pragma unroll 1
@@ -80,11 +80,10 @@ FASTDL_DEVICE void load_operand(T* to, const CudaOperand& o, const T* src, i64 l
   }
 }
 
-// --- multiply
-// ----------------------------------------------------------------------------------------------------------- Fragments
-// of a 16-bit operand in either storage order. The row that this lane reads of fragment i of its warp, step k of 16, is
-// at ((first ^ i * i_xor) + i * i_add ^ k * k_xor) + k * k_add: steps along a stored row move chunks, which the swizzle
-// turns into an exclusive or; steps across rows are of 16, which it does not see.
+// --- multiply ------------------------------------------------------------------------------------------------------
+// Fragments of a 16-bit operand in either storage order. The row that this lane reads of fragment i of its warp, step k
+// of 16, is at ((first ^ i * i_xor) + i * i_add ^ k * k_xor) + k * k_add: steps along a stored row move chunks, which
+// the swizzle turns into an exclusive or; steps across rows are of 16, which it does not see.
 template <class T, int lines_of_tile, int depth, bool a>
 struct FragmentReader {
   int first, i_xor, i_add, k_xor, k_add;
@@ -121,9 +120,7 @@ FASTDL_DEVICE void multiply_slot(Sums* sums, const typename S::T* a, const typen
 #pragma unroll
       for (int i = 0; i < S::warp_m / 16; ++i) ra.load(&x[i], a, i, k);
 #pragma unroll
-      for (int i = 0; i < S::warp_m / 16; ++i)
-#pragma unroll
-        for (int j = 0; j < S::warp_n / 16; ++j) multiply<T>(sums->d[i][2 * j], sums->d[i][2 * j + 1], x[i], y[j]);
+      for (int i = 0; i < S::warp_m / 16; ++i) multiply<T>(sums->d[i], x[i], y);
     }
     (void)a_peaks, (void)b_peaks;
   } else {
@@ -149,8 +146,7 @@ FASTDL_DEVICE void multiply_slot(Sums* sums, const typename S::T* a, const typen
             load_a_transposed(&x, a_columns, m + 16 * i, k, a_peaks + i);
           else
             load_a(&x, a_rows, m + 16 * i, k, a_peaks + i);
-#pragma unroll
-          for (int j = 0; j < S::warp_n / 16; ++j) multiply<T>(sums->d[i][2 * j], sums->d[i][2 * j + 1], x, y[j]);
+          multiply<T>(sums->d[i], x, y);
         }
       }
     } else {
@@ -182,8 +178,7 @@ FASTDL_DEVICE void multiply_slot(Sums* sums, const typename S::T* a, const typen
   }
 }
 
-// --- the kernel
-// ---------------------------------------------------------------------------------------------------------
+// --- the kernel ----------------------------------------------------------------------------------------------------
 template <class S>
 FASTDL_GLOBAL(S::threads, S::blocks)
 gemm_kernel(FASTDL_PARAM CudaGemmArgs p) {

@@ -40,10 +40,9 @@ constexpr bool each_tile_once() {
 }
 static_assert(each_tile_once());
 
-// --- time
-// ------------------------------------------------------------------------------------------------------------- Of a
-// multiprocessor, in cycles of 1.4 GHz (data sheets): multiply-adds of 16-bit tensor products and of float32, and bytes
-// from memory. What the loops of this file reach of the tensor cores is assumed, not measured.
+// --- time ----------------------------------------------------------------------------------------------------------
+// Of a multiprocessor, in cycles of 1.4 GHz (data sheets): multiply-adds of 16-bit tensor products and of float32, and
+// bytes from memory. What the loops of this file reach of the tensor cores is assumed, not measured.
 struct Rates {
   double tensor, fma, bytes;
 };
@@ -51,7 +50,7 @@ Rates rates(const Gpu& gpu) {
   if (gpu.sm >= 90) return {2048, 128, 18};
   return {1024, gpu.sm == 80 ? 64.0 : 128.0, 10};
 }
-constexpr double kCyclesPerMicrosecond = 1400, kLaunch = 4, kStart = 1500;  // microseconds; cycles before a block's
+constexpr double kCyclesPerMicrosecond = 1400, kLaunch = 3, kStart = 1500;  // microseconds; cycles before a block's
                                                                             // first product and after its last
 
 double products(const CudaGemmKernel& k) { return k.parts == 3 ? 6 : k.parts == 2 ? 3 : 1; }
@@ -74,10 +73,10 @@ double microseconds(const GemmDesc& d, const Gpu& gpu, const CudaGemmKernel& k, 
   const double peak = k.parts == 0 ? rate.fma : rate.tensor / products(k);
   double cycles = static_cast<double>(most) * macs / (peak * efficiency(k) * alone);
   cycles += static_cast<double>(ceil_div(most, k.blocks)) * kStart;
-  // Memory: both operands once and C once; half of the multiprocessors can draw all of it.
+  // Memory: both operands once and C once; four fifths of the multiprocessors can draw all of it.
   const double elements =
       batch * (static_cast<double>(d.M) * d.K + static_cast<double>(d.K) * d.N + static_cast<double>(d.M) * d.N);
-  const double drawing = std::min<double>(gpu.multiprocessors, 2.0 * static_cast<double>(blocks));
+  const double drawing = std::min<double>(gpu.multiprocessors, 1.25 * static_cast<double>(blocks));
   cycles = std::max(cycles, elements * item / (rate.bytes * drawing) + kStart);
   double us = kLaunch + cycles / kCyclesPerMicrosecond;
   if (splits > 1) {

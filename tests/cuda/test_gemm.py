@@ -1,0 +1,369 @@
+"""GEMM of the CUDA kernels, on a GPU or on its host twin: every row of the table against float64."""
+
+import importlib
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from fastdl import testing
+from fastdl.testing import LAYOUTS, GuardedOutput, integer_matrix
+
+ACTIVATIONS = {
+    "none": lambda z: z,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
+    "silu": F.silu,
+}
+NAN, INF = math.nan, math.inf
+
+
+def module_or_none(name):
+    try:
+        return importlib.import_module(f"fastdl.{name}")
+    except ImportError:
+        return None
+
+
+MODULES = {"twin": module_or_none("_twin"), "cuda": module_or_none("_cuda")}
+ANY = next((m for m in MODULES.values() if m), None)
+if ANY is None:
+    pytest.skip("built without CUDA kernels and without FASTDL_TWIN", allow_module_level=True)
+ROWS = ANY.kernels("gemm")
+every_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row["name"])
+split_rows = pytest.mark.parametrize(
+    "row", [r for r in ROWS if r["dtype"] == "float32" and r["precision"] != "fma"], ids=lambda row: row["name"]
+)
+
+
+@pytest.fixture(params=MODULES)
+def gpu(request):
+    """module, and its device as torch's default one."""
+    module = MODULES[request.param]
+    if module is None:
+        pytest.skip(f"no module for {request.param} in this build")
+    if request.param == "cuda" and not (module.gpu_count() and torch.cuda.is_available()):
+        pytest.skip("no GPU here")
+    device = torch.device("cpu" if request.param == "twin" else "cuda")
+    with device:
+        yield SimpleNamespace(module=module, device=device, twin=request.param == "twin")
+    if request.param == "twin":
+        module.set_seed(0)
+
+
+@pytest.fixture
+def generator(gpu):
+    return torch.Generator(gpu.device).manual_seed(20240)
+
+
+def dtype_of(row):
+    return getattr(torch, row["dtype"])
+
+
+def gemm(gpu, a, b, out, *, row=None, splits=0, precision="ieee", **options):
+    """out = a @ b with a workspace full of NaN."""
+    kernel = row["name"] if row else ""
+    precision = row["precision"] if row else precision
+    size = gpu.module.gemm_workspace(a, b, out, precision, kernel, splits)
+    workspace = torch.full((size,), 255, dtype=torch.uint8) if size else None
+    gpu.module.gemm(a, b, out, workspace=workspace, kernel=kernel, precision=precision, splits=splits, **options)
+    return out
+
+
+def check_exact(gpu, row, a, b, splits=1, out=None, **options):
+    out = out or GuardedOutput(
+        (*torch.broadcast_shapes(a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-1]), dtype=a.dtype
+    )
+    gemm(gpu, a, b, out.view, row=row, splits=splits, **options)
+    assert torch.equal(out.view, (a.double() @ b.double()).to(a.dtype)), (a.shape, b.shape, splits)
+    out.assert_guards_intact()
+    return out.view
+
+
+# --- the product ------------------------------------------------------------------------------------------------------
+@every_row
+def test_tails_of_tiles(gpu, row, generator):
+    """Sizes around the tile in M and N, and around the depth of a slot and of all slots in K."""
+    (m, n), depth, dtype = row["tile"], row["depth"], dtype_of(row)
+    for M, N, K in (
+        (1, 1, 1),
+        (m, n, depth),
+        (m - 1, n - 1, depth - 1),
+        (m + 1, 7, depth + 1),
+        (3, n + 9, 5 * depth + 3),
+        (m, n, 0),
+    ):
+        a, b = (integer_matrix(s, max(K, 1), generator, dtype) for s in ((M, K), (K, N)))
+        check_exact(gpu, row, a, b)
+
+
+@every_row
+@pytest.mark.parametrize("a_transposed", [False, True], ids=["", "a_transposed"])
+@pytest.mark.parametrize("b_transposed", [False, True], ids=["", "b_transposed"])
+def test_aligned_operands_without_conflicts(gpu, row, a_transposed, b_transposed, generator):
+    """All four storage orders by 16-byte copies, tails included, with no bank conflict."""
+    (m, n), depth, dtype = row["tile"], row["depth"], dtype_of(row)
+    M, N, K = m - 8, n - 16, 2 * depth + 8
+    a, b = (integer_matrix(s, K, generator, dtype) for s in ((M, K), (K, N)))
+    a, b = a.mT.contiguous().mT if a_transposed else a, b.mT.contiguous().mT if b_transposed else b
+    if gpu.twin:
+        gpu.module.take_counts()
+    out = check_exact(gpu, row, a, b, out=GuardedOutput((M, N), row_gap=8, band=64, dtype=dtype))
+    if gpu.twin:
+        assert gpu.module.take_counts()[0] == 0
+        for seed in (1, 2, 3):
+            gpu.module.set_seed(seed)
+            assert torch.equal(out, check_exact(gpu, row, a, b)), seed
+
+
+@pytest.mark.parametrize("b_layout", LAYOUTS)
+@pytest.mark.parametrize("row", [r for r in ROWS if r["tile"] != (128, 128)], ids=lambda row: row["name"])
+def test_layouts(gpu, row, b_layout, generator):
+    """Each layout of B against a layout of A; operands that overlap or repeat included."""
+    names = list(LAYOUTS)
+    a_layout = names[(names.index(b_layout) * 5 + 3) % len(names)]
+    M, N, K = 13, 37, row["depth"] + 11
+    a, b = (integer_matrix(s, K, generator, dtype_of(row)) for s in ((M, K), (K, N)))
+    check_exact(gpu, row, LAYOUTS[a_layout](a), LAYOUTS[b_layout](b))
+
+
+@every_row
+def test_batch(gpu, row, generator):
+    """Batch dimensions that broadcast, in any order in memory; a vector as an operand, B of one column."""
+    dtype = dtype_of(row)
+    a, b = integer_matrix((2, 1, 5, 24), 24, generator, dtype), integer_matrix((3, 24, 16), 24, generator, dtype)
+    check_exact(gpu, row, a, b)
+    out = torch.full((3, 2, 5, 16), NAN, dtype=dtype).transpose(0, 1)
+    gemm(gpu, a, b, out, row=row)
+    assert torch.equal(out, (a.double() @ b.double()).to(dtype))
+    x = integer_matrix((2, 3, 24), 24, generator, dtype)
+    check_exact(gpu, row, x, b[0])  # rows of a batch become rows of one matrix
+    column = torch.full((6, 1), NAN, dtype=dtype)
+    gemm(gpu, x.view(6, 24), b[0, :, :1], column, row=row)
+    assert torch.equal(column, (x.view(6, 24).double() @ b[0, :, :1].double()).to(dtype))
+
+
+def test_nothing_to_do(gpu):
+    for M, N, batch in ((0, 3, ()), (3, 0, ()), (2, 2, (0,))):
+        gpu.module.gemm(torch.ones(*batch, M, 4), torch.ones(*batch, 4, N), torch.ones(*batch, M, N))
+
+
+@every_row
+@pytest.mark.parametrize("splits", [2, 3])
+def test_split_k(gpu, row, splits, generator):
+    """Partial sums in a poisoned workspace, added in a fixed order; a short last run; batches, guards."""
+    dtype, depth = dtype_of(row), row["depth"]
+    K = splits * depth - 5
+    a, b = (integer_matrix(s, K, generator, dtype) for s in ((2, 9, K), (2, K, 21)))
+    check_exact(gpu, row, a, b, splits=splits)
+    plan = gpu.module.gemm_plan(a, b, torch.empty(2, 9, 21, dtype=dtype), row["precision"], row["name"], "sm80", splits)
+    assert plan["splits"] == splits and plan["workspace_bytes"] >= splits * 2 * 9 * 21 * 4
+    noise = torch.randn(K, 21, generator=generator).to(dtype)
+    results = []
+    for seed in (0, 4, 5):
+        if gpu.twin:
+            gpu.module.set_seed(seed)
+        results.append(gemm(gpu, a[0], noise, torch.empty(9, 21, dtype=dtype), row=row, splits=splits))
+    assert all(torch.equal(results[0], other) for other in results)
+
+
+def test_the_workspace_is_checked(gpu):
+    a, b, out = torch.ones(4, 200), torch.ones(200, 4), torch.empty(4, 4)
+    with pytest.raises(RuntimeError, match=r"argument .workspace.: expected .* bytes, got None"):
+        gpu.module.gemm(a, b, out, splits=2)
+    with pytest.raises(RuntimeError, match=r"argument .workspace.: expected .* bytes, 16-byte aligned, got 8"):
+        gpu.module.gemm(a, b, out, splits=2, workspace=torch.empty(8, dtype=torch.uint8))
+
+
+# --- accuracy ---------------------------------------------------------------------------------------------------------
+@every_row
+def test_random_operands(gpu, row, generator):
+    dtype = dtype_of(row)
+    K = 1000 if row["tile"] != (128, 128) else 300
+    a, b = (torch.randn(s, generator=generator).to(dtype) for s in ((20, K), (K, 30)))
+    for splits in (1, 3):
+        out = gemm(gpu, a, b, torch.full((20, 30), NAN, dtype=dtype), row=row, splits=splits)
+        testing.assert_gemm_close(out, a, b, precision=row["precision"])
+
+
+@pytest.mark.parametrize("row", [r for r in ROWS if r["name"].startswith("gemm_f32_split_64")], ids=lambda r: r["name"])
+def test_long_sums_are_promoted(gpu, row, generator):
+    """Positive terms: sums that tensor cores cut off would drift."""
+    a, b = (torch.rand(s, generator=generator) for s in ((16, 3000), (3000, 24)))
+    out = gemm(gpu, a, b, torch.empty(16, 24), row=row, splits=1)
+    reference = testing.gemm_reference(a, b)
+    measures = testing.assert_within_bound(out, reference, precision="ieee")
+    assert measures.rms < 30 * 2.0**-24
+
+
+@split_rows
+@pytest.mark.parametrize("splits", [1, 2])
+def test_special_values(gpu, row, splits, generator):
+    """NaN, Inf, the largest and the tiniest numbers come out as float32 has them."""
+    K = 70
+    a, b = (torch.randn(s, generator=generator) for s in ((12, K), (K, 20)))
+    a[1, 3], a[2, 4], a[3, 5] = NAN, INF, -INF
+    a[4, 69], b[69, 0] = INF, 0.0  # Inf * 0
+    b[5, 2], b[6, 3] = INF, NAN
+    a[5] = 3e38
+    b[:, 4] = 1e-30
+    a[6, :2] = torch.tensor([3.4e38, -3.4e38])
+    out = gemm(gpu, a, b, torch.full((12, 20), 5.0), row=row, splits=splits)
+    expected = a @ b
+    testing.assert_special_values(out, torch.where(expected.isfinite(), a.double() @ b.double(), expected.double()))
+
+
+@split_rows
+@pytest.mark.parametrize("splits", [1, 2])
+def test_tiny_values(gpu, row, splits, generator):
+    """Rows and columns whose parts or products tensor cores would lose; zeros beside them."""
+    K = 70
+    a, b = (torch.randn(s, generator=generator) for s in ((10, K), (K, 20)))
+    a[1] *= 2.0**-110
+    a[2] *= 2.0**-120
+    b[:, 3] *= 2.0**-115
+    b[:, 4] *= 2.0**60
+    a[3] *= 2.0**-60
+    b[:, 5] *= 2.0**-50
+    a[4], b[:, 6] = 0, 0
+    out = gemm(gpu, a, b, torch.full((10, 20), NAN), row=row, splits=splits)
+    reference = testing.gemm_reference(a, b)
+    testing.assert_within_bound(out, reference, precision=row["precision"])
+    tiny = [out[1], out[2], out[:, 3]]  # computed again, by multiply-adds
+    right = [reference.expected[1], reference.expected[2], reference.expected[:, 3]]
+    scale = [reference.scale[1], reference.scale[2], reference.scale[:, 3]]
+    for x, y, s in zip(tiny, right, scale, strict=True):
+        assert bool(((x.double() - y).abs() <= K * 2.0**-24 * s + K * 2.0**-149).all())
+
+
+def test_16_bit_special_values(gpu, generator):
+    for dtype in (torch.bfloat16, torch.float16):
+        a, b = (torch.randn(s, generator=generator).to(dtype) for s in ((6, 40), (40, 9)))
+        a[1, 3], a[2, 4], b[5, 2] = NAN, INF, -INF
+        out = gemm(gpu, a, b, torch.full((6, 9), 5.0, dtype=dtype))
+        testing.assert_special_values(out, a.double() @ b.double())
+
+
+# --- the epilogue -----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize("row", [r for r in ROWS if r["tile"] != (128, 128)], ids=lambda row: row["name"])
+def test_epilogue(gpu, row, activation, splits, generator):
+    """activation(C + a b + bias) + residual, and the argument of the activation; in whole vectors and with gaps."""
+    dtype = dtype_of(row)
+    M, N, K = 18, 44, row["depth"] + 6
+    a = (torch.randn(M, K, generator=generator) * torch.linspace(0.1, 6, M).unsqueeze(1)).to(dtype)
+    b = (torch.randn(K, N, generator=generator) / math.sqrt(K)).to(dtype)
+    bias, residual, initial = (torch.randn(s, generator=generator).to(dtype) for s in ((N,), (M, N), (M, N)))
+    for aligned in (True, False):
+        out, pre, beside = (
+            GuardedOutput((M, N), dtype=dtype, row_gap=4 if aligned else 5, band=64 if aligned else 67)
+            for _ in range(3)
+        )
+        beside.view.copy_(residual)
+        out.view.copy_(initial)
+        gemm(gpu, a, b, out.view, row=row, splits=splits, bias=bias, residual=beside.view, pre=pre.view,
+             activation=activation, accumulate=True)  # fmt: skip
+        reference = testing.gemm_reference(a, b, bias, initial)
+        expected = ACTIVATIONS[activation](reference.expected) + residual.double()
+        bound = testing.epilogue_bound(reference, expected, residual.double(), dtype, precision=row["precision"])
+        error = (out.view.double() - expected).abs()
+        assert bool((error <= bound).all()), f"{(error / bound).max().item():.3f} times the bound"
+        testing.assert_within_bound(pre.view, reference, precision=row["precision"])
+        for guarded in (out, pre, beside):
+            guarded.assert_guards_intact()
+
+
+def test_bias_of_one_column(gpu):
+    """N = 1 is turned into M = 1: the bias stays one number."""
+    a, b = torch.ones(5, 9), torch.ones(9, 1)
+    out = gemm(gpu, a, b, torch.empty(5, 1), bias=torch.tensor([3.0]))
+    assert torch.equal(out, torch.full((5, 1), 12.0))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_activation_grad(gpu, activation, dtype, generator):
+    for count, offset in ((1024, 0), (1027, 0), (5, 1)):
+        z = (torch.randn(count + 1, generator=generator) * 4).to(dtype)[offset : offset + count]
+        dy = torch.randn(count + 1, generator=generator).to(dtype)[offset : offset + count]
+        dz = torch.full((count + 1,), NAN, dtype=dtype)[offset : offset + count]
+        gpu.module.activation_grad(dy, z, dz, activation)
+        x = z.double().requires_grad_()
+        (expected,) = torch.autograd.grad(ACTIVATIONS[activation](x), x, dy.double())
+        unit = testing.UNIT_ROUNDOFF[dtype]
+        error = (dz.double() - expected).abs()
+        bound = 3e-6 * dy.double().abs() + unit * expected.abs() + (2.0**-24 if dtype == torch.float16 else 0)
+        assert bool((error <= bound).all()), f"{(error / bound).max().item():.3f} times the bound"
+    special = torch.tensor([NAN, INF, 0.0], dtype=dtype)
+    dz = torch.empty(3, dtype=dtype)
+    gpu.module.activation_grad(torch.ones(3, dtype=dtype), special, dz, "relu")
+    assert torch.equal(dz, torch.tensor([1.0, 1.0, 0.0], dtype=dtype))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_sum_rows(gpu, layout, dtype, generator):
+    for shape in ((1, 1), (33, 17), (2, 5, 40), (1200, 3)):
+        x = LAYOUTS[layout](integer_matrix(shape, 2000, generator, dtype))
+        out = GuardedOutput((1, shape[-1]), dtype=dtype)
+        gpu.module.sum_rows(x, out.view[0])
+        assert torch.equal(out.view[0], x.double().flatten(0, -2).sum(0).to(dtype)), shape
+        out.assert_guards_intact()
+    empty = torch.full((3,), NAN, dtype=dtype)
+    gpu.module.sum_rows(torch.empty(0, 3, dtype=dtype), empty)
+    assert torch.equal(empty, torch.zeros(3, dtype=dtype))
+
+
+# --- the plan: any module, no GPU -------------------------------------------------------------------------------------
+def plan(M, N, K, dtype=torch.bfloat16, batch=(), gpu="sm80", **options):
+    a, b, out = (torch.empty(*batch, *s, dtype=dtype, device="meta") for s in ((M, K), (K, N), (M, N)))
+    return ANY.gemm_plan(a, b, out, gpu=gpu, **options)
+
+
+@pytest.mark.parametrize("gpu", ["sm80", "sm90"])
+def test_plans(gpu):
+    large = plan(4096, 4096, 4096, gpu=gpu)
+    assert large["kernel"] == "gemm_bf16_128x128_sm80" and large["splits"] == 1 and large["workspace_bytes"] == 0
+    skinny = plan(8, 4096, 14336, gpu=gpu)
+    assert skinny["kernel"] == "gemm_bf16_16x64_sm80" and skinny["splits"] > 1
+    assert skinny["workspace_bytes"] == skinny["splits"] * 8 * 4096 * 4
+    deep = plan(256, 256, 65536, gpu=gpu)  # a weight gradient: few tiles, much K
+    assert deep["splits"] > 4
+    assert plan(64, 64, 64, gpu=gpu)["splits"] == 1
+    assert plan(4096, 4096, 4096, torch.float32, gpu=gpu)["kernel"] == "gemm_f32_split_128x128_sm80"
+    assert plan(4096, 4096, 4096, torch.float32, gpu=gpu, precision="tf32")["kernel"] == "gemm_f32_high_128x128_sm80"
+    assert plan(4096, 4096, 4096, torch.float32, gpu=gpu, precision="bf16")["kernel"] == "gemm_f32_medium_128x128_sm80"
+    assert "fma" in plan(4096, 4096, 4096, torch.float32, gpu=gpu, precision="fma")["kernel"]
+    assert "fma" in plan(4, 4096, 4096, torch.float32, gpu=gpu)["kernel"]
+    assert "gemm bf16 1 x 8 x 4096 x 14336" in skinny["text"]
+
+
+def test_every_k_is_in_one_split():
+    for K in (1, 31, 32, 33, 1000, 4097):
+        for splits in (1, 2, 5, 32):
+            p = plan(16, 16, K, splits=splits, kernel="gemm_bf16_128x128_sm80")
+            assert (p["splits"] - 1) * p["split_depth"] < K <= p["splits"] * p["split_depth"], (K, splits)
+            assert p["split_depth"] % 32 == 0
+
+
+def test_plan_of_nothing_and_of_strangers():
+    assert plan(0, 5, 3)["blocks"] == 0 and plan(5, 5, 0)["splits"] == 1
+    with pytest.raises(RuntimeError, match=r"argument 'kernel': expected one of .*gemm_bf16_128x128_sm80"):
+        plan(5, 5, 5, kernel="gemm")
+    with pytest.raises(RuntimeError, match="expected f32 operands, got bf16"):
+        plan(5, 5, 5, kernel="gemm_f32_fma_64x64_sm80")
+    with pytest.raises(RuntimeError, match="no GPU named"):
+        plan(5, 5, 5, gpu="sm70")
+    with pytest.raises(RuntimeError, match="argument 'precision': expected fma, ieee, tf32 or bf16, got 'high'"):
+        plan(5, 5, 5, precision="high")
+    with pytest.raises(RuntimeError, match="expected one of gemm"):
+        ANY.kernels("conv3")
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row["name"])
+def test_shared_memory_fits_a_multiprocessor(row):
+    assert row["shared_bytes"] <= 99 << 10  # what a block may have on sm_86 and sm_89, the least of all
