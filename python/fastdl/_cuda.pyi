@@ -7,6 +7,8 @@ operation, argument, expected and got. Work goes to torch's current stream of th
 """
 
 from typing import Any, TypedDict
+from collections.abc import Sequence
+from typing import TypedDict
 
 from torch import Tensor
 
@@ -80,3 +82,132 @@ def tile_probe(a: Tensor, b: Tensor, out: Tensor, a_transposed: bool, b_transpos
 # --- single instructions, for tests -----------------------------------------------------------------------------
 def mma_probe(a: Tensor, b: Tensor, out: Tensor) -> None:
     """out[16,8] = a[16,K] b[8,K]^T by one warp: cp.async, ldmatrix, mma.sync."""
+
+# --- convolution ------------------------------------------------------------------------------------------------
+class ConvRow(TypedDict):
+    name: str  # e.g. "conv_bf16_128x128_sm80"
+    isa: str  # "sm80"
+    dtype: str
+    precision: str  # of products: "fma", or of float32 split into bfloat16 "ieee", "tf32" or "bf16"
+    kind: str  # "tile": forward and dgrad; "wgrad"; "depthwise" and "direct": every pass
+    tile: tuple[int, int, int]  # rows, columns and depth of a block's step; zeros: no tiles
+    threads: int
+
+class ConvPlan(TypedDict):
+    op: str
+    kernel: str
+    schedule: str  # the row's kind
+    tile: tuple[int, int, int]
+    phases: int  # of dgrad
+    tiles: int  # of a group
+    chunks: int  # that a sum is cut into; their sums are added in order
+    pack_bytes: int  # the weight in the order that tiles read
+    partial_bytes: int  # sums of all chunks
+    workspace_bytes: int  # what `workspace` must have
+    why: str
+    text: str
+    candidates: list[str]  # what lost, each with the reason
+
+def conv(
+    y: Tensor,
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int = 1,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    pre: Tensor | None = None,
+    precision: str = "ieee",
+    workspace: Tensor | None = None,
+    kernel: str = "",
+) -> None:
+    """As `_C.conv`; precision: how exact float32 products must be; workspace: uint8, as `conv_plan` says."""
+
+def conv_dgrad(
+    dx: Tensor,
+    dy: Tensor,
+    w: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int = 1,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    pre: Tensor | None = None,
+    precision: str = "ieee",
+    workspace: Tensor | None = None,
+    kernel: str = "",
+) -> None:
+    """The gradient of conv's input; bias, activation, residual and pre are for conv_transpose, whose forward it is."""
+
+def conv_wgrad(
+    dw: Tensor,
+    dy: Tensor,
+    x: Tensor,
+    *,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int = 1,
+    dbias: Tensor | None = None,
+    precision: str = "ieee",
+    workspace: Tensor | None = None,
+    kernel: str = "",
+) -> None:
+    """The gradient of conv's weight, and of its bias where dbias is given."""
+
+def conv_plan(
+    pass_: str,
+    x_shape: Sequence[int],
+    w_shape: Sequence[int],
+    y_shape: Sequence[int],
+    *,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int = 1,
+    dtype: str = "float32",
+    channels_last: bool = True,
+    precision: str = "ieee",
+    gpu: str = "",
+    device: int = 0,
+    kernel: str = "",
+) -> ConvPlan:
+    """What "forward", "dgrad" or "wgrad" of these shapes runs, on the GPU named or on that of this index. Pure."""
+
+def conv_coordinates(
+    pass_: str,
+    x_shape: Sequence[int],
+    w_shape: Sequence[int],
+    y_shape: Sequence[int],
+    *,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int = 1,
+) -> list[tuple[int, list[tuple[int, int, int]]]]:
+    """(position written, [(tap, channel, element read, or -1 outside)]) of each row of the gather, for tests."""
+
+def conv_tiles(
+    pass_: str,
+    x_shape: Sequence[int],
+    w_shape: Sequence[int],
+    y_shape: Sequence[int],
+    *,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int = 1,
+    dtype: str,
+    kernel: str,
+) -> list[tuple[int, int, int]]:
+    """(phase, tile of pixels, tile of channels) of each block of a group, for tests."""
+
+def divide_fast(n: int, divisor: int) -> int:
+    """n // divisor as index arithmetic has it, for tests; 0 <= n < 2^31."""

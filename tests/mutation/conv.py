@@ -7,6 +7,8 @@ PLAN = "csrc/conv/cpu/plan.cc"
 KERNEL = "csrc/conv/cpu/kernel.h"
 BIND = "csrc/bind/conv.cc"
 TILES = "csrc/conv/cpu/kernel_amx.h"
+PROBLEM = "csrc/conv/desc.cc"
+CHECKS = "csrc/bind/conv_problem.cc"
 TESTS = "tests/test_conv_native.py"
 SPLIT = "tests/test_conv_split.py"
 
@@ -27,7 +29,7 @@ MUTATIONS = [
     ),
     Mutation(
         "taps of a transposed phase in rising order",
-        PLAN,
+        PROBLEM,
         "dilation / g, s, phase, last, -q}",
         "dilation / g, s, phase, t, q}",
         f"{TESTS} -k 'test_grid_is_exact and f32'",
@@ -90,7 +92,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a dilation that overflows",
-        BIND,
+        CHECKS,
         "!product(desc.kernel[i] - 1, desc.dilation[i], &reach) || reach > kMost",
         "!product(desc.kernel[i] - 1, desc.dilation[i], &reach) && reach > kMost",
         f"{TESTS} -k 'hostile'",

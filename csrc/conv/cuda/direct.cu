@@ -14,9 +14,7 @@ void direct(const ConvDesc& d, const CudaConvPlan& p, const ConvArgs& args, cons
     const i64 taps = d.kernel[0] * d.kernel[1] * d.kernel[2];
     const i64 total = d.K * (d.C / d.groups) * taps + (a.dbias ? d.K : 0);
     if (total == 0) return;
-    LaunchShape shape = conv_elements(total, p, 1);
-    shape.threads = kConvThreads, shape.shared_bytes = kConvThreads / kWarp * 4;
-    return launch(conv_direct_wgrad_kernel<T>, shape, stream, a);
+    return launch(conv_direct_wgrad_kernel<T>, conv_elements(total * kWarp, p), stream, a);
   }
   const bool dgrad = d.pass == ConvPass::dgrad;
   ConvDirectArgs<T> a = {};

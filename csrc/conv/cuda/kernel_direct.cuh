@@ -86,7 +86,7 @@ conv_direct_kernel(FASTDL_PARAM ConvDirectArgs<T> args) {
   }
 }
 
-// dw, one element a block; behind them dbias, one channel a block.
+// dw, one element a warp; behind them dbias, one channel a warp.
 template <class T>
 struct ConvDirectWgradArgs {
   ConvDesc desc;
@@ -99,20 +99,20 @@ template <class T>
 FASTDL_GLOBAL(kConvThreads, 1)
 conv_direct_wgrad_kernel(FASTDL_PARAM ConvDirectWgradArgs<T> args) {
   const ConvDesc& d = args.desc;
-  float* const sums = shared_memory<float>();  // [warps]
   const T* const x = static_cast<const T*>(args.x.data);
   const T* const dy = static_cast<const T*>(args.dy.data);
   const i64 taps = d.kernel[0] * d.kernel[1] * d.kernel[2], channels = d.C / d.groups;
   const i64 weights = d.K * channels * taps, total = weights + (args.dbias ? d.K : 0);
   const i64 image = d.out[0] * d.out[1] * d.out[2], pixels = d.N * image;
-  for (i64 e = block_x(); e < total; e += grid_x()) {
+  constexpr int warps = kConvThreads / kWarp;
+  for (i64 e = static_cast<i64>(block_x()) * warps + warp(); e < total; e += static_cast<i64>(grid_x()) * warps) {
     const bool bias = e >= weights;
     const i64 k = bias ? e - weights : e / taps / channels, c = bias ? 0 : e / taps % channels,
               tap = bias ? 0 : e % taps;
     const i64 t[3] = {tap / d.kernel[2] / d.kernel[1], tap / d.kernel[2] % d.kernel[1], tap % d.kernel[2]};
     const T* const from = bias ? nullptr : x + (k / (d.K / d.groups) * channels + c) * args.x.c_step;
     float sum = 0;
-    for (i64 m = thread_x(); m < pixels; m += kConvThreads) {
+    for (i64 m = lane(); m < pixels; m += kWarp) {
       const i64 n = m / image, o[3] = {m % image / d.out[2] / d.out[1], m / d.out[2] % d.out[1], m % d.out[2]};
       i64 y = n * args.dy.n_step + k * args.dy.c_step, at = n * args.x.n_step;
       bool there = true;
@@ -124,18 +124,12 @@ conv_direct_wgrad_kernel(FASTDL_PARAM ConvDirectWgradArgs<T> args) {
       if (there) sum = fma_rn(to_float(dy[y]), bias ? 1.0f : to_float(from[at]), sum);
     }
     sum = warp_sum(sum);
-    if (lane() == 0) sums[warp()] = sum;
-    block_sync(kConvThreads);
-    if (thread_x() == 0) {
-      float all = 0;
-      for (int i = 0; i < kConvThreads / kWarp; ++i) all += sums[i];
-      if (bias)
-        args.dbias[k * args.dbias_step] = from_float<T>(all);
-      else
-        static_cast<T*>(args.dw.data)[k * args.dw.n_step + c * args.dw.c_step + t[0] * args.dw.step[0] +
-                                      t[1] * args.dw.step[1] + t[2] * args.dw.step[2]] = from_float<T>(all);
-    }
-    block_sync(kConvThreads);
+    if (lane() != 0) continue;
+    if (bias)
+      args.dbias[k * args.dbias_step] = from_float<T>(sum);
+    else
+      static_cast<T*>(args.dw.data)[k * args.dw.n_step + c * args.dw.c_step + t[0] * args.dw.step[0] +
+                                    t[1] * args.dw.step[1] + t[2] * args.dw.step[2]] = from_float<T>(sum);
   }
 }
 

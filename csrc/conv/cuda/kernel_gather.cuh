@@ -14,6 +14,7 @@
 namespace fastdl {
 
 constexpr int kConvDepth = 32;  // of a step
+constexpr int kConvPack = 4;    // results that are written together
 
 template <class T>
 struct ConvGatherArgs {
@@ -28,7 +29,8 @@ struct ConvGatherArgs {
   bool wide;          // channels come in whole, aligned chunks of 16 bytes
   bool by_pixel;      // else neighbours in memory are pixels rather than channels
   ConvEpilogue<T> out;
-  float* partial;  // [chunks][pixels][groups][columns] where there are several
+  bool vector_out;  // kConvPack neighbours along the channels are written together
+  float* partial;   // [chunks][pixels][groups][columns] where there are several
   i64 partial_row, partial_chunk;
 };
 
@@ -36,9 +38,8 @@ template <class T>
 FASTDL_DEVICE T conv_zero() {
   return from_float<T>(0.0f);
 }
-FASTDL_DEVICE bool finite(float x) { return (float_bits(x) & 0x7f800000u) != 0x7f800000u; }
 
-// Products of k in [begin, end) by FMA: what a split sum that is not finite is computed again by.
+// Products of k in [begin, end) by FMA: what is computed again of split sums.
 template <class T>
 FASTDL_DEVICE float gather_exact(const ConvGatherArgs<T>& a, const GatherPhase& p, const T* in, const T* w,
                                  const GatherRow& row, int begin, int end) {
@@ -55,8 +56,9 @@ struct ConvGatherTile {
   static constexpr int warps_n = kN / kWarpN, threads = kM / kWarpM * warps_n * kWarp;
   using A = SharedTile<T, kM, kConvDepth>;
   using B = SharedTile<T, kN, kConvDepth>;
-  static constexpr int stage = A::bytes + B::bytes, sum_row = kN + 1;
-  static constexpr int sums = kM * sum_row * 4, pipeline = kStages * stage;
+  static constexpr bool repairs = sizeof(T) == 4;  // split sums that cannot be relied on are computed again
+  static constexpr int stage = A::bytes + B::bytes, pipeline = kStages * stage;
+  static constexpr int sums = (kM * (kN + 4) + kM + kN) * 4;
   static constexpr int table = ((sums > pipeline ? sums : pipeline) + 15) / 16 * 16;
   static constexpr int shared_bytes = table + kM * static_cast<int>(sizeof(GatherRow));
   static_assert(threads % kM == 0 || kM % threads == 0, "a thread's pixel is one of few");
@@ -113,11 +115,9 @@ struct ConvGatherTile {
     const int steps = (phase.depth + kConvDepth - 1) / kConvDepth;
     const int begin = args.chunks > 1 ? chunk * args.chunk : 0;
     const int end = args.chunks > 1 && begin + args.chunk < steps ? begin + args.chunk : steps;
-    constexpr bool promoted = sizeof(T) == 4;
-    constexpr int promote_steps = kPromoteDepth / kConvDepth;
-    WarpTile<T, parts, kWarpM, kWarpN> sum, part;
+    WarpTile<T, parts, kWarpM, kWarpN> sum;
     sum.clear();
-    if (promoted) part.clear();
+    Peak row_peak[kWarpM / 16], col_peak[kWarpN / 16];
     const int m0 = warp() / warps_n * kWarpM, n0 = warp() % warps_n * kWarpN;
     for (int s = 0; s < kStages - 1; ++s) {
       if (begin + s < end) load(begin + s, s);
@@ -130,47 +130,76 @@ struct ConvGatherTile {
       if (ahead < end) load(ahead, (ahead - begin) % kStages);
       copy_commit();
       const int s = (step - begin) % kStages;
-#pragma unroll
-      for (int k = 0; k < kConvDepth; k += 16) {
-        if constexpr (promoted)
-          part.template add<false, false>(a(s), b(s), m0, n0, k);
-        else
-          sum.template add<false, false>(a(s), b(s), m0, n0, k);
-      }
-      if (promoted && (step - begin) % promote_steps == promote_steps - 1) sum.promote(&part);
+#pragma unroll(repairs ? 1 : kConvDepth / 16)
+      for (int k = 0; k < kConvDepth; k += 16)
+        sum.template add<false, false>(a(s), b(s), m0, n0, k, repairs ? row_peak : nullptr,
+                                       repairs ? col_peak : nullptr);
     }
-    if (promoted) sum.promote(&part);
     copy_wait<0>();
     block_sync(threads);
 
+    // Through shared memory, so that neighbours are written together. Lines of kN + 4 keep packs aligned, of kN + 1 let
+    // a warp read a column.
+    const ConvEpilogue<T>& out = args.out;
+    const int line = args.vector_out ? kN + 4 : kN + 1;
     float* const sums = reinterpret_cast<float*>(memory);
+    float* const row_peaks = sums + kM * (kN + 4);
+    float* const col_peaks = row_peaks + kM;
 #pragma unroll
     for (int i = 0; i < kWarpM / 16; ++i)
 #pragma unroll
       for (int j = 0; j < kWarpN / 8; ++j)
 #pragma unroll
-        for (int r = 0; r < 4; ++r)
-          sums[(m0 + 16 * i + sum_row_of(r)) * sum_row + n0 + 8 * j + sum_col(r)] = sum.d[i][j][r];
+        for (int r = 0; r < 4; ++r) sums[(m0 + 16 * i + sum_row(r)) * line + n0 + 8 * j + sum_col(r)] = sum.d[i][j][r];
+    if constexpr (repairs) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int i = 0; i < kWarpM / 16; ++i) {
+          const float peak = warp_max<4>(row_peak[i].x[half]);
+          if (n0 == 0 && lane() % 4 == 0) row_peaks[m0 + 16 * i + 8 * half + lane() / 4] = peak;
+        }
+#pragma unroll
+        for (int j = 0; j < kWarpN / 16; ++j) {
+          const float peak = warp_max<4>(col_peak[j].x[half]);
+          if (m0 == 0 && lane() % 4 == 0) col_peaks[n0 + 16 * j + 8 * half + lane() / 4] = peak;
+        }
+      }
+    }
     block_sync(threads);
 
-    const ConvEpilogue<T>& out = args.out;
-    const bool by_column = args.chunks > 1 || out.channels_last;
-    for (int i = thread_x(); i < kM * kN; i += threads) {
-      const int r = by_column ? i / kN : i % kM, j = by_column ? i % kN : i / kM, m = tile_m * kM + r;
-      if (m >= phase.pixels || j >= columns) continue;
-      float x = sums[r * sum_row + j];
-      if (promoted && !finite(x)) {
-        const int k_end = end * kConvDepth < phase.depth ? end * kConvDepth : phase.depth;
-        x = gather_exact(args, phase, in, w + static_cast<i64>(j) * phase.pack_row, rows[r], begin * kConvDepth, k_end);
+    const int k_begin = begin * kConvDepth, k_end = end * kConvDepth < phase.depth ? end * kConvDepth : phase.depth;
+    const i64 column0 = static_cast<i64>(group) * args.columns + tile_n * kN;
+    const auto repaired = [&](float x, int r, int j) {
+      if constexpr (repairs)
+        if (is_suspect(x, row_peaks[r], col_peaks[j]))
+          return gather_exact(args, phase, in, w + static_cast<i64>(j) * phase.pack_row, rows[r], k_begin, k_end);
+      return x;
+    };
+    if (args.vector_out) {
+#pragma unroll 1
+      for (int q = thread_x(); q < kM * kN / kConvPack; q += threads) {
+        const int r = q / (kN / kConvPack), j = q % (kN / kConvPack) * kConvPack, m = tile_m * kM + r;
+        if (m >= phase.pixels || j >= columns) continue;
+        float x[kConvPack];
+#pragma unroll
+        for (int e = 0; e < kConvPack; ++e) x[e] = repaired(sums[r * line + j + e], r, j + e);
+        conv_finish_pack(out, x, column0 + j, written_offset(phase, out.step, out.n_step, m) + column0 + j);
       }
-      const i64 column = static_cast<i64>(group) * args.columns + tile_n * kN + j;
+      return;
+    }
+    const bool by_column = args.chunks > 1 || out.channels_last;
+#pragma unroll 1
+    for (int q = thread_x(); q < kM * kN; q += threads) {
+      const int r = by_column ? q / kN : q % kM, j = by_column ? q % kN : q / kM, m = tile_m * kM + r;
+      if (m >= phase.pixels || j >= columns) continue;
+      const float x = repaired(sums[r * line + j], r, j);
       if (args.chunks > 1)
-        args.partial[chunk * args.partial_chunk + (phase.first_pixel + m) * args.partial_row + column] = x;
+        args.partial[chunk * args.partial_chunk + (phase.first_pixel + m) * args.partial_row + column0 + j] = x;
       else
-        conv_finish(out, x, column, written_offset(phase, out.step, out.n_step, m) + column * out.c_step);
+        conv_finish(out, x, column0 + j, written_offset(phase, out.step, out.n_step, m) + (column0 + j) * out.c_step);
     }
   }
-  FASTDL_DEVICE static int sum_row_of(int r) { return lane() / 4 + r / 2 * 8; }
 };
 
 template <class T, int parts, int kM, int kN, int kWarpM, int kWarpN, int kStages>

@@ -29,6 +29,7 @@ struct ConvWgradTile {
   static constexpr int warps_n = kN / kWarpN, threads = kM / kWarpM * warps_n * kWarp;
   using A = SharedTile<T, kConvDepth, kM>;
   using B = SharedTile<T, kConvDepth, kN>;
+  static constexpr bool repairs = sizeof(T) == 4;  // split sums that cannot be relied on are computed again
   static constexpr int stage = A::bytes + B::bytes, table = kStages * stage;
   static constexpr int shared_bytes = table + kN * static_cast<int>(sizeof(GatherCol));
 
@@ -87,11 +88,9 @@ struct ConvWgradTile {
     block_sync(threads);
     const int steps = (args.phase.pixels + kConvDepth - 1) / kConvDepth;
     const int begin = chunk * args.chunk, end = begin + args.chunk < steps ? begin + args.chunk : steps;
-    constexpr bool promoted = sizeof(T) == 4;
-    constexpr int promote_steps = kPromoteDepth / kConvDepth;
-    WarpTile<T, parts, kWarpM, kWarpN> sum, part;
+    WarpTile<T, parts, kWarpM, kWarpN> sum;
     sum.clear();
-    if (promoted) part.clear();
+    Peak row_peak[kWarpM / 16], col_peak[kWarpN / 16];
     const int m0 = warp() / warps_n * kWarpM, n0 = warp() % warps_n * kWarpN;
     for (int s = 0; s < kStages - 1; ++s) {
       if (begin + s < end) load_dy((begin + s) * kConvDepth, a(s)), load_x((begin + s) * kConvDepth, b(s));
@@ -104,36 +103,44 @@ struct ConvWgradTile {
       if (ahead < end) load_dy(ahead * kConvDepth, a(to)), load_x(ahead * kConvDepth, b(to));
       copy_commit();
       const int s = (step - begin) % kStages;
-#pragma unroll
-      for (int k = 0; k < kConvDepth; k += 16) {
-        if constexpr (promoted)
-          part.template add<true, true>(a(s), b(s), m0, n0, k);
-        else
-          sum.template add<true, true>(a(s), b(s), m0, n0, k);
-      }
-      if (promoted && (step - begin) % promote_steps == promote_steps - 1) sum.promote(&part);
+#pragma unroll(repairs ? 1 : kConvDepth / 16)
+      for (int k = 0; k < kConvDepth; k += 16)
+        sum.template add<true, true>(a(s), b(s), m0, n0, k, repairs ? row_peak : nullptr, repairs ? col_peak : nullptr);
     }
-    if (promoted) sum.promote(&part);
     copy_wait<0>();
 
     const int depth = args.phase.depth;
     float* const out = args.partial + chunk * args.partial_chunk +
                        (static_cast<i64>(group) * args.columns + tile_m * kM) * depth + tile_n * kN;
 #pragma unroll
-    for (int i = 0; i < kWarpM / 16; ++i)
+    for (int j = 0; j < kWarpN / 8; ++j) {
+      float col_peaks[2] = {};
+      if constexpr (repairs) {
+        const float peak = warp_max<4>(col_peak[j / 2].x[j % 2]);  // of column lane / 4
 #pragma unroll
-      for (int j = 0; j < kWarpN / 8; ++j)
+        for (int e = 0; e < 2; ++e) col_peaks[e] = shuffle(peak, sum_col(e) * 4);
+      }
+#pragma unroll
+      for (int i = 0; i < kWarpM / 16; ++i) {
+        float row_peaks[2] = {};
+        if constexpr (repairs)
+#pragma unroll
+          for (int half = 0; half < 2; ++half) row_peaks[half] = warp_max<4>(row_peak[i].x[half]);
 #pragma unroll
         for (int r = 0; r < 4; ++r) {
-          const int k = m0 + 16 * i + lane() / 4 + r / 2 * 8, col = n0 + 8 * j + sum_col(r);
+          const int k = m0 + 16 * i + sum_row(r), col = n0 + 8 * j + sum_col(r);
           if (k >= columns || tile_n * kN + col >= depth) continue;
           float x = sum.d[i][j][r];
-          if (promoted && !finite(x)) x = exact(k, cols[col], begin * kConvDepth, end * kConvDepth);
+          if constexpr (repairs)
+            if (is_suspect(x, row_peaks[r / 2], col_peaks[r % 2]))
+              x = exact(k, cols[col], begin * kConvDepth, end * kConvDepth);
           out[static_cast<i64>(k) * depth + col] = x;
         }
+      }
+    }
   }
 
-  // The products of pixels [begin, end) again, by FMA: of a split sum that is not finite.
+  // The products of pixels [begin, end) again, by FMA.
   FASTDL_DEVICE float exact(int k, const GatherCol& col, int begin, int end) const {
     float sum = 0;
     for (int m = begin; m < end && m < args.phase.pixels; ++m) {

@@ -19,7 +19,7 @@ from torch.autograd import Function
 from torch.compiler import is_compiling
 
 from fastdl import _C
-from fastdl.ops import calls, conv_reference, reference
+from fastdl.ops import calls, conv_reference, cuda, cuda_conv, reference
 from fastdl.ops import conv_library as _registered  # noqa: F401  (defines torch.ops.fastdl.conv)
 from fastdl.ops import conv_native as native
 from fastdl.ops import conv_shapes as shapes
@@ -226,7 +226,7 @@ def convolve(
     else:
         strided = input.layout is torch.strided and weight.layout is torch.strided
         last = strided and shapes.channels_last(input, weight)
-        if torch.is_autocast_enabled("cpu"):  # the weight may be cast, and the pack is not of that
+        if torch.is_autocast_enabled("cpu") or cuda.runs(input):  # the weight may be cast, or the kernels not those
             packed = None
         if is_compiling() and residual is input:  # Dynamo refuses an autograd.Function that is given one tensor twice
             residual = residual.view_as(residual)
@@ -494,6 +494,8 @@ def _plan(out: Tensor, input: Tensor, weight: Tensor, bias: Any, residual: Any, 
         return "reference"
     *geometry, _, last, packed = constants
     g = Geometry(*geometry)
+    if cuda.runs(out):
+        return cuda_conv.plan(out, input, weight, g, last)
     x, y = (out, input) if g.transposed else (input, out)
     return _C.conv_plan(
         "dgrad" if g.transposed else "forward",
@@ -519,6 +521,7 @@ def _row(op: str) -> Operation:
         overload=lambda *args: torch.ops.fastdl.conv(*args[:-1], False, args[-1]),
         function=ConvFunction,
         unsupported=lambda *args: _unsupported(op, *args),
+        unsupported_on_cuda=lambda *args: None,
         plan=_plan,
         autocast=True,
     )
@@ -540,6 +543,7 @@ _CONV_WGRAD = Operation(
     overload=torch.ops.fastdl.conv_wgrad,
     function=ConvWgradFunction,
     unsupported=lambda *args: None,
+    unsupported_on_cuda=lambda *args: None,
     plan=lambda out, *args: "reference" if out.dtype is torch.float64 else "conv_wgrad",
     several=True,
 )

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdl.ops import conv_native, conv_shapes, reference
+from fastdl.ops import conv_native, conv_shapes, cuda_conv, reference
 from fastdl.ops.conv_shapes import Geometry
 from fastdl.ops.library import register
 
@@ -163,6 +163,7 @@ register(
     _vmap_conv,
     _flops_conv,
     exact_strides=True,
+    cuda=cuda_conv.conv,
 )
 register(
     "conv_wgrad(Tensor grad, Tensor input, SymInt[] kernel, SymInt[] stride, SymInt[] padding, SymInt[] extra, "
@@ -172,4 +173,5 @@ register(
     _vmap_conv_wgrad,
     _flops_conv_wgrad,
     exact_strides=True,
+    cuda=cuda_conv.conv_wgrad,
 )
