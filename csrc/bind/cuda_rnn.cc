@@ -3,9 +3,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <atomic>
 #include <string>
 
+#include "base/check.h"
 #include "base/log.h"
 #include "bind/cuda_bind.h"
 #include "bind/cuda_tensor.h"
@@ -39,6 +39,13 @@ class Call : public RnnCall {
     cuda_rnn_run(desc, plan, args, desc.backward ? &grads : nullptr, memory.data, stream);
   }
 
+  void states_before() {
+    check_outputs(nullptr);
+    const Stream stream = current_stream(device_, op_);
+    py::gil_scoped_release release;
+    cuda_rnn_states_before(args.steps, desc.T, desc.P, args.y, args.h0, args.h0_row, grads.d_gates, desc.dtype, stream);
+  }
+
  private:
   TensorView look(py::handle object, const char* name) override { return device_view(object, &device_, op_, name); }
 
@@ -61,6 +68,14 @@ void run_backward(py::handle d_gates, py::handle dh0, py::handle dc0, py::handle
   c.backward_arguments(d_gates, dh0, dc0, dy, dh_n, dc_n, saved, y, h0, c0, w_hh, b_hh, w_hr, batch_sizes, reverse,
                        d_recurrent, d_hidden, hidden);
   c.run(workspace, kernel);
+}
+
+void states_before(py::handle out, py::handle y, py::handle h0, py::handle batch_sizes, bool reverse) {
+  Call c("fastdl.rnn_states_before", "rnn_tanh");
+  if (batch_sizes.is_none())
+    throw TypeMismatch("fastdl.rnn_states_before: argument 'batch_sizes': expected a torch.Tensor, got None");
+  c.packed_arguments(out, y, h0, batch_sizes, reverse);
+  c.states_before();
 }
 
 py::tuple saved_shape(const std::string& mode, i64 rows, i64, i64 H, i64) {
@@ -95,15 +110,14 @@ py::dict plan_shape(i64 T, i64 B, i64 H, i64 P, const std::string& mode, bool ba
   return out;
 }
 
-}  // namespace
-
-py::list cuda_rnn_kernel_rows() {
+py::list kernel_rows() {
   constexpr const char* kCells[] = {"lstm", "gru", "rnn"};
   py::list out;
   for (const CudaRnnKernel& k : cuda_rnn_kernels()) {
     const int gates = kGates[static_cast<int>(k.cell)];
     py::dict row;
     row["name"] = k.name;
+    row["isa"] = "sm80";
     row["dtype"] = torch_name(k.dtype);
     row["kind"] = kCells[static_cast<int>(k.cell)];
     row["parts"] = k.parts;
@@ -116,8 +130,11 @@ py::list cuda_rnn_kernel_rows() {
   return out;
 }
 
+}  // namespace
+
 void bind_cuda_rnn(py::module_& m) {
   using namespace py::literals;
+  add_kernel_rows("rnn", kernel_rows);
   m.def("rnn", run_forward, "y"_a, "h_n"_a, "c_n"_a, "saved"_a, "x_gates"_a, "h0"_a, "c0"_a, "w_hh"_a, "b_hh"_a,
         "w_hr"_a, "workspace"_a, py::kw_only(), "mode"_a, "batch_sizes"_a = py::none(), "reverse"_a = false,
         "kernel"_a = "");
@@ -125,6 +142,7 @@ void bind_cuda_rnn(py::module_& m) {
         "h0"_a, "c0"_a, "w_hh"_a, "b_hh"_a, "w_hr"_a, "workspace"_a, py::kw_only(), "mode"_a,
         "batch_sizes"_a = py::none(), "reverse"_a = false, "d_recurrent"_a = py::none(), "d_hidden"_a = py::none(),
         "hidden"_a = py::none(), "kernel"_a = "");
+  m.def("rnn_states_before", states_before, "out"_a, "y"_a, "h0"_a, "batch_sizes"_a, "reverse"_a = false);
   m.def("rnn_saved_shape", saved_shape, "mode"_a, "rows"_a, "B"_a, "H"_a, "P"_a);
   m.def("rnn_plan", plan_shape, "T"_a, "B"_a, "H"_a, "P"_a = 0, py::kw_only(), "mode"_a = "lstm", "backward"_a = false,
         "dtype"_a = "float32", "gpu"_a = "", "device"_a = 0, "kernel"_a = "");

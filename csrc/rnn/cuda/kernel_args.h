@@ -1,6 +1,6 @@
 // What the recurrent kernels are given: plain data. Strides count elements.
 #pragma once
-#include "ptx/target.cuh"
+#include "ptx/launch.h"
 #include "rnn/cuda/layout.h"
 
 namespace fastdl {
@@ -71,6 +71,15 @@ struct RnnCudaArgs {
   int run_count;
   RnnRun runs[kRnnRuns];
 };
+
+// Of kernels whose threads stride over so many items.
+inline LaunchShape rnn_stride_shape(i64 items) {
+  constexpr i64 kMostBlocks = 1024;
+  LaunchShape shape;
+  const i64 blocks = (items + kRnnThreads - 1) / kRnnThreads;
+  shape.threads = kRnnThreads, shape.grid[0] = static_cast<int>(blocks < kMostBlocks ? blocks : kMostBlocks);
+  return shape;
+}
 
 // W to fragments.
 struct RnnPackArgs {
