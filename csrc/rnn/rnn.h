@@ -26,6 +26,7 @@ struct RnnDesc {
   bool backward = false;
   bool w_rows = true;  // rows of W_hh are contiguous
   DType dtype = DType::f32;
+  Precision precision = Precision::ieee;  // asked of float32 operands
 };
 
 struct RnnPlan {

@@ -97,4 +97,12 @@ struct RnnBeginArgs {
   RnnCudaState out;
 };
 
+// What a schedule calls: launches of the kernels of a row.
+struct CudaRnnFunctions {
+  void (*forward)(const LaunchShape&, const Stream&, const RnnCudaArgs&);
+  void (*backward)(const LaunchShape&, const Stream&, const RnnCudaArgs&);
+  void (*pack)(const LaunchShape&, const Stream&, const RnnPackArgs&);
+  void (*begin)(const LaunchShape&, const Stream&, const RnnBeginArgs&);
+};
+
 }  // namespace fastdl

@@ -4,7 +4,7 @@
 #include <cstring>
 
 #include "base/check.h"
-#include "rnn/cuda/kernel.cuh"
+#include "rnn/cuda/kernel_args.h"
 #include "rnn/cuda/plan.h"
 
 namespace fastdl {

@@ -20,10 +20,28 @@ from fastdl.ops.rnn_reference import GATES, Weights, by_direction
 
 def plan(like: Tensor, T: int, B: int, H: int, P: int, mode: str, backward: bool = False) -> dict[str, Any]:
     """What the native call would do on the device of `like`."""
-    dtype = str(like.dtype).removeprefix("torch.")
     return cuda.require("rnn", like).rnn_plan(
-        T, B, H, P, mode=mode, dtype=dtype, backward=backward, device=like.device.index or 0
+        T,
+        B,
+        H,
+        P,
+        mode=mode,
+        backward=backward,
+        dtype=str(like.dtype).removeprefix("torch."),
+        precision=_precision(like),
+        device=like.device.index or 0,
     )
+
+
+def unsupported(input: Tensor) -> str | None:
+    """Why torch should run a call on a GPU, or None."""
+    if input.dtype is torch.float32 and cuda.precision("rnn") == "fma":
+        return "recurrent products on a GPU take float32 in bfloat16 parts, not by FMA (FASTDL_FLOAT32=ieee)"
+    return None
+
+
+def _precision(x: Tensor) -> str:
+    return cuda.precision("rnn") if x.dtype is torch.float32 else "ieee"
 
 
 def _workspace(x: Tensor, batch_sizes: Tensor | None, w: Weights, mode: str, backward: bool) -> Tensor:
@@ -46,7 +64,7 @@ def _gemm(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None, accumul
         if not accumulate:
             out.zero_()
         return
-    native, precision = cuda.require("rnn", out), cuda.precision("rnn")
+    native, precision = cuda.require("rnn", out), _precision(out)
     scratch = cuda.workspace(out, native.gemm_workspace(a, b, out, precision=precision))
     native.gemm(a, b, out, bias, accumulate=accumulate, precision=precision, workspace=scratch)
 
@@ -105,6 +123,7 @@ def rnn_layer(
             mode=mode,
             batch_sizes=batch_sizes,
             reverse=d == 1,
+            precision=_precision(input),
         )
     return y, h_n, c_n, saved
 
@@ -164,6 +183,7 @@ def rnn_layer_backward(
             d_recurrent=gates.recurrent,
             d_hidden=gates.hidden,
             hidden=gates.unprojected,
+            precision=_precision(input),
         )
         if dx is not None:
             _gemm(_rows(dx), _rows(gates.input), w.ih, accumulate=d == 1)
