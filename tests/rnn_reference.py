@@ -129,8 +129,8 @@ class Problem:
         extra["d_hidden"] = self.empty(*self.lead, self.width) if self.P else None
         extra["hidden"] = self.empty(*self.lead, H) if self.P else None
         self.call(
-            "rnn_backward", out["d_gates"], out["dh0"], out["dc0"], self.dy, self.dh_n, self.dc_n, forward["saved"], forward["y"],
-            self.h0, self.c0, self.w, self.b, self.r,
+            "rnn_backward", out["d_gates"], out["dh0"], out["dc0"], self.dy, self.dh_n, self.dc_n, forward["saved"],
+            forward["y"], self.h0, self.c0, self.w, self.b, self.r,
             mode=self.mode, batch_sizes=self.sizes, reverse=self.reverse, **extra, **options,
         )  # fmt: skip
         return out | extra

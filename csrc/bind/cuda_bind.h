@@ -10,12 +10,9 @@ void add_kernel_rows(const char* op, pybind11::list (*rows)());
 
 void bind_cuda_conv(pybind11::module_& m);
 void bind_cuda_probe(pybind11::module_& m);
-void bind_cuda_rnn(pybind11::module_& m);
-
-// Rows of the kernel tables as Python sees them.
-pybind11::list cuda_rnn_kernel_rows();
 void bind_cuda_gemm(pybind11::module_& m);
 void bind_cuda_probe(pybind11::module_& m);
+void bind_cuda_rnn(pybind11::module_& m);
 void bind_twin(pybind11::module_& m);  // of the host twin alone
 
 }  // namespace fastdl

@@ -84,6 +84,6 @@ PYBIND11_MODULE(FASTDL_CUDA_MODULE, m, py::mod_gil_not_used()) {
       py::arg("op"), "The kernel table of an operation.");
   m.def("kernels", &fastdl::kernels, py::arg("op"), "The rows of an operation's kernel table.");
   fastdl::bind_cuda_probe(m);
-  fastdl::bind_cuda_rnn(m);
   fastdl::bind_cuda_gemm(m);
+  fastdl::bind_cuda_rnn(m);
 }

@@ -3,9 +3,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <atomic>
 #include <string>
 
+#include "base/check.h"
 #include "base/log.h"
 #include "bind/cuda_bind.h"
 #include "bind/cuda_tensor.h"
@@ -18,6 +18,12 @@ namespace py = pybind11;
 namespace fastdl {
 namespace {
 
+Precision precision_named(const std::string& name, const char* op) {
+  for (Precision p : {Precision::fma, Precision::ieee, Precision::tf32, Precision::bf16})
+    if (name == precision_name(p)) return p;
+  fail(op, ": argument 'precision': expected fma, ieee, tf32 or bf16, got '", name, "'");
+}
+
 const CudaRnnKernel* forced_row(const std::string& name, const char* op) {
   return name.empty() ? nullptr : &cuda_rnn_kernel(name, op);
 }
@@ -26,8 +32,9 @@ class Call : public RnnCall {
  public:
   using RnnCall::RnnCall;
 
-  void run(py::handle workspace, const std::string& kernel) {
+  void run(py::handle workspace, const std::string& precision, const std::string& kernel) {
     check_outputs(nullptr);
+    desc.precision = precision_named(precision, op_);
     const DeviceBytes memory = device_bytes(workspace, &device_, op_, "workspace");
     const CudaRnnPlan plan = cuda_rnn_plan(desc, gpu_info(device_), forced_row(kernel, op_));
     if (memory.bytes < plan.workspace_bytes() || reinterpret_cast<std::uintptr_t>(memory.data) % 16 != 0)
@@ -39,6 +46,13 @@ class Call : public RnnCall {
     cuda_rnn_run(desc, plan, args, desc.backward ? &grads : nullptr, memory.data, stream);
   }
 
+  void states_before() {
+    check_outputs(nullptr);
+    const Stream stream = current_stream(device_, op_);
+    py::gil_scoped_release release;
+    cuda_rnn_states_before(args.steps, desc.T, desc.P, args.y, args.h0, args.h0_row, grads.d_gates, desc.dtype, stream);
+  }
+
  private:
   TensorView look(py::handle object, const char* name) override { return device_view(object, &device_, op_, name); }
 
@@ -47,20 +61,30 @@ class Call : public RnnCall {
 
 void run_forward(py::handle y, py::handle h_n, py::handle c_n, py::handle saved, py::handle x_gates, py::handle h0,
                  py::handle c0, py::handle w_hh, py::handle b_hh, py::handle w_hr, py::handle workspace,
-                 const std::string& mode, py::handle batch_sizes, bool reverse, const std::string& kernel) {
+                 const std::string& mode, py::handle batch_sizes, bool reverse, const std::string& precision,
+                 const std::string& kernel) {
   Call c("fastdl.rnn", mode);
   c.forward_arguments(y, h_n, c_n, saved, x_gates, h0, c0, w_hh, b_hh, w_hr, batch_sizes, reverse);
-  c.run(workspace, kernel);
+  c.run(workspace, precision, kernel);
 }
 
 void run_backward(py::handle d_gates, py::handle dh0, py::handle dc0, py::handle dy, py::handle dh_n, py::handle dc_n,
                   py::handle saved, py::handle y, py::handle h0, py::handle c0, py::handle w_hh, py::handle b_hh,
                   py::handle w_hr, py::handle workspace, const std::string& mode, py::handle batch_sizes, bool reverse,
-                  py::handle d_recurrent, py::handle d_hidden, py::handle hidden, const std::string& kernel) {
+                  py::handle d_recurrent, py::handle d_hidden, py::handle hidden, const std::string& precision,
+                  const std::string& kernel) {
   Call c("fastdl.rnn_backward", mode);
   c.backward_arguments(d_gates, dh0, dc0, dy, dh_n, dc_n, saved, y, h0, c0, w_hh, b_hh, w_hr, batch_sizes, reverse,
                        d_recurrent, d_hidden, hidden);
-  c.run(workspace, kernel);
+  c.run(workspace, precision, kernel);
+}
+
+void states_before(py::handle out, py::handle y, py::handle h0, py::handle batch_sizes, bool reverse) {
+  Call c("fastdl.rnn_states_before", "rnn_tanh");
+  if (batch_sizes.is_none())
+    throw TypeMismatch("fastdl.rnn_states_before: argument 'batch_sizes': expected a torch.Tensor, got None");
+  c.packed_arguments(out, y, h0, batch_sizes, reverse);
+  c.states_before();
 }
 
 py::tuple saved_shape(const std::string& mode, i64 rows, i64, i64 H, i64) {
@@ -68,7 +92,7 @@ py::tuple saved_shape(const std::string& mode, i64 rows, i64, i64 H, i64) {
 }
 
 py::dict plan_shape(i64 T, i64 B, i64 H, i64 P, const std::string& mode, bool backward, const std::string& dtype,
-                    const std::string& gpu, int device, const std::string& kernel) {
+                    const std::string& precision, const std::string& gpu, int device, const std::string& kernel) {
   const char* op = "fastdl.rnn_plan";
   if (T < 0 || B < 0 || H < 1 || P < 0)
     fail(op, ": expected T and B of at least 0 and H of at least 1, got T=", T, " B=", B, " H=", H, " P=", P);
@@ -78,6 +102,7 @@ py::dict plan_shape(i64 T, i64 B, i64 H, i64 P, const std::string& mode, bool ba
   if (d.projected && d.cell != RnnCell::lstm)
     fail(op, ": argument 'P': expected 0, projections belong to lstm, got ", P);
   d.dtype = dtype_named(dtype, op);
+  d.precision = precision_named(precision, op);
   const Gpu on = gpu.empty() ? gpu_info(device) : gpu_named(gpu);
   const CudaRnnPlan p = cuda_rnn_plan(d, on, forced_row(kernel, op));
   py::dict out;
@@ -95,16 +120,16 @@ py::dict plan_shape(i64 T, i64 B, i64 H, i64 P, const std::string& mode, bool ba
   return out;
 }
 
-}  // namespace
-
-py::list cuda_rnn_kernel_rows() {
+py::list kernel_rows() {
   constexpr const char* kCells[] = {"lstm", "gru", "rnn"};
   py::list out;
   for (const CudaRnnKernel& k : cuda_rnn_kernels()) {
     const int gates = kGates[static_cast<int>(k.cell)];
     py::dict row;
     row["name"] = k.name;
+    row["isa"] = "sm80";
     row["dtype"] = torch_name(k.dtype);
+    row["precision"] = precision_name(k.precision);
     row["kind"] = kCells[static_cast<int>(k.cell)];
     row["parts"] = k.parts;
     row["resident"] = k.resident;
@@ -116,18 +141,22 @@ py::list cuda_rnn_kernel_rows() {
   return out;
 }
 
+}  // namespace
+
 void bind_cuda_rnn(py::module_& m) {
   using namespace py::literals;
+  add_kernel_rows("rnn", kernel_rows);
   m.def("rnn", run_forward, "y"_a, "h_n"_a, "c_n"_a, "saved"_a, "x_gates"_a, "h0"_a, "c0"_a, "w_hh"_a, "b_hh"_a,
         "w_hr"_a, "workspace"_a, py::kw_only(), "mode"_a, "batch_sizes"_a = py::none(), "reverse"_a = false,
-        "kernel"_a = "");
+        "precision"_a = "ieee", "kernel"_a = "");
   m.def("rnn_backward", run_backward, "d_gates"_a, "dh0"_a, "dc0"_a, "dy"_a, "dh_n"_a, "dc_n"_a, "saved"_a, "y"_a,
         "h0"_a, "c0"_a, "w_hh"_a, "b_hh"_a, "w_hr"_a, "workspace"_a, py::kw_only(), "mode"_a,
         "batch_sizes"_a = py::none(), "reverse"_a = false, "d_recurrent"_a = py::none(), "d_hidden"_a = py::none(),
-        "hidden"_a = py::none(), "kernel"_a = "");
+        "hidden"_a = py::none(), "precision"_a = "ieee", "kernel"_a = "");
+  m.def("rnn_states_before", states_before, "out"_a, "y"_a, "h0"_a, "batch_sizes"_a, "reverse"_a = false);
   m.def("rnn_saved_shape", saved_shape, "mode"_a, "rows"_a, "B"_a, "H"_a, "P"_a);
   m.def("rnn_plan", plan_shape, "T"_a, "B"_a, "H"_a, "P"_a = 0, py::kw_only(), "mode"_a = "lstm", "backward"_a = false,
-        "dtype"_a = "float32", "gpu"_a = "", "device"_a = 0, "kernel"_a = "");
+        "dtype"_a = "float32", "precision"_a = "ieee", "gpu"_a = "", "device"_a = 0, "kernel"_a = "");
 }
 
 }  // namespace fastdl

@@ -203,6 +203,18 @@ class RnnCall {
     }
   }
 
+  // Packed y, and the states that its sequences began with.
+  void packed_arguments(pybind11::handle out, pybind11::handle y, pybind11::handle h0, pybind11::handle batch_sizes,
+                        bool reverse) {
+    desc.cell = RnnCell::plain;
+    grads.d_gates = gates(out, "out", batch_sizes, reverse, true);
+    desc.P = desc.H;
+    args.y = rows(y, "y", desc.P);
+    require_given(args.y.data, "y");
+    args.h0 = state(h0, "h0", desc.P, &args.h0_row);
+    require_given(args.h0, "h0");
+  }
+
   // What is to be written: it must lie apart from all else.
   void check_outputs(void (*each)(const TensorView&)) {
     for (const Argument& a : arguments_) {

@@ -79,6 +79,79 @@ def sum_rows(x: Tensor, out: Tensor) -> None:
 def tile_probe(a: Tensor, b: Tensor, out: Tensor, a_transposed: bool, b_transposed: bool, precision: str) -> None:
     """out[16,32] = a b by one warp, and the largest magnitudes of the rows of a and the columns of b."""
 
+# --- recurrent layers -------------------------------------------------------------------------------------------
+def rnn(
+    y: Tensor,
+    h_n: Tensor | None,
+    c_n: Tensor | None,
+    saved: Tensor | None,
+    x_gates: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    w_hh: Tensor,
+    b_hh: Tensor | None,
+    w_hr: Tensor | None,
+    workspace: Tensor,
+    *,
+    mode: str,
+    batch_sizes: Tensor | None = None,
+    reverse: bool = False,
+    precision: str = "ieee",
+    kernel: str = "",
+) -> None:
+    """`_C.rnn` on a GPU; batch_sizes stays on the CPU. workspace: uint8, of rnn_plan()'s workspace_bytes."""
+
+def rnn_backward(
+    d_gates: Tensor,
+    dh0: Tensor | None,
+    dc0: Tensor | None,
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
+    saved: Tensor | None,
+    y: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    w_hh: Tensor,
+    b_hh: Tensor | None,
+    w_hr: Tensor | None,
+    workspace: Tensor,
+    *,
+    mode: str,
+    batch_sizes: Tensor | None = None,
+    reverse: bool = False,
+    d_recurrent: Tensor | None = None,
+    d_hidden: Tensor | None = None,
+    hidden: Tensor | None = None,
+    precision: str = "ieee",
+    kernel: str = "",
+) -> None:
+    """`_C.rnn_backward` on a GPU; workspace as for rnn(), of a plan with backward=True."""
+
+def rnn_states_before(out: Tensor, y: Tensor, h0: Tensor, batch_sizes: Tensor, reverse: bool = False) -> None:
+    """out [rows, P] = of each row of packed y the state that its step started from; h0 [B, P]."""
+
+def rnn_saved_shape(mode: str, rows: int, B: int, H: int, P: int) -> tuple[int, int]: ...
+def rnn_plan(
+    T: int,
+    B: int,
+    H: int,
+    P: int = 0,
+    *,
+    mode: str = "lstm",
+    backward: bool = False,
+    dtype: str = "float32",
+    precision: str = "ieee",
+    gpu: str = "",
+    device: int = 0,
+    kernel: str = "",
+) -> dict[str, Any]:
+    """The plan for these sizes (P > 0: projected) on a GPU named sm80 or sm90, or ("") on that of this index: kernel,
+    resident, the grid, tile_rows, shared_bytes, workspace_bytes, why, text, candidates.
+
+    precision, of float32: ieee, tf32 or bf16.
+    """
+
 # --- single instructions, for tests -----------------------------------------------------------------------------
 def mma_probe(a: Tensor, b: Tensor, out: Tensor) -> None:
     """out[16,8] = a[16,K] b[8,K]^T by one warp: cp.async, ldmatrix, mma.sync."""

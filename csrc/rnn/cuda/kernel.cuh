@@ -5,7 +5,6 @@
 #pragma once
 #include <type_traits>
 
-#include "ptx/launch.h"
 #include "rnn/cuda/kernel_cell.cuh"
 
 namespace fastdl {
@@ -175,13 +174,6 @@ rnn_begin_kernel(FASTDL_PARAM RnnBeginArgs args) {
     if (inside) store_state<T>(args.out, b, k, x);
   }
 }
-
-struct CudaRnnFunctions {
-  void (*forward)(const LaunchShape&, const Stream&, const RnnCudaArgs&);
-  void (*backward)(const LaunchShape&, const Stream&, const RnnCudaArgs&);
-  void (*pack)(const LaunchShape&, const Stream&, const RnnPackArgs&);
-  void (*begin)(const LaunchShape&, const Stream&, const RnnBeginArgs&);
-};
 
 // One row of the table. T in memory, E what is multiplied, in so many parts.
 template <class T, class E, int parts, RnnCell cell, bool resident>

@@ -1,6 +1,6 @@
 // What the recurrent kernels are given: plain data. Strides count elements.
 #pragma once
-#include "ptx/target.cuh"
+#include "ptx/launch.h"
 #include "rnn/cuda/layout.h"
 
 namespace fastdl {
@@ -72,6 +72,15 @@ struct RnnCudaArgs {
   RnnRun runs[kRnnRuns];
 };
 
+// Of kernels whose threads stride over so many items.
+inline LaunchShape rnn_stride_shape(i64 items) {
+  constexpr i64 kMostBlocks = 1024;
+  LaunchShape shape;
+  const i64 blocks = (items + kRnnThreads - 1) / kRnnThreads;
+  shape.threads = kRnnThreads, shape.grid[0] = static_cast<int>(blocks < kMostBlocks ? blocks : kMostBlocks);
+  return shape;
+}
+
 // W to fragments.
 struct RnnPackArgs {
   const void* w;
@@ -86,6 +95,14 @@ struct RnnBeginArgs {
   int B, K, padded_rows;
   RnnOperand to;  // data null: not wanted
   RnnCudaState out;
+};
+
+// What a schedule calls: launches of the kernels of a row.
+struct CudaRnnFunctions {
+  void (*forward)(const LaunchShape&, const Stream&, const RnnCudaArgs&);
+  void (*backward)(const LaunchShape&, const Stream&, const RnnCudaArgs&);
+  void (*pack)(const LaunchShape&, const Stream&, const RnnPackArgs&);
+  void (*begin)(const LaunchShape&, const Stream&, const RnnBeginArgs&);
 };
 
 }  // namespace fastdl

@@ -49,7 +49,9 @@ FASTDL_DEVICE float get(const RnnOperand& x, int parity, i64 b, int k) {
 
 // Blocks of K in registers at once, for the latency of memory: 4 * 16 registers of x with one part; with three a block
 // is 48, and sums of gru (3 tiles) take 96 more.
-constexpr int rnn_ahead(int parts, int tiles) { return parts == 1 ? (tiles == 3 ? 2 : 4) : 1; }
+constexpr int rnn_ahead(int parts, int tiles) {
+  return parts == 1 ? (tiles == 3 ? 2 : 4) : parts == 2 && tiles < 3 ? 2 : 1;
+}
 
 // sum[tile][columns] += W x over K blocks [begin, end). w: the group, x: the first of the sequences. Products of a
 // batch of blocks are summed by the tensor cores, at most 128 of K, the rest in float32.

@@ -29,6 +29,11 @@ const char* type_name(DType dtype) {
   return kNames[static_cast<int>(dtype)];
 }
 
+// A row at least as exact as asked. (Float32 by FMA has none.)
+bool serves(const CudaRnnKernel& k, const RnnDesc& d) {
+  return k.dtype == d.dtype && k.cell == d.cell && (d.dtype != DType::f32 || k.precision <= d.precision);
+}
+
 CudaRnnProduct product_of(i64 units, int gates, i64 K, int buffers, const CudaRnnKernel& kernel, i64 padded_rows) {
   CudaRnnProduct p = {};
   p.units = static_cast<int>(units), p.gates = gates, p.K = static_cast<int>(K), p.buffers = buffers;
@@ -136,7 +141,7 @@ CudaRnnPlan cuda_rnn_plan(const RnnDesc& d, const Gpu& gpu, const CudaRnnKernel*
     fail("fastdl.rnn: kernel '", forced->name, "': expected ", cell_name(forced->cell), " in ",
          type_name(forced->dtype), ", got ", cell_name(d.cell), " in ", type_name(d.dtype));
   for (const CudaRnnKernel& k : cuda_rnn_kernels()) {
-    if (forced ? &k != forced : k.dtype != d.dtype || k.cell != d.cell) continue;
+    if (forced ? &k != forced : !serves(k, d)) continue;
     CudaRnnPlan p = sizes(d, k);
     if (!k.resident) {
       make_steps(d, gpu, &p);
@@ -151,7 +156,7 @@ CudaRnnPlan cuda_rnn_plan(const RnnDesc& d, const Gpu& gpu, const CudaRnnKernel*
       fail("fastdl.rnn: kernel '", k.name, "': expected W_hh to fit into ", gpu.shared_bytes, " bytes on each of ",
            gpu.multiprocessors, " multiprocessors, got ", resident_bytes(p, p.unit_blocks, p.tile_rows), " bytes");
   }
-  fail("fastdl.rnn: no kernel for ", cell_name(d.cell), " in ", type_name(d.dtype));
+  fail("fastdl.rnn: no kernel for ", cell_name(d.cell), " in ", type_name(d.dtype), " by FMA");
 }
 
 std::vector<std::string> cuda_rnn_candidates(const RnnDesc& d, const Gpu& gpu, const CudaRnnPlan& chosen) {
@@ -160,7 +165,11 @@ std::vector<std::string> cuda_rnn_candidates(const RnnDesc& d, const Gpu& gpu, c
     if (&k == chosen.kernel || k.dtype != d.dtype || k.cell != d.cell) continue;
     CudaRnnPlan p = sizes(d, k);
     const bool fits = !k.resident || make_resident(d, gpu, &p);
-    lost.push_back(concat(k.name, fits ? ": a launch a step" : ": W_hh does not fit on chip"));
+    const bool exact = serves(k, d);
+    lost.push_back(concat(k.name, !exact                           ? ": less exact than asked"
+                                  : !fits                          ? ": W_hh does not fit on chip"
+                                  : k.parts > chosen.kernel->parts ? ": more exact than asked"
+                                                                   : ": a launch a step"));
   }
   return lost;
 }

@@ -52,4 +52,8 @@ std::string describe(const RnnDesc& desc, const CudaRnnPlan& plan);
 void cuda_rnn_run(const RnnDesc& desc, const CudaRnnPlan& plan, const RnnArgs& args, const RnnGradients* grads,
                   void* workspace, const Stream& stream);
 
+// out [rows, P], contiguous: of each row of packed y the state that its step started from; rows of h0 [B, P].
+void cuda_rnn_states_before(const RnnSteps& steps, i64 T, i64 P, const RnnRows& y, const void* h0, i64 h0_row,
+                            void* out, DType dtype, const Stream& stream);
+
 }  // namespace fastdl

@@ -4,23 +4,14 @@
 #include <cstring>
 
 #include "base/check.h"
-#include "rnn/cuda/kernel.cuh"
+#include "rnn/cuda/kernel_args.h"
 #include "rnn/cuda/plan.h"
 
 namespace fastdl {
 namespace {
 
-constexpr int kMostBlocks = 1024;  // of kernels that stride over their work
-
 RnnCudaRows rows_of(const RnnRows& r) { return {r.data, r.step, r.row}; }
 RnnCudaState state_of(const void* data, i64 row) { return {const_cast<void*>(data), row}; }
-
-LaunchShape shape_for(i64 items) {
-  LaunchShape shape;
-  shape.threads = kRnnThreads;
-  shape.grid[0] = static_cast<int>(std::min<i64>(kMostBlocks, (items + kRnnThreads - 1) / kRnnThreads));
-  return shape;
-}
 
 // The steps in the order in which they are computed, as runs of equal sizes.
 struct Steps {
@@ -124,14 +115,14 @@ class Pass {
     pack.units = from.units, pack.gates = from.gates, pack.K = from.K, pack.groups = from.groups;
     pack.blocks = from.blocks, pack.packed = const_cast<u32*>(a_.product[i].packed);
     const i64 tiles = i64{from.groups} * from.blocks * rnn_slots(from.gates) / 2;
-    p_.kernel->fn->pack(shape_for(tiles * kWarp), stream_, pack);
+    p_.kernel->fn->pack(rnn_stride_shape(tiles * kWarp), stream_, pack);
   }
 
   void copy_state(const RnnCudaState& from, const RnnCudaState& to, i64 width) {
     if (!to.data) return;
     RnnBeginArgs copy = {};
     copy.from = from, copy.out = to, copy.B = static_cast<int>(d_.B), copy.K = static_cast<int>(width);
-    p_.kernel->fn->begin(shape_for(d_.B * width), stream_, copy);
+    p_.kernel->fn->begin(rnn_stride_shape(d_.B * width), stream_, copy);
   }
 
   void begin() {
@@ -145,7 +136,7 @@ class Pass {
     RnnBeginArgs begin = {};
     begin.from = a_.h0, begin.B = static_cast<int>(d_.B), begin.K = static_cast<int>(d_.P);
     begin.padded_rows = static_cast<int>(p_.padded_rows), begin.to = a_.operand[0];
-    p_.kernel->fn->begin(shape_for(p_.padded_rows * begin.to.row), stream_, begin);
+    p_.kernel->fn->begin(rnn_stride_shape(p_.padded_rows * begin.to.row), stream_, begin);
   }
 
   // Steps to compute: backward one more, without sequences, where the gradient of h0 is wanted.

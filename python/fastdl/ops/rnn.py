@@ -17,6 +17,7 @@ from torch.compiler import is_compiling
 from torch.nn import functional as F
 
 from fastdl import _C
+from fastdl.ops import cuda, cuda_rnn
 from fastdl.ops import rnn_library as _registered  # noqa: F401  (defines torch.ops.fastdl.rnn_layer)
 from fastdl.ops import rnn_native as native
 from fastdl.ops import rnn_reference as reference
@@ -322,6 +323,8 @@ def _plan(out: Tensor, input: Tensor, hx: Tensor | None, cx: Any, *rest: Any) ->
         return "reference"
     *_, batch_sizes, config = rest
     T, B = input.shape[:2] if batch_sizes is None else (len(batch_sizes), hx.shape[1])
+    if cuda.runs(out):
+        return cuda_rnn.plan(out, T, B, config.hidden_size, config.proj_size, config.mode)["kernel"]
     dtype = str(out.dtype).removeprefix("torch.")
     return _C.rnn_plan(T, B, config.hidden_size, config.proj_size, mode=config.mode, dtype=dtype)["kernel"]
 
@@ -339,6 +342,7 @@ _OPERATIONS = {
         autocast=True,
         cast=_cast,
         several=True,
+        unsupported_on_cuda=lambda input, *rest: cuda_rnn.unsupported(input),
     )
     for name in ("lstm", "gru", "rnn", "lstm_cell", "gru_cell", "rnn_cell")
 }

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdl.ops import rnn_native, rnn_shapes
+from fastdl.ops import cuda_rnn, rnn_native, rnn_shapes
 from fastdl.ops.library import register
 
 _ops = torch.ops.fastdl
@@ -157,6 +157,7 @@ register(
     _vmap_layer,
     _flops_layer,
     raw_flops=True,
+    cuda=cuda_rnn.rnn_layer,
 )
 register(
     "rnn_layer_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor input, Tensor? h0, Tensor? c0, "
@@ -167,4 +168,5 @@ register(
     _vmap_layer_backward,
     _flops_layer_backward,
     raw_flops=True,
+    cuda=cuda_rnn.rnn_layer_backward,
 )

@@ -20,7 +20,7 @@ from fastdl.ops.rnn_reference import GATES, Weights, by_direction
 _NAMES = {"lstm": "lstm", "gru": "gru", "rnn_tanh": "rnn", "rnn_relu": "rnn"}
 
 
-def _require_states(mode: str, h0: Tensor | None, batch_sizes: Tensor | None) -> None:
+def require_states(mode: str, h0: Tensor | None, batch_sizes: Tensor | None) -> None:
     if batch_sizes is not None and h0 is None:
         raise RuntimeError(f"fastdl.{_NAMES[mode]}: argument 'h0': expected a tensor with packed input, got None")
 
@@ -31,7 +31,7 @@ def _steps(mode: str, input: Tensor, h0: Tensor | None, batch_sizes: Tensor | No
     return rnn_shapes.steps(_NAMES[mode], batch_sizes, input.shape[0], h0.shape[1])
 
 
-def _unit(x: Tensor | None) -> Tensor | None:
+def unit(x: Tensor | None) -> Tensor | None:
     """x with elements of the last dimension side by side."""
     return x if x is None or x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
@@ -95,7 +95,7 @@ def rnn_layer(
 
     h0, h_n [D, B, P]; c0, c_n [D, B, H], c_n empty but for lstm; saved [D, T, B, ...] or empty, for the backward pass.
     """
-    _require_states(mode, h0, batch_sizes)
+    require_states(mode, h0, batch_sizes)
     y_shape, h_shape, c_shape, saved_shape = rnn_shapes.layer(
         input, h0, weights, batch_sizes is not None, mode, directions
     )
@@ -115,8 +115,8 @@ def rnn_layer(
             c_n[d] if mode == "lstm" else None,
             None if rows is None else rows[d],
             input,
-            None if h0 is None else _unit(h0[d]),
-            None if c0 is None else _unit(c0[d]),
+            None if h0 is None else unit(h0[d]),
+            None if c0 is None else unit(c0[d]),
             w,
             mode,
             batch_sizes,
@@ -172,19 +172,19 @@ def _input_gates(input: Tensor, w: Weights, saved: Tensor | None) -> Tensor:
     if saved is None or saved.shape[-1] < GH:
         gates = input.new_empty(*input.shape[:-1], GH)
     else:
-        gates = _first_part(saved, input.shape[:-1], GH)
+        gates = first_part(saved, input.shape[:-1], GH)
     _C.linear(gates, input, w.ih, w.bias_ih, switch="rnn")
     return gates
 
 
-def _first_part(saved: Tensor, lead: Sequence[int], GH: int) -> Tensor:
+def first_part(saved: Tensor, lead: Sequence[int], GH: int) -> Tensor:
     """The gates [*lead, G*H] in what a native call saves; behind them lies [rows, H]."""
     rows = math.prod(lead)
     return saved.view(-1)[: rows * GH].view(*lead, GH)
 
 
 # --- backward -----------------------------------------------------------------------------------------------------
-class _Gates(NamedTuple):
+class Gates(NamedTuple):
     """Gradients that the loop over time leaves; the last dimensions are those of the parameters' rows."""
 
     input: Tensor  # [T, B, G*H]: of x_t W_ih^T + b_ih
@@ -213,7 +213,7 @@ def rnn_layer_backward(
     needs: whether to compute dx, dh0, dc0, and each of dweights; what is not needed comes back empty. input to saved
     are what `rnn_layer` took and gave.
     """
-    _require_states(mode, h0, batch_sizes)
+    require_states(mode, h0, batch_sizes)
     none = input.new_empty(0)
     if input.dtype is torch.float64:
         steps = _steps(mode, input, h0, batch_sizes)
@@ -224,7 +224,7 @@ def rnn_layer_backward(
         return found[0], found[1], found[2], found[3:]
     P, each = weights[1].shape[1], len(weights) // directions
     rows = saved.view(directions, input.shape[:-1].numel(), saved.shape[-1])
-    dy = _unit(dy)
+    dy = unit(dy)
     dx = _fresh(input, input.shape) if needs[0] else None
     dh0 = input.new_empty(h0.shape) if needs[1] else None
     dc0 = input.new_empty(c0.shape) if needs[2] else None
@@ -233,16 +233,16 @@ def rnn_layer_backward(
         part = slice(d * P, (d + 1) * P)
         dweights += _direction_backward(
             None if dy is None else dy[..., part],
-            None if dh_n is None else _unit(dh_n[d]),
-            None if dc_n is None or mode != "lstm" else _unit(dc_n[d]),
+            None if dh_n is None else unit(dh_n[d]),
+            None if dc_n is None or mode != "lstm" else unit(dc_n[d]),
             dx,
             None if dh0 is None else dh0[d],
             None if dc0 is None else dc0[d],
             rows[d],
             input,
             y[..., part],
-            None if h0 is None else _unit(h0[d]),
-            None if c0 is None else _unit(c0[d]),
+            None if h0 is None else unit(h0[d]),
+            None if c0 is None else unit(c0[d]),
             w,
             mode,
             batch_sizes,
@@ -276,7 +276,7 @@ def _direction_backward(
     """
     lead = input.shape[:-1]
     pieces = _pieces(lead, w, input.dtype, reverse)
-    whole = _gates_like(y[min(pieces, key=lambda x: x.start)], w, mode)  # the others are not longer
+    whole = gates_like(y[min(pieces, key=lambda x: x.start)], w, mode)  # the others are not longer
     sums: list[Tensor | None] = [None] * len(needs)
     for index in reversed(range(len(pieces))):
         piece = pieces[index]
@@ -290,7 +290,7 @@ def _direction_backward(
                 c = _last_state(_saved_of(saved, earlier, lead), lead[1], w.hh.shape[0], reverse)
                 dc_before = y.new_empty(c.shape)
         if len(pieces) > 1:
-            gates = _Gates(*(None if x is None else x[: piece.stop - piece.start] for x in whole))
+            gates = Gates(*(None if x is None else x[: piece.stop - piece.start] for x in whole))
         _C.rnn_backward(
             gates.input,
             dh_before,
@@ -320,11 +320,11 @@ def _direction_backward(
     return [none.new_empty(0) if x is None else x for x in sums]
 
 
-def _gates_like(y: Tensor, w: Weights, mode: str) -> _Gates:
+def gates_like(y: Tensor, w: Weights, mode: str) -> Gates:
     """Room for the gradients of the steps of y."""
     lead, (GH, P) = y.shape[:-1], w.hh.shape
     H = GH // GATES[mode]
-    return _Gates(
+    return Gates(
         y.new_empty(*lead, GH),
         y.new_empty(*lead, H) if mode == "gru" else None,
         None if w.hr is None else y.new_empty(*lead, P),
@@ -341,7 +341,7 @@ def _last_state(saved: Tensor, B: int, GH: int, reverse: bool) -> Tensor:
 
 def _add_weight_gradients(
     sums: list[Tensor | None],
-    gates: _Gates,
+    gates: Gates,
     input: Tensor,
     y: Tensor,
     piece: slice,
@@ -382,7 +382,7 @@ def _wgrad(sum: Tensor | None, grad: Tensor, input: Tensor) -> Tensor:
 
 def _recurrent_gradient(
     sum: Tensor | None,
-    gates: _Gates,
+    gates: Gates,
     y: Tensor,
     piece: slice,
     h0: Tensor | None,
