@@ -113,7 +113,7 @@ MUTATIONS = [
         "largest magnitudes of one tap for all",
         DENSE,
         "peak[t1 * h_step + t2 * w_step]",
-        "peak[0]",
+        "peak[0 * (t1 * h_step + t2 * w_step)]",
         f"{SPLIT} -k 'ordinary or test_special_and_tiny_values and f32_split'",
     ),
     Mutation(

@@ -60,7 +60,8 @@ double cost(const ConvDesc& d, const ConvKernel& k) {
   const double rate = gemm_rate(conv_tiles(k)), some = static_cast<double>(channels);
   if (d.pass == ConvPass::wgrad) {  // tiles: x is packed for each tap
     const double image = tiled ? taps * some * (pack + gather) : some * pack;
-    return blocks(pixels, 32) * (taps * blocks(some, 16) / rate + image / columns + pack);
+    const double width = static_cast<double>(d.kernel[2]);
+    return blocks(pixels, 32) * (taps / width * blocks(width * some, 16) / rate + image / columns + pack);
   }
   const double padded = static_cast<double>(round_up(channels, k.k_step));
   const double image = padded * (pack + (tiled ? taps * gather : 0));
