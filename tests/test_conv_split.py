@@ -166,6 +166,53 @@ def test_tails_of_tiles(row, layout):
             assert torch.equal(run(problem, pass_, kernel=name), expected), (problem, pass_)
 
 
+FEW = [
+    dict(N=2, C=3, K=40, size=(19, 37), kernel=(7, 7), stride=(2, 2), padding=(3, 3)),
+    dict(N=1, C=1, K=33, size=(173,), kernel=(10,), stride=(5,), padding=(4,)),
+    dict(N=1, C=31, K=31, size=(5, 18), kernel=(1, 3), padding=(0, 2)),
+    dict(N=2, C=5, K=7, size=(3, 4, 21), kernel=(2, 2, 4), stride=(1, 2, 3), groups=1),
+    dict(N=1, C=4, K=6, size=(40,), kernel=(12,), dilation=(2,)),
+]
+
+
+@rows("dense")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_few_channels(row, layout):
+    """Taps along the width share a tile; values computed again in them."""
+    for case in FEW:
+        problem = Conv(**case, dtype=DTYPES[row["dtype"]], layout=layout)
+        for pass_ in CALL:
+            expected = reference(problem, pass_).expected.to(problem.dtype)
+            assert torch.equal(run(problem, pass_, kernel=row["name"]), expected), (case, pass_)
+            if row["precision"] != "ieee":
+                continue
+            tiny = problem_of(case, layout=layout)
+            source, _, _ = tiny.operands(pass_)
+            source[:, 0] *= 2.0**-30
+            source *= 2.0**-105
+            source[0, -1].view(-1)[2] = NAN
+            ref = reference(tiny, pass_)
+            error = check_special(run(tiny, pass_, kernel=row["name"]), tiny, pass_, ref, "ieee")
+            some = ref.expected.isfinite() & (ref.scale > 2.0**-120)
+            assert bool((error / ref.scale < 1e-5)[some].all()), (case, pass_)
+
+
+@here
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_frozen_packs_of_few_channels(dtype):
+    problem = Conv(2, 3, 256, (19, 37), (7, 7), stride=(2, 2), padding=(3, 3), dtype=DTYPES[dtype])
+    problem.w[3] *= 2.0**-110 if dtype == "float32" else 1
+    shapes = [list(t.shape) for t in (problem.x, problem.w, problem.dy)]
+    options = problem.options
+    assert "amx" in _C.conv_plan("forward", *shapes, **options, dtype=dtype, frozen=True)["kernel"]
+    pack = torch.full((_C.conv_pack_numel("forward", shapes[1], **options, dtype=dtype),), NAN)
+    _C.conv_pack(pack, "forward", problem.w, **options)
+    expected = reference(problem, "forward").expected
+    problem.w = torch.zeros_like(problem.w)
+    out = run(problem, "forward", pack=pack)
+    assert torch.equal(out, expected.to(problem.dtype))
+
+
 @rows("wgrad")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_tails_of_tiles_wgrad(row, layout):

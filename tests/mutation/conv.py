@@ -115,7 +115,7 @@ MUTATIONS = [
         "largest magnitudes of one tap for all",
         DENSE,
         "peak[t1 * h_step + t2 * w_step]",
-        "peak[0]",
+        "peak[0 * (t1 * h_step + t2 * w_step)]",
         f"{SPLIT} -k 'ordinary or test_special_and_tiny_values and f32_split'",
     ),
     Mutation(
@@ -136,8 +136,15 @@ MUTATIONS = [
         "convolution at the precision of matrix products",
         "csrc/bind/gemm_problem.cc",
         "operation[0] == 'm' ? matmul : conv",
-        "operation[0] == 'm' ? matmul : matmul",
+        "operation[0] == 'x' ? conv : matmul",
         f"{SPLIT} -k 'test_torchs_switch and tf32'",
+    ),
+    Mutation(
+        "positions behind the image's last not cleared where taps share a tile",
+        DENSE,
+        "    std::memset(to + end * pixel, 0, bytes((positions - end) * pixel));\n",
+        "",
+        f"{SPLIT} -k 'test_few_channels and conv_bf16'",
     ),
     Mutation(
         "tiles for a handful of pixels",

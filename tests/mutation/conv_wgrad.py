@@ -67,7 +67,7 @@ MUTATIONS = [
     Mutation(
         "padding on the right of a tile's pixels not cleared",
         WGRAD,
-        "        std::memset(dst + line.end * item, 0, bytes(b.width - line.end));\n",
+        "      std::memset(dst + line.end * item, 0, bytes(b.width - line.end));\n",
         "",
         f"{SPLIT} -k test_tails_of_tiles_wgrad",
     ),
@@ -81,8 +81,8 @@ MUTATIONS = [
     Mutation(
         "pixels that follow each other in memory taken for those of any rows",
         WGRAD,
-        "(r == 0 || lines[r].first == lines[r - 1].first + b.width * pixel_step * item)",
-        "true",
+        "    if (r > 0 && p.lines[r].first != p.lines[r - 1].first + bytes) return false;\n",
+        "",
         f"{SPLIT} -k test_tails_of_tiles_wgrad",
     ),
     Mutation(

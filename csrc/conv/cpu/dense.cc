@@ -2,6 +2,7 @@
 // of a tile point into a copy of the image, in which all of a pixel's taps and channels lie at offsets that pixels
 // share. Tiles read rows that follow each other: the pixels of each are gathered first, for all columns of a part.
 #include <algorithm>
+#include <cstring>
 #include <vector>
 
 #include "base/arena.h"
@@ -54,6 +55,33 @@ struct Problem {
   }
 };
 
+// As pack_columns, taps along the width and channels together: [taps][tap along the width, channel][nr].
+void pack_folded(const Problem& x, const ConvPhase& phase, const void* first, const ConvTensor& w, i64 w_channel,
+                 i64 w_column, int n, float* out, float* peak) {
+  const ConvAxis* const axis = phase.axis;
+  const i64 nr = x.p.kernel->nr, all = axis[2].taps * x.channels, step = x.p.kernel->k_step;
+  const i64 item = kItemSize[static_cast<int>(x.d.dtype)];
+  float some[32 * 32];  // [column][32]
+  for (i64 t = 0; t < axis[0].taps * axis[1].taps; ++t) {
+    const i64 t0 = t / axis[1].taps, t1 = t % axis[1].taps;
+    const i64 base =
+        (axis[0].tap_first + t0 * axis[0].tap_inc) * w.step[0] + (axis[1].tap_first + t1 * axis[1].tap_inc) * w.step[1];
+    for (i64 k = 0; k < all; k += step, out += x.units(step) * nr) {
+      const i64 depth = std::min(step, all - k);
+      char* to = reinterpret_cast<char*>(some);
+      for (i64 j = 0; j < n; ++j) {
+        for (i64 i = k; i < k + depth; ++i, to += item) {
+          const i64 t2 = axis[2].tap_first + i / x.channels * axis[2].tap_inc;
+          const void* const from =
+              at(first, base + t2 * w.step[2] + i % x.channels * w_channel + j * w_column, x.d.dtype);
+          std::memcpy(to, from, static_cast<std::size_t>(item));
+        }
+      }
+      x.helpers.pack_b(some, 1, depth, depth, n, static_cast<int>(nr), out, peak);
+    }
+  }
+}
+
 // n columns of one phase and group: [blocks of channels][taps][channels][nr]. first: element (0, 0) of the first tap.
 void pack_columns(const Problem& x, const ConvPhase& phase, const void* first, const ConvTensor& w, i64 w_channel,
                   i64 w_column, int n, float* out, float* peak) {
@@ -62,12 +90,16 @@ void pack_columns(const Problem& x, const ConvPhase& phase, const void* first, c
   const i64* const k = x.d.kernel;
   const bool one_run = x.d.pass == ConvPass::forward && w_channel == taps && (k[2] == 1 || w.step[2] == 1) &&
                        (k[1] == 1 || w.step[1] == k[2]) && (k[0] == 1 || w.step[0] == k[1] * k[2]);
-  if (one_run && taps > 1) {
+  if (one_run && taps > 1 && !x.p.fold) {
     for (i64 c0 = 0; c0 < x.channels; c0 += x.p.c_block) {
       const i64 c = std::min(x.p.c_block, x.channels - c0);
       x.p.kernel->functions->pack({at(first, c0 * taps, x.d.dtype), w_column, taps, c, n, out, peak});
       out += taps * x.units(c) * nr;
     }
+    return;
+  }
+  if (x.p.fold) {
+    pack_folded(x, phase, first, w, w_channel, w_column, n, out, peak);
     return;
   }
   for (i64 c0 = 0; c0 < x.channels; c0 += x.p.c_block) {
@@ -136,6 +168,7 @@ class Part {
     pointers_ = reinterpret_cast<const float**>(scratch + p_.band_bytes + p_.sum_bytes);
     float* tile = reinterpret_cast<float*>(scratch + p_.band_bytes + p_.sum_bytes + p_.pointer_bytes);
     gathered_ = tile, tile += kernel_.mr * kernel_.kc;
+    stage_ = tile, tile += p_.stage_floats;
     sum_row_ = ceil_div(columns_, kernel_.nr / 2) * kernel_.nr / 2;
     const i64 nr = kernel_.nr;
     in_place_ = reads_in_place();
@@ -158,8 +191,8 @@ class Part {
 
   void run() {
     for (i64 c0 = 0; c0 < x_.channels; c0 += p_.c_block) {
-      channels_ = std::min(p_.c_block, x_.channels - c0), floats_ = x_.units(channels_);
-      const i64 all_taps = axis(0).taps * axis(1).taps * axis(2).taps;
+      channels_ = std::min(p_.c_block, x_.channels - c0), floats_ = x_.units(lump() * channels_);
+      const i64 all_taps = axis(0).taps * axis(1).taps * width_taps();
       i64 position = all_taps * x_.units(c0);  // of the weights of the band to come
       const i64 n1 = p_.shared[1] ? axis(1).taps : 1, n2 = p_.shared[2] ? axis(2).taps : 1;
       if (in_place_) {
@@ -170,7 +203,7 @@ class Part {
       set_pointers();
       for (i64 t0 = 0; t0 < axis(0).taps; ++t0) {
         for (i64 t1 = 0; t1 < axis(1).taps; t1 += n1) {
-          for (i64 t2 = 0; t2 < axis(2).taps; t2 += n2) {
+          for (i64 t2 = 0; t2 < width_taps(); t2 += n2) {
             copy_band(c0, t0, t1, t2);
             multiply(position, n1, n2);
             position += n1 * n2 * floats_;
@@ -186,6 +219,9 @@ class Part {
 
  private:
   const ConvAxis& axis(int i) const { return phase_->axis[i]; }
+  // Taps along the width that a pixel of the band holds, and how many times so many there are.
+  i64 lump() const { return p_.fold ? axis(2).taps : 1; }
+  i64 width_taps() const { return p_.fold ? std::min<i64>(1, axis(2).taps) : axis(2).taps; }
   // Steps of outputs and taps in the band, and its size.
   i64 out_step(int i) const { return p_.shared[i] ? axis(i).in_step : 1; }
   i64 extent(int i, i64 n) const {
@@ -246,12 +282,16 @@ class Part {
 
   void copy_band(i64 c0, i64 t0, i64 t1, i64 t2) {
     const i64 width = extent(2, width_), height = extent(1, rows_);
-    const i64 h_step = p_.shared[1] ? 1 : axis(1).in_step, w_step = p_.shared[2] ? 1 : axis(2).in_step;
+    // Folded, positions of the image are copied first, as where taps are shared, then the taps of each output pixel.
+    const bool each = p_.shared[2] || p_.fold;
+    const i64 positions = p_.fold ? (width_ - 1) * axis(2).in_step + axis(2).taps : width;
+    const i64 h_step = p_.shared[1] ? 1 : axis(1).in_step, w_step = each ? 1 : axis(2).in_step;
     const i64 h_first = h0_ * axis(1).in_step + axis(1).first + t1 * axis(1).tap_step;
     const i64 w_first = w0_ * axis(2).in_step + axis(2).first + t2 * axis(2).tap_step;
     // Columns inside the image: begin <= j < end.
-    const i64 begin = w_first >= 0 ? 0 : std::min(width, ceil_div(-w_first, w_step));
-    const i64 end = w_first >= x_.size[2] ? begin : std::clamp((x_.size[2] - 1 - w_first) / w_step + 1, begin, width);
+    const i64 begin = w_first >= 0 ? 0 : std::min(positions, ceil_div(-w_first, w_step));
+    const i64 end =
+        w_first >= x_.size[2] ? begin : std::clamp((x_.size[2] - 1 - w_first) / w_step + 1, begin, positions);
     const ConvTensor& in = x_.in;
     float* out = band_;
     if (band_peak_) std::fill_n(band_peak_, planes_ * height * width, 0.0f);
@@ -264,9 +304,21 @@ class Part {
           std::fill_n(out, width * floats_, 0.0f);
           continue;
         }
+        ConvBandArgs b = {};
+        if (p_.fold) {
+          stage_row(at(in.data,
+                       n * in.n_step + group_ * x_.channels * in.c_step + z * in.step[0] + h * in.step[1] +
+                           (w_first + begin) * in.step[2],
+                       x_.d.dtype),
+                    begin, end, positions);
+          b.src = stage_, b.pixel_step = axis(2).in_step * channels_, b.c_step = 1;
+          b.pixels = width, b.channels = lump() * channels_, b.dst = out, b.row = floats_;
+          if (band_peak_) b.peak = band_peak_ + (s * height + i) * width;
+          kernel_.functions->band(b);
+          continue;
+        }
         std::fill_n(out, begin * floats_, 0.0f);
         std::fill_n(out + end * floats_, (width - end) * floats_, 0.0f);
-        ConvBandArgs b = {};
         b.src = at(in.data,
                    n * in.n_step + (group_ * x_.channels + c0) * in.c_step + z * in.step[0] + h * in.step[1] +
                        (w_first + begin * w_step) * in.step[2],
@@ -278,6 +330,25 @@ class Part {
         kernel_.functions->band(b);
       }
     }
+  }
+
+  // stage = positions of a row of the image and their channels, side by side; zeros but for those from begin to end.
+  void stage_row(const void* src, i64 begin, i64 end, i64 positions) {
+    const ConvTensor& in = x_.in;
+    const i64 item = kItemSize[static_cast<int>(x_.d.dtype)], pixel = channels_ * item;
+    const auto bytes = [](i64 n) { return static_cast<std::size_t>(n); };
+    const char* const from = static_cast<const char*>(src);
+    char* const to = reinterpret_cast<char*>(stage_);
+    std::memset(to, 0, bytes(begin * pixel));
+    std::memset(to + end * pixel, 0, bytes((positions - end) * pixel));
+    if (in.c_step == 1 && in.step[2] == channels_) {
+      std::memcpy(to + begin * pixel, from, bytes((end - begin) * pixel));
+      return;
+    }
+    for (i64 c = 0; c < channels_; ++c)
+      for (i64 i = 0; i < end - begin; ++i)
+        std::memcpy(to + ((begin + i) * channels_ + c) * item, from + (i * in.step[2] + c * in.c_step) * item,
+                    bytes(item));
   }
 
   // sums += band * weights, the taps n1 x n2 of the band.
@@ -393,28 +464,37 @@ class Part {
     float* const c = again_;
     float* const a = c + i64{kernel_.mr} * nr;
     float* const b = a + exact.kc * exact.mr;
-    const i64 all_taps = axis(0).taps * axis(1).taps * axis(2).taps;
+    const i64 all_taps = axis(0).taps * axis(1).taps * width_taps();
     const ConvTensor& w = x_.args.w;
     bool first = true;
     for (i64 c0 = 0; c0 < x_.channels; c0 += p_.c_block) {
       const i64 block = std::min(p_.c_block, x_.channels - c0);
       for (i64 tap = 0; tap < all_taps; ++tap) {
-        const i64 t[3] = {tap / axis(2).taps / axis(1).taps, tap / axis(2).taps % axis(1).taps, tap % axis(2).taps};
+        const i64 t[3] = {tap / width_taps() / axis(1).taps, tap / width_taps() % axis(1).taps, tap % width_taps()};
         for (i64 k = 0; k < block; k += exact.kc) {
-          const i64 depth = std::min(exact.kc, block - k);
+          const i64 part = std::min(exact.kc, block - k), depth = lump() * part;
           if (x_.d.frozen) {
-            const i64 position = all_taps * x_.units(c0) + tap * x_.units(block) + x_.units(k);
+            const i64 position = all_taps * x_.units(c0) + tap * x_.units(lump() * block) + x_.units(k);
             x_.helpers.unpack_b(weights_ + j0 * phase_->steps + position * nr, depth, s.n, nr, s.b_peak, b);
           } else {
-            i64 offset =
-                group_ * (x_.d.K / x_.d.groups) * w.n_step + (k0_ + j0) * x_.w_column + (c0 + k) * x_.w_channel;
-            for (int d = 0; d < 3; ++d) offset += (axis(d).tap_first + t[d] * axis(d).tap_inc) * w.step[d];
-            exact.helpers->pack_b(at(w.data, offset, dtype), x_.w_channel, x_.w_column, depth, s.n, nr, b, nullptr);
+            for (i64 l = 0; l < lump(); ++l) {
+              i64 offset =
+                  group_ * (x_.d.K / x_.d.groups) * w.n_step + (k0_ + j0) * x_.w_column + (c0 + k) * x_.w_channel;
+              const i64 at_tap[3] = {t[0], t[1], t[2] + l};
+              for (int d = 0; d < 3; ++d) offset += (axis(d).tap_first + at_tap[d] * axis(d).tap_inc) * w.step[d];
+              exact.helpers->pack_b(at(w.data, offset, dtype), x_.w_channel, x_.w_column, part, s.n, nr,
+                                    b + l * part * nr, nullptr);
+            }
           }
           for (int i = begin; i < end; i += exact.mr) {
             TileArgs tile = {};
             tile.m = std::min(exact.mr, end - i), tile.n = s.n, tile.k = depth;
-            for (int r = 0; r < tile.m; ++r) read_pixel(i0 + i + r, t, c0 + k, depth, a + r * depth);
+            for (int r = 0; r < tile.m; ++r) {
+              for (i64 l = 0; l < lump(); ++l) {
+                const i64 at_tap[3] = {t[0], t[1], t[2] + l};
+                read_pixel(i0 + i + r, at_tap, c0 + k, part, a + r * depth + l * part);
+              }
+            }
             tile.a = a, tile.a_row = depth, tile.a_col = 1, tile.b = b, tile.b_row = nr, tile.b_col = 1;
             tile.c = c + i64{i} * nr, tile.c_row = nr, tile.accumulate = !first;
             exact.tile(tile);
@@ -494,6 +574,7 @@ class Part {
   float* band_;
   float* sum_;
   const float** pointers_;
+  float* stage_;                                      // [position][channel], elements as they are
   float* gathered_;                                   // [kc][mr]
   float *band_peak_ = nullptr, *row_peak_ = nullptr;  // of the band's pixels, of the part's
   const float* w_peak_ = nullptr;                     // of the part's columns

@@ -39,6 +39,16 @@ const ConvKernel* find(const ConvDesc& d, Isa isa, Precision precision, ConvKind
   return nullptr;
 }
 
+// Whether the taps along the width make up for channels that are too few for tiles: neighbours in the image, and not
+// more of them than are computed again at a time.
+bool folds(const ConvDesc& d, const ConvKernel& k) {
+  const i64 channels = (d.pass == ConvPass::dgrad ? d.K : d.C) / d.groups, taps = d.kernel[2], all = taps * channels;
+  if (!conv_is_tiled(k) || d.pass == ConvPass::wgrad || d.dilation[2] != 1 || channels >= k.k_step) return false;
+  constexpr i64 kMost = 192;
+  if (taps < 2 || d.stride[2] > taps || all > kMost || channels == 0) return false;
+  return conv_units(k, all) < taps * conv_units(k, channels);
+}
+
 // Time of a pass, an output channel: in multiply-adds of the float32 FMA kernel, of which a core does 122e9 a second
 // where tiles exist. Tiles take 16 rows, and 32 of what is summed over, at a time, and each operand is split into parts
 // first; kGather: a row of 32 elements, a load and a store of 64 bytes, in the place of 40 multiply-adds. Frozen packs
@@ -59,9 +69,12 @@ double cost(const ConvDesc& d, const ConvKernel& k) {
   const double rate = gemm_rate(conv_tiles(k)), some = static_cast<double>(channels);
   if (d.pass == ConvPass::wgrad) {  // tiles: x is packed for each tap
     const double image = tiled ? taps * some * (pack + gather) : some * pack;
-    return blocks(pixels, 32) * (taps * blocks(some, 16) / rate + image / columns + pack);
+    const double width = static_cast<double>(d.kernel[2]);
+    return blocks(pixels, 32) * (taps / width * blocks(width * some, 16) / rate + image / columns + pack);
   }
-  const double padded = static_cast<double>(round_up(channels, k.k_step));
+  const bool fold = folds(d, k);
+  const i64 lump = fold ? d.kernel[2] : 1;
+  const double padded = static_cast<double>(round_up(lump * channels, k.k_step)) / static_cast<double>(lump);
   const double image = padded * (pack + (tiled ? taps * gather : 0));
   return blocks(pixels, 16) * taps * padded / rate + pixels * image / columns + (d.frozen ? 0 : taps * some * pack);
 }
@@ -97,15 +110,17 @@ struct Blocks {
   i64 pixels() const { return p.planes * p.rows * p.w_block; }
   i64 band_floats() const {
     const i64 rows = extent(axis[1], p.rows, p.shared[1]), width = extent(axis[2], p.w_block, p.shared[2]);
-    return p.planes * rows * width * conv_units(*p.kernel, p.c_block);
+    return p.planes * rows * width * pixel_floats();
   }
+  i64 pixel_floats() const { return conv_units(*p.kernel, (p.fold ? axis[2].taps : 1) * p.c_block); }
   void count_bytes() const {
     p.band_bytes = page(band_floats() * 4);
     p.sum_bytes = page(pixels() * p.k_block * 4);
     p.pointer_bytes = page(pixels() * 8);
     if (!conv_is_tiled(*p.kernel)) return;
     i64 floats = p.kernel->mr * p.kernel->kc;
-    p.band_pixels = band_floats() / conv_units(*p.kernel, p.c_block);
+    p.band_pixels = band_floats() / pixel_floats();
+    if (p.fold) floats += p.stage_floats = extent(axis[2], p.w_block, true) * p.c_block;
     if (conv_has_peaks(*p.kernel)) floats += p.band_pixels + pixels();
     if (p.repair)  // a vector of slack: see PackFunction
       floats += i64{p.kernel->mr} * p.kernel->nr + p.repair->kc * (p.repair->mr + p.kernel->nr) + 16;
@@ -176,14 +191,16 @@ void plan_dense(const ConvDesc& d, const Machine&, ConvPlan* plan) {
   constexpr i64 kUnits = 256;
   const i64 channel_limit = kernel.k_unit * kUnits / kernel.planes / kernel.k_step * kernel.k_step;
   p.c_block = even_block(std::max<i64>(1, channels), channel_limit, kernel.k_step);
+  p.fold = folds(d, kernel);
+  if (p.fold) p.c_block = channels;
   if (conv_is_tiled(kernel) && conv_tiles(kernel).helpers->suspects)
     p.repair = &gemm_pack_kernel(Isa::kAvx512, d.dtype, Precision::fma);
   p.w_block = even_block(width, kPixels, 1);
   p.rows = even_block(height, std::max<i64>(1, kPixels / p.w_block), 1);
   p.planes = p.rows == height ? std::clamp<i64>(kPixels / (p.rows * p.w_block), 1, planes) : 1;
   p.shared[0] = false;
-  for (int i = 1; i < 3; ++i) p.shared[i] = b.share(i, i == 1 ? p.rows : p.w_block);
-  if (b.axis[2].taps > 1 && !p.shared[2]) p.shared[1] = false;  // see run: a band's weights lie side by side
+  for (int i = 1; i < 3; ++i) p.shared[i] = b.share(i, i == 1 ? p.rows : p.w_block) && !(p.fold && i == 2);
+  if (b.axis[2].taps > 1 && !p.shared[2] && !p.fold) p.shared[1] = false;  // see run: a band's weights lie side by side
   for (b.count_bytes(); p.per_thread_bytes() > kConvThreadBytes; b.count_bytes()) {
     if (p.planes > 1) {
       p.planes /= 2;
@@ -209,8 +226,11 @@ void plan_dense(const ConvDesc& d, const Machine&, ConvPlan* plan) {
     x.axis[0] = conv_axis(d, 0, i / phases[2] / phases[1]);
     x.axis[1] = conv_axis(d, 1, i / phases[2] % phases[1]);
     x.axis[2] = conv_axis(d, 2, i % phases[2]);
-    x.steps = x.axis[0].taps * x.axis[1].taps * x.axis[2].taps *
-              (channels / p.c_block * conv_units(kernel, p.c_block) + conv_units(kernel, channels % p.c_block));
+    const i64 rows = x.axis[0].taps * x.axis[1].taps, taps = x.axis[2].taps;
+    x.steps =
+        p.fold ? rows * conv_units(kernel, taps * channels)
+               : rows * taps *
+                     (channels / p.c_block * conv_units(kernel, p.c_block) + conv_units(kernel, channels % p.c_block));
     x.pack = floats;
     floats += x.steps * panels * kernel.nr;
     x.peaks = floats;

@@ -432,49 +432,63 @@ struct Line {
   i64 begin, end;
 };
 
-// Lines of some channels, [pixel][32] or [channel][pixels] in stage, whichever copies along memory; then as tiles.
-// Pixels that follow each other in memory through all rows are read there.
-void pack_pixels(const Part& x, const Block& b, const Line* lines, i64 pixel_step, i64 c_step, int n, bool is_a,
-                 float* stage, float* out, float* peak) {
-  const GemmHelpers& helpers = *x.packer.helpers;
-  const i64 item = kItemSize[static_cast<int>(x.d.dtype)], pixels = b.count * b.width;
-  const int panel = is_a ? (n + 15) / 16 * 16 : x.kernel.nr;
-  PackFunction* const pack = is_a ? helpers.pack_a : helpers.pack_b;
-  bool in_place = true;
-  for (int r = 0; r < b.count && in_place; ++r)
-    in_place = lines[r].begin == 0 && lines[r].end == b.width &&
-               (r == 0 || lines[r].first == lines[r - 1].first + b.width * pixel_step * item);
-  if (in_place) return pack(lines[0].first, pixel_step, c_step, pixels, n, panel, out, peak);
-  const bool by_pixel = c_step == 1;
-  const i64 along = x.kernel.mr, row = by_pixel ? along : pixels;
-  char* const to = reinterpret_cast<char*>(stage);
+// Some channels of a block's pixels, as they lie in memory, and how they are copied: [pixel][32] or [row][pixels].
+struct Pixels {
+  const Line* lines;  // of the first channel
+  i64 pixel_step, c_step;
+  int n;
+  bool by_pixel;
+};
+// Whichever runs along memory; a copy of few elements costs as much as one of an element.
+bool by_pixel(const ConvTensor& t, i64 channels) { return t.c_step == 1 && channels > kFewChannels; }
+
+bool follow_each_other(const Part& x, const Block& b, const Pixels& p) {
+  const i64 bytes = b.width * p.pixel_step * kItemSize[static_cast<int>(x.d.dtype)];
+  for (int r = 0; r < b.count; ++r) {
+    if (p.lines[r].begin != 0 || p.lines[r].end != b.width) return false;
+    if (r > 0 && p.lines[r].first != p.lines[r - 1].first + bytes) return false;
+  }
+  return true;
+}
+
+// Copies them to rows `at` and on of a panel in stage.
+void stage_pixels(const Part& x, const Block& b, const Pixels& p, int at, float* stage) {
+  const i64 item = kItemSize[static_cast<int>(x.d.dtype)];
+  const i64 step = p.by_pixel ? x.kernel.mr : 1, row = p.by_pixel ? 1 : b.count * b.width;
+  char* const to = reinterpret_cast<char*>(stage) + at * row * item;
   const auto bytes = [&](i64 count) { return static_cast<std::size_t>(count * item); };
   for (int r = 0; r < b.count; ++r) {
-    const Line& line = lines[r];
+    const Line& line = p.lines[r];
     const i64 count = line.end - line.begin;
-    if (by_pixel) {
-      char* const dst = to + r * b.width * row * item;
-      std::memset(dst, 0, bytes(line.begin * row));
+    if (p.by_pixel) {
+      char* const dst = to + r * b.width * step * item;
+      for (i64 i = 0; i < line.begin; ++i) std::memset(dst + i * step * item, 0, bytes(p.n));
       for (i64 i = 0; i < count; ++i)
-        std::memcpy(dst + (line.begin + i) * row * item, line.first + i * pixel_step * item, bytes(n));
-      std::memset(dst + line.end * row * item, 0, bytes((b.width - line.end) * row));
+        std::memcpy(dst + (line.begin + i) * step * item, line.first + i * p.pixel_step * item, bytes(p.n));
+      for (i64 i = line.end; i < b.width; ++i) std::memset(dst + i * step * item, 0, bytes(p.n));
       continue;
     }
-    for (int c = 0; c < n; ++c) {
+    for (int c = 0; c < p.n; ++c) {
       char* const dst = to + (c * row + r * b.width) * item;
-      const char* const src = line.first + c * c_step * item;
+      const char* const src = line.first + c * p.c_step * item;
       std::memset(dst, 0, bytes(line.begin));
       std::memset(dst + line.end * item, 0, bytes(b.width - line.end));
-      if (pixel_step == 1) {
+      if (p.pixel_step == 1) {
         std::memcpy(dst + line.begin * item, src, bytes(count));
       } else if (item == 4) {
-        for (i64 i = 0; i < count; ++i) std::memcpy(dst + (line.begin + i) * 4, src + i * pixel_step * 4, 4);
+        for (i64 i = 0; i < count; ++i) std::memcpy(dst + (line.begin + i) * 4, src + i * p.pixel_step * 4, 4);
       } else {
-        for (i64 i = 0; i < count; ++i) std::memcpy(dst + (line.begin + i) * 2, src + i * pixel_step * 2, 2);
+        for (i64 i = 0; i < count; ++i) std::memcpy(dst + (line.begin + i) * 2, src + i * p.pixel_step * 2, 2);
       }
     }
   }
-  pack(stage, by_pixel ? row : 1, by_pixel ? 1 : row, pixels, n, panel, out, peak);
+}
+
+// n staged rows as tiles.
+void pack_staged(const Part& x, const Block& b, bool pixels_first, int n, PackFunction* pack, int panel,
+                 const float* stage, float* out, float* peak) {
+  const i64 pixels = b.count * b.width, row = pixels_first ? x.kernel.mr : pixels;
+  pack(stage, pixels_first ? row : 1, pixels_first ? 1 : row, pixels, n, panel, out, peak);
 }
 
 // What output row r, `width` wide from w on, meets of x with a tap, channels from c on.
@@ -504,11 +518,21 @@ void run_tiles(const Part& x, const Block& b, const Scratch& s, bool accumulate)
   float* const column_peaks = x.column_peaks(s.sums);
   float* const row_peaks = x.row_peaks(s.sums);
   if (!accumulate && column_peaks) std::fill_n(column_peaks, x.peak_floats(), 0.0f);
+  const GemmHelpers& helpers = *x.packer.helpers;
   Line lines[kRuns];
   for (i64 j = 0; j < x.k.size(); j += nr) {
+    const ConvTensor& y = x.args.y;
     for (int r = 0; r < b.count; ++r) lines[r] = {row_of_y(x, b.rows[r], b.w, j), 0, b.width};
-    pack_pixels(x, b, lines, x.args.y.step[2], x.args.y.c_step, static_cast<int>(std::min(nr, x.k.size() - j)), false,
-                s.stage, s.y + j * steps, column_peaks ? column_peaks + j : nullptr);
+    const Pixels p = {lines, y.step[2], y.c_step, static_cast<int>(std::min(nr, x.k.size() - j)),
+                      by_pixel(y, x.k.size())};
+    float* const out = s.y + j * steps;
+    float* const peak = column_peaks ? column_peaks + j : nullptr;
+    if (follow_each_other(x, b, p)) {
+      helpers.pack_b(lines[0].first, p.pixel_step, p.c_step, pixels, p.n, x.kernel.nr, out, peak);
+    } else {
+      stage_pixels(x, b, p, 0, s.stage);
+      pack_staged(x, b, p.by_pixel, p.n, helpers.pack_b, x.kernel.nr, s.stage, out, peak);
+    }
   }
   TileArgs t = {};
   t.a_row = 1, t.b_row = nr, t.b_col = 1, t.c_row = nr, t.k = steps, t.accumulate = accumulate;
@@ -520,14 +544,29 @@ void run_tiles(const Part& x, const Block& b, const Scratch& s, bool accumulate)
       x.packer.tile(t);
     }
   };
-  for (i64 tap = 0; tap < x.all_taps(); ++tap) {
-    const i64 taps[3] = {tap / x.taps[2] / x.taps[1], tap / x.taps[2] % x.taps[1], tap % x.taps[2]};
-    for (i64 c = 0; c < x.c.size(); c += mr) {
-      const i64 row = tap * x.c.size() + c;
-      const int m = static_cast<int>(std::min(mr, x.c.size() - c));
-      for (int r = 0; r < b.count; ++r) lines[r] = line_of_x(x, b.rows[r], b.w, b.width, taps, c);
-      pack_pixels(x, b, lines, x.d.stride[2] * x.args.x.step[2], x.args.x.c_step, m, true, s.stage, s.band,
-                  row_peaks ? row_peaks + row : nullptr);
+  // Rows are taps along the width times channels, 32 at a time: of few channels several taps.
+  const ConvTensor& in = x.args.x;
+  const i64 C = x.c.size(), lines_of_tap = x.taps[2] * C;
+  for (i64 tap = 0; tap < x.taps[0] * x.taps[1]; ++tap) {
+    for (i64 first = 0; first < lines_of_tap; first += mr) {
+      const int m = static_cast<int>(std::min(mr, lines_of_tap - first)), panel = (m + 15) / 16 * 16;
+      const i64 row = tap * lines_of_tap + first;
+      float* const peak = row_peaks ? row_peaks + row : nullptr;
+      bool packed = false;
+      for (int i = 0; i < m;) {
+        const i64 taps[3] = {tap / x.taps[1], tap % x.taps[1], (first + i) / C}, c = (first + i) % C;
+        for (int r = 0; r < b.count; ++r) lines[r] = line_of_x(x, b.rows[r], b.w, b.width, taps, c);
+        const Pixels p = {lines, x.d.stride[2] * in.step[2], in.c_step, static_cast<int>(std::min<i64>(m - i, C - c)),
+                          by_pixel(in, C)};
+        packed = p.n == m && follow_each_other(x, b, p);
+        if (packed) {
+          helpers.pack_a(lines[0].first, p.pixel_step, p.c_step, pixels, m, panel, s.band, peak);
+        } else {
+          stage_pixels(x, b, p, i, s.stage);
+        }
+        i += p.n;
+      }
+      if (!packed) pack_staged(x, b, by_pixel(in, C), m, helpers.pack_a, panel, s.stage, s.band, peak);
       products(s.band, row, m);
     }
   }
@@ -537,7 +576,7 @@ void run_tiles(const Part& x, const Block& b, const Scratch& s, bool accumulate)
   const bf16 narrow_one = {0x3f80};
   const f16 half_one = {0x3c00};
   const void* const kOnes[] = {&one, &narrow_one, &half_one};
-  x.packer.helpers->pack_a(kOnes[static_cast<int>(x.d.dtype)], 0, 0, pixels, 1, 16, ones, nullptr);
+  helpers.pack_a(kOnes[static_cast<int>(x.d.dtype)], 0, 0, pixels, 1, 16, ones, nullptr);
   if (row_peaks) row_peaks[x.panel_rows() - 1] = 1;
   products(ones, x.panel_rows() - 1, 1);
 }

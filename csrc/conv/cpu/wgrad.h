@@ -9,8 +9,8 @@ namespace fastdl {
 // are packed [row][column][lines] and dy [panel][pixel][nr]; tiles sum over the block's pixels, and add to the part's
 // sums [panel][tap][line][nr].
 //
-// Tiles take pixels 32 at a time, so those of a block follow each other without gaps, in a panel of x for each tap and
-// 32 channels, made when it is used, and in panels of dy.
+// Tiles take pixels 32 at a time, so those of a block follow each other without gaps, in a panel of x for each 32
+// of (tap along the width, channel), made when it is used, and in panels of dy.
 struct ConvWgradPlan {
   bool fold;         // a line is (tap along the width, channel): few channels; else a channel
   bool shared_rows;  // packed rows serve all taps that meet them; else each tap has its own
