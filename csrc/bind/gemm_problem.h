@@ -41,6 +41,7 @@ void require_rank(const TensorView& t, int least, const char* op, const char* ar
 void require_threads(int threads, const char* op);
 // How exact products of this dtype must be now: FASTDL_FLOAT32, or torch's own switch. Needs the GIL.
 Precision asked_precision(DType dtype);
+bool parse_precision(const std::string& name, Precision* precision);
 const GemmKernel* forced_kernel(const std::string& name, const char* op);             // null for ""
 const GemmKernel& pack_kernel(const std::string& name, DType dtype, const char* op);  // "": the level's own
 
