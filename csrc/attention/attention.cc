@@ -62,6 +62,7 @@ const AttentionKernel& attention_kernel(const std::string& name, const char* op)
 namespace {
 constexpr int kMaxKernels = 64;
 std::atomic<i64> g_calls[kMaxKernels];
+std::atomic<i64> g_recomputed{0};
 std::atomic<i64>& calls(const AttentionKernel& k) { return g_calls[&k - attention_kernels().data()]; }
 }  // namespace
 
@@ -70,6 +71,9 @@ void attention_count_call(const AttentionKernel& kernel) { calls(kernel).fetch_a
 void attention_reset_calls() {
   for (auto& n : g_calls) n.store(0, std::memory_order_relaxed);
 }
+
+i64 attention_recomputed() { return g_recomputed.load(std::memory_order_relaxed); }
+void attention_count_recomputed(i64 scores) { g_recomputed.fetch_add(scores, std::memory_order_relaxed); }
 
 AttentionSpan attention_span(const AttentionDesc& d, const AttentionArgs& args, i64 sequence) {
   AttentionSpan s = {0, 0, d.Lq, d.Lk, 0};

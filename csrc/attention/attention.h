@@ -129,5 +129,8 @@ void attention_keep(bool* keep, i64 B, i64 H, i64 Lq, i64 Lk, double dropout_p, 
 i64 attention_calls(const AttentionKernel& kernel);
 void attention_count_call(const AttentionKernel& kernel);
 void attention_reset_calls();
+// Scores (and what follows from them) that were left to AttentionPlan::exact since the process began.
+i64 attention_recomputed();
+void attention_count_recomputed(i64 scores);
 
 }  // namespace fastdl

@@ -297,14 +297,17 @@ py::dict backward_plan_dict(const AttentionDesc& d, const Machine& machine, cons
 
 py::dict plan_attention(py::handle query, py::handle key, py::handle value, py::handle mask, double scale, i64 lo,
                         i64 hi, double softcap, double dropout_p, i64 seed, py::object cu_seqlens_q,
-                        py::object cu_seqlens_k, bool align_end, const std::string& kernel, int threads,
-                        bool backward) {
+                        py::object cu_seqlens_k, bool align_end, const std::string& kernel, int threads, bool backward,
+                        const std::string& isa, const std::string& precision) {
   require_threads(threads, kOp);
   const Options o = {scale,    lo, hi, softcap, dropout_p, seed, std::move(cu_seqlens_q), std::move(cu_seqlens_k),
                      align_end};
-  const Problem p = make_problem(query, key, value, mask, o);
+  Problem p = make_problem(query, key, value, mask, o);
   const CpuInfo& cpu = cpu_info();
-  const Machine machine = {cpu.isa, current_team(threads).threads, cpu.l1d, cpu.l2, cpu.l3};
+  Machine machine = {cpu.isa, current_team(threads).threads, cpu.l1d, cpu.l2, cpu.l3};
+  if (!isa.empty() && !parse_isa(isa, &machine.isa)) fail(kOp, ": argument 'isa': no level '", isa, "'");
+  if (!precision.empty() && !parse_precision(precision, &p.desc.precision))
+    fail(kOp, ": argument 'precision': no precision '", precision, "'");
   const AttentionDesc& d = p.desc;
   if (backward) return backward_plan_dict(d, machine, forced_row(kernel));
   const AttentionPlan plan = attention_plan(d, machine, forced_row(kernel));
@@ -360,7 +363,7 @@ void bind_attention(py::module_& m) {
         "dmask"_a.none(true), "dout"_a, "query"_a, "key"_a, "value"_a, "out"_a, "lse"_a, "mask"_a = py::none(),
         py::kw_only(), "scale"_a, FASTDL_ATTENTION_OPTIONS);
   m.def("attention_plan", plan_attention, "query"_a, "key"_a, "value"_a, "mask"_a = py::none(), py::kw_only(),
-        "scale"_a = 1.0, FASTDL_ATTENTION_OPTIONS, "backward"_a = false);
+        "scale"_a = 1.0, FASTDL_ATTENTION_OPTIONS, "backward"_a = false, "isa"_a = "", "precision"_a = "");
 #undef FASTDL_ATTENTION_OPTIONS
   m.def("attention_keep", run_keep, "out"_a, py::kw_only(), "dropout_p"_a, "seed"_a);
 }

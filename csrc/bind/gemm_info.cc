@@ -194,6 +194,12 @@ py::dict kernel_row(const char* name, Isa isa, DType dtype) {
   return row;
 }
 
+bool parse_precision(const std::string& name, Precision* precision) {
+  for (Precision p : {Precision::fma, Precision::ieee, Precision::tf32, Precision::bf16})
+    if (name == precision_name(p)) return *precision = p, true;
+  return false;
+}
+
 void bind_gemm_info(py::module_& m) {
   using namespace py::literals;
   m.def("kernels", kernel_rows, "op"_a);
@@ -211,7 +217,7 @@ void bind_gemm_info(py::module_& m) {
     rnn_reset_calls();
     conv_reset_calls();
   });
-  m.def("recomputed", gemm_repaired);
+  m.def("recomputed", [] { return gemm_repaired() + attention_recomputed(); });
   m.def("gemm_plan", plan_shape, "M"_a, "N"_a, "K"_a, py::kw_only(), "batch"_a = 1, "a_strides"_a = py::none(),
         "b_strides"_a = py::none(), "packed"_a = false, "isa"_a = "", "threads"_a = 0, "l1d"_a = 0, "l2"_a = 0,
         "l3"_a = 0, "kernel"_a = "", "dtype"_a = "float32", "precision"_a = "ieee");

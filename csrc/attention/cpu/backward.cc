@@ -377,6 +377,7 @@ struct Part {
       if (std::max(rows.begin, begin) >= std::min(rows.end, end) || adds(h, rows, begin)) continue;
       clear(dk.below(from), count, d.D), clear(dv.below(from), count, d.Dv);
     }
+    attention_count_recomputed((end - begin) * n);
     h.pack_columns(h.k_row(key), d.k, n, d.D, scratch.exact_k);
     h.pack_columns(h.v_row(key), d.v, n, d.Dv, scratch.exact_v);
     h.pack_panels(h.k_row(key), d.k, n, d.D, scratch.exact_rows);

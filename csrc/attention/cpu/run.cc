@@ -181,6 +181,7 @@ void run_exact(const Head& h, const StripBlock& x, const Scratch& scratch) {
   const AttentionKernel& exact = *h.p.exact;
   const i64 o_row = round_up(h.d.Dv, 16);
   pack_keys(h, exact, x.key, x.n, scratch.exact_k, scratch.exact_v);
+  attention_count_recomputed(i64{x.m} * x.n);
   if (x.first) std::fill_n(x.o, x.m * o_row, 0.0f);
   for (int row = 0; row < x.m; row += exact.mr) {
     StripBlock y = x;
