@@ -142,7 +142,7 @@ MUTATIONS = [
         "largest magnitudes of a step's gradients not told",
         RNN_RUN,
         "x.peaks ? x.peaks + thread * d.B : nullptr);",
-        "nullptr);",
+        "x.peaks && thread < 0 ? x.peaks : nullptr);",
         f"{RNN_SPLIT} -k test_vanishing",
     ),
     Mutation(
@@ -155,8 +155,8 @@ MUTATIONS = [
     Mutation(
         "sums that parts get wrong left in a projection",
         RNN_RUN,
-        "    repair(a, w, column_peaks + column + j, 0, m, column + j, width, sums, x.nr);\n",
-        "",
+        "    repair(a, w, column_peaks + column + j, 0, m,",
+        "    repair(a, w, column_peaks + column + j, 0, m * 0,",
         f"{RNN_SPLIT} -k test_projections",
     ),
     Mutation(
