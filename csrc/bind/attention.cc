@@ -306,8 +306,7 @@ py::dict plan_attention(py::handle query, py::handle key, py::handle value, py::
   const CpuInfo& cpu = cpu_info();
   Machine machine = {cpu.isa, current_team(threads).threads, cpu.l1d, cpu.l2, cpu.l3};
   if (!isa.empty() && !parse_isa(isa, &machine.isa)) fail(kOp, ": argument 'isa': no level '", isa, "'");
-  if (!precision.empty() && !parse_precision(precision, &p.desc.precision))
-    fail(kOp, ": argument 'precision': no precision '", precision, "'");
+  if (!precision.empty()) p.desc.precision = precision_named(precision, kOp);
   const AttentionDesc& d = p.desc;
   if (backward) return backward_plan_dict(d, machine, forced_row(kernel));
   const AttentionPlan plan = attention_plan(d, machine, forced_row(kernel));

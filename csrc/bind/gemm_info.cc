@@ -194,12 +194,6 @@ py::dict kernel_row(const char* name, Isa isa, DType dtype) {
   return row;
 }
 
-bool parse_precision(const std::string& name, Precision* precision) {
-  for (Precision p : {Precision::fma, Precision::ieee, Precision::tf32, Precision::bf16})
-    if (name == precision_name(p)) return *precision = p, true;
-  return false;
-}
-
 void bind_gemm_info(py::module_& m) {
   using namespace py::literals;
   m.def("kernels", kernel_rows, "op"_a);
