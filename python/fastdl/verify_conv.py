@@ -24,6 +24,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 _TERMS = 4000  # of the longest sum
 _GUARD = -12345.678  # around what is written
 _BAND = 67
+_PRECISION = {row["name"]: row["precision"] for row in _C.kernels("conv")}
 
 # (what, input, weight, geometry): stride, padding, extra, dilation, groups
 _Problem = tuple[str, tuple[int, ...], tuple[int, ...], Geometry]
@@ -96,10 +97,12 @@ def _reference(pass_: str, g: Geometry, x: Tensor, w: Tensor, dy: Tensor, b: Ten
     return grad if b is None else grad + b.view(1, -1, *[1] * (w.ndim - 2))
 
 
-def _compare(tier: str, actual: Tensor, run: Any, operands: list[Tensor | None], depth: int) -> None:
+def _compare(
+    tier: str, actual: Tensor, run: Any, operands: list[Tensor | None], depth: int, precision: str = "ieee"
+) -> None:
     reference = sum_reference(run, operands, depth)
     if tier == "bound":
-        assert_within_bound(actual, reference)
+        assert_within_bound(actual, reference, precision=precision)
         return
     expected = reference.expected.to(actual.dtype)
     if not torch.equal(actual, expected):
@@ -138,9 +141,9 @@ def _check_kernel(kernel: str, pass_: str, dtype: torch.dtype, tier: str, proble
     places = dy.shape[0] * dy.shape[2:].numel()
     depth = {"forward": w[0].numel(), "dgrad": w.numel() // w.shape[1], "wgrad": places}[pass_]
     given = None if pass_ == "wgrad" else bias
-    _compare(tier, results[0], partial(_reference, pass_, g), [x, w, dy, given], depth + 1)
+    _compare(tier, results[0], partial(_reference, pass_, g), [x, w, dy, given], depth + 1, _PRECISION[kernel])
     if pass_ == "wgrad":
-        _compare(tier, sums, lambda dy: dy.sum([0, *range(2, dy.ndim)]), [dy], places)
+        _compare(tier, sums, lambda dy: dy.sum([0, *range(2, dy.ndim)]), [dy], places, _PRECISION[kernel])
 
 
 def _runs(row: dict[str, Any], pass_: str, problem: _Problem, last: bool) -> bool:
