@@ -467,7 +467,7 @@ def test_scratch_is_linear_in_the_lengths(row):
         own += buffer(wide * steps(D)) + buffer(steps(wide) * panel[D]) + buffer(wide * steps(Dv))
         own += 2 * buffer(p["strips"] * strip) + buffer(L)
         scores = mr * (wide + 16)
-        own += 2 * buffer(max(scores, nr * max(dp, dvp)) if tiled else scores) if unit == 2 else 0
+        own += (4 * buffer(max(scores, nr * max(dp, dvp))) if tiled else 2 * buffer(scores)) if unit == 2 else 0
         own += buffer(mr * (steps(wide) + 16)) if tiled else 0
         if limited(row):
             own += buffer(2 * -(-L // mr)) + buffer(14 * D) + buffer(14 * Dv) + buffer(wide * D) + buffer(wide * Dv)

@@ -531,10 +531,11 @@ def test_scratch_is_what_the_formula_says(row, shape, threads):
         return up(n, row["k_step"]) // row["k_unit"] * row["planes"]
 
     strips, block = plan["strips"], plan["key_block"]
+    buffers = 1 if row["isa"] != "amx" else 3 if row["planes"] == 1 else 2
     kept = max(1, -(-Lk // row["key_block"])) if plan["keep_k"] else 1
     v_bytes = kept * steps(block) * up(Dv, row["nr"]) * 4 if plan["pack_v"] else 0
     own = page(strips * row["mr"] * steps(D) * 4 + 64) + page(kept * block * steps(D) * 4 + 64)
-    own += (page(v_bytes + 64) if plan["pack_v"] else 0) + page(row["mr"] * (block + 16) * 4)
+    own += (page(v_bytes + 64) if plan["pack_v"] else 0) + page(buffers * row["mr"] * (block + 16) * 4)
     own += page(row["mr"] * (steps(block) + 16) * 4) if row["planes"] > 1 else 0
     own += page(strips * row["mr"] * o_row * 4) + page(strips * 2 * up(row["mr"], 16) * 4 + kept)
     own += page((up(14 * D, 16) + up(block * D, 16) + block * up(Dv, 32) + 48) * 4) if limited(row) else 0

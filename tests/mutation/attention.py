@@ -13,6 +13,8 @@ NATIVE = "tests/test_attention_native.py"
 ATTENTION_RUN = "csrc/attention/cpu/run.cc"
 ATTENTION_KERNEL = "csrc/attention/cpu/kernel.h"
 DECODE = "csrc/attention/cpu/decode.cc"
+TILES = "csrc/attention/cpu/kernel_amx.h"
+SPLIT = "tests/test_attention_split.py"
 
 MUTATIONS = [
     Mutation(
@@ -137,8 +139,8 @@ MUTATIONS = [
     Mutation(
         "a second query head overwrites dK and dV",
         GRAD,
-        "t.accumulate = rows.begin < begin || h.head > kv * (d.H / d.Hkv);",
-        "t.accumulate = rows.begin < begin;",
+        "return rows.begin < begin || h.head > kv * (d.H / d.Hkv);",
+        "return rows.begin < begin;",
         f"{GRADS} -k test_every_pair_of_options",
     ),
     Mutation(
@@ -172,7 +174,7 @@ MUTATIONS = [
     Mutation(
         "scores of the block before left beside the window",
         ATTENTION_KERNEL,
-        "      for (i64 j = t.begin; j < from[i]; j += W) Rows::store(s, j, L::zero());\n",
+        "      for (i64 j = t.begin; j < from[i]; j += W) Rows::store(out, j, L::zero());\n",
         "",
         f"{NATIVE} -k test_many_query_blocks",
     ),
@@ -196,5 +198,61 @@ MUTATIONS = [
         "c.chunks = p.blocks",
         "c.chunks = std::max<i64>(1, p.blocks - 1)",
         f"{NATIVE} -k test_grouped_queries",
+    ),
+    Mutation(
+        "tiles: parts of P in the wrong order",
+        TILES,
+        "return (j / kTileDepth * kParts + part) * kTileDepth + j % kTileDepth;",
+        "return (j / kTileDepth * kParts + kParts - 1 - part) * kTileDepth + j % kTileDepth;",
+        f"{NATIVE} -k 'test_every_tail and f32_split'",
+    ),
+    Mutation(
+        "tiles: the third part of dS left out",
+        TILES,
+        "    for (int part = 0; part < kParts; ++part) {\n",
+        "    for (int part = 0; part < kParts && part < 2; ++part) {\n",
+        f"{SPLIT} -k test_gradients_no_worse",
+    ),
+    Mutation(
+        "tiles: rows behind the last query keep what stood there",
+        GRAD,
+        "      if (turned()) x.rows = static_cast<int>(round_up(m, kernel.k_step));\n",
+        "",
+        f"{GRADS} -k '(test_every_tail or test_every_pair) and amx'",
+    ),
+    Mutation(
+        "tiles: the next strip's scores over those at hand",
+        ATTENTION_RUN,
+        "x.s = scratch.s + count % buffers * kernel.mr * (p.key_block + 16)",
+        "x.s = scratch.s",
+        f"{NATIVE} -k 'test_many_query_blocks and amx'",
+    ),
+    Mutation(
+        "tiles: NaN among the keys multiplied in parts",
+        ATTENTION_RUN,
+        "    limited |= is_large(peak, nr);\n",
+        "",
+        f"{SPLIT} -k test_special_values",
+    ),
+    Mutation(
+        "tiles: tiny values lose their lower parts",
+        ATTENTION_RUN,
+        "is_large(peak, nr) || is_tiny(peak, nr)",
+        "is_large(peak, nr)",
+        f"{SPLIT} -k test_tiny_values",
+    ),
+    Mutation(
+        "tiles: rows of dQ that a block by FMA begins are not cleared",
+        GRAD,
+        "first_key(tiles, row, m) >= key) clear(dq.below(row), m, d.D);",
+        "first_key(tiles, row, m) > key) clear(dq.below(row), m, d.D);",
+        f"{SPLIT} -k test_blocks_by_fma",
+    ),
+    Mutation(
+        "tiles: a strip by FMA begins anew",
+        ATTENTION_RUN,
+        "    std::copy_n(sum, y.m, x.sum + row);\n",
+        "",
+        f"{SPLIT} -k test_blocks_by_fma",
     ),
 ]

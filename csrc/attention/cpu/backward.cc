@@ -29,6 +29,7 @@ struct Scratch {
   float *q_strips, *q_panels, *o_strips, *o_panels;  // o: of dO
   float *k_panels, *k_rows, *v_panels;               // k_rows: B of dQ
   float *p, *ds, *ds_rows, *s, *g;                   // k_unit 1: s and g are those of the strip in p and ds
+  float *next_s = nullptr, *next_g = nullptr;        // tiles: of the next strip
   float *dq, *dk, *dv, *delta;
   float *q_least, *o_least;                                   // of each query block: see Least
   float *exact_q, *exact_o, *exact_k, *exact_v, *exact_rows;  // operands of AttentionBackwardPlan::exact
@@ -52,6 +53,7 @@ struct Scratch {
     ds_rows = tiled ? take(kernel.mr * backward_ds_row(kernel, plan)) : ds + rows / 2 * s_row;
     s = p, g = ds;
     if (kernel.k_unit == 2) s = take(backward_s_floats(d, plan)), g = take(backward_s_floats(d, plan));
+    if (tiled) next_s = take(backward_s_floats(d, plan)), next_g = take(backward_s_floats(d, plan));
     delta = take(d.Lq);
     const i64 strips = ceil_div(d.Lq, kernel.mr);
     if (plan.exact) q_least = take(2 * strips), o_least = q_least + strips;
@@ -230,14 +232,12 @@ struct Head {
 
   // c[m, n] = the rows [row, row + m) against the columns [begin, end) of a packed block.
   void products(const Operand& a, i64 row, int m, const float* panels, i64 depth, Seen columns, float* c) const {
-    TileArgs t = {};
-    t.m = static_cast<int>(lines(kernel, m));
-    t.a = a.data + row * (a.row ? a.row : depth), t.a_row = a.row ? a.row : 1, t.a_col = a.row ? 1 : t.m;
-    t.b_row = nr, t.b_col = 1, t.c_row = s_row, t.k = depth;
-    for (i64 j = columns.begin / nr * nr; j < columns.end; j += nr) {
-      t.b = panels + j * depth, t.c = c + j, t.n = static_cast<int>(std::min(nr, round_up(columns.end - j, 16)));
-      kernel.tile(t);
-    }
+    run(score_products(a, row, m, panels, depth, columns, c));
+  }
+  ProductsAhead score_products(const Operand& a, i64 row, int m, const float* panels, i64 depth, Seen columns,
+                               float* c) const {
+    return panel_products(kernel, a.data + row * (a.row ? a.row : depth), a.row, m, panels, depth,
+                          {columns.begin / nr * nr, columns.end}, c, s_row);
   }
   // Arguments of P and dS for the strip of rows [begin, begin + m) and the block of n keys from `key` on.
   SoftmaxGradArgs grad_args(i64 begin, int m, i64 key, i64 n, Seen columns) const {
@@ -314,6 +314,8 @@ struct Part {
     const i64 first = h.block_strip(block), last = h.block_strip(block + 1), nr = h.nr, unit = kernel.k_unit;
     const i64 begin = h.strip_begin(first), end = h.strip_begin(last), s_row = h.s_row;
     const bool scores = dq.data || dk.data;
+    bool ready = false;  // the strip's S and dP are computed
+    float *s_g[2] = {scratch.s, scratch.g}, *next_s_g[2] = {scratch.next_s, scratch.next_g};
     for (i64 strip = first; strip < last; ++strip) {
       const i64 row = h.strip_begin(strip), in_block = row - begin;
       const int m = static_cast<int>(h.strip_begin(strip + 1) - row);
@@ -321,19 +323,32 @@ struct Part {
       const bool some = columns.begin < columns.end;
       const i64 at_row = unit == 1 ? in_block * s_row : 0;
       SoftmaxGradArgs x = h.grad_args(row, m, key, n, some ? columns : Seen{0, 0});
-      x.scores.s = scratch.s + at_row, x.scale = d.scale, x.capped = true;
+      x.scores.s = s_g[0] + at_row, x.scale = d.scale, x.capped = true;
       if (turned()) x.rows = static_cast<int>(round_up(m, kernel.k_step));
       if (dv.data) x.p = scratch.p + steps(kernel, in_block) * s_row;
       if (scores) {
-        x.g = scratch.g + at_row, x.ds = scratch.ds + steps(kernel, in_block) * s_row;
+        x.g = s_g[1] + at_row, x.ds = scratch.ds + steps(kernel, in_block) * s_row;
         x.rows_step = backward_ds_row(kernel, p);
         x.ds_rows = scratch.ds_rows + (turned() ? 0 : in_block * x.rows_step);
       }
-      if (some) {
-        h.products(packed.q_a, row, m, scratch.k_panels, h.q_steps, columns, x.scores.s);
-        if (scores) h.products(packed.o_a, row, m, scratch.v_panels, h.o_steps, columns, scratch.g + at_row);
+      const auto start = [&](i64 from, int count, Seen keys, float* s, float* g, ProductsAhead(&out)[2]) {
+        out[0] = h.score_products(packed.q_a, from, count, scratch.k_panels, h.q_steps, keys, s);
+        if (scores) out[1] = h.score_products(packed.o_a, from, count, scratch.v_panels, h.o_steps, keys, g);
+      };
+      if (some && !ready) {
+        ProductsAhead now[2] = {};
+        start(row, m, columns, x.scores.s, s_g[1] + at_row, now);
+        fastdl::run(now[0]), fastdl::run(now[1]);
+      }
+      ready = false;
+      if (turned() && strip + 1 < last) {  // the next strip's, into the buffers that this one leaves
+        const i64 next = h.strip_begin(strip + 1), stop = h.strip_begin(strip + 2);
+        const Seen keys = h.seen_of(next, stop, key, n);
+        ready = keys.begin < keys.end;
+        if (ready) start(next, static_cast<int>(stop - next), keys, next_s_g[0], next_s_g[1], x.scores.ahead);
       }
       kernel.grads->softmax_grad[static_cast<int>(d.mask)](x);
+      if (turned()) std::swap(s_g, next_s_g);
       if (!some || !dq.data) continue;
       const i64 from = columns.begin / nr * nr;
       TileArgs t = {};

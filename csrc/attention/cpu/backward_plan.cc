@@ -74,8 +74,8 @@ AttentionBackwardPlan attention_backward_plan(const AttentionDesc& d, const Mach
   p.k_bytes = buffer(p.key_block * q_line) + buffer(k_units * round_up(d.D, nr));
   p.v_bytes = buffer(p.key_block * o_line);
   p.s_bytes = 2 * buffer(p.strips * p_strip);  // P and dS: float32, or as pairs (then dS as 16 bits in the second half)
-  if (unit == 2) p.s_bytes += 2 * buffer(backward_s_floats(d, p));         // the strip's S and dP in float32
-  if (tiled) p.s_bytes += buffer(kernel.mr * backward_ds_row(kernel, p));  // the strip's dS as parts
+  if (unit == 2) p.s_bytes += (tiled ? 4 : 2) * buffer(backward_s_floats(d, p));  // S and dP of a strip, or two in turn
+  if (tiled) p.s_bytes += buffer(kernel.mr * backward_ds_row(kernel, p));         // the strip's dS as parts
   p.row_bytes = buffer(d.Lq) + (p.exact ? buffer(2 * ceil_div(d.Lq, kernel.mr)) : 0);
   const i64 keys = group != 1 ? std::min(p.chunk, round_up(d.Lk, nr)) : p.key_block;
   p.sum_bytes = buffer(p.chunks > 1 ? 0 : d.Lq * dp) + buffer(keys * dp) + buffer(keys * dvp);

@@ -27,6 +27,19 @@ FASTDL_INLINE typename L::V exp2_falling(typename L::V x) {
   return L::scale(p, n);
 }
 
+// Of products ahead, those that the rows before row i + 1 of m have not started yet but should have.
+FASTDL_INLINE void start_products(const ProductsAhead (&ahead)[2], int i, int m) {
+  for (const ProductsAhead& a : ahead) {
+    if (a.count == 0) continue;
+    for (int j = a.count * i / m; j < a.count * (i + 1) / m; ++j) {
+      TileArgs t = a.first;
+      t.b = static_cast<const float*>(t.b) + j * a.b_step, t.c += j * a.first.n;
+      if (j == a.count - 1) t.n = a.last_n;
+      a.tile(t);
+    }
+  }
+}
+
 struct NoMask {};
 
 // `lanes` consecutive elements of a mask row from p, step apart; zeros behind.
@@ -138,6 +151,7 @@ void softmax(const SoftmaxArgs& t) {
 
     for (int i = 0; i < rows; ++i) {
       const i64 row = group + i;
+      start_products(t.ahead, static_cast<int>(row), t.m);
       const float* const s = t.s + row * t.s_row;
       float* const out = t.p + row * t.p_row;
       const auto x0 = L::set1(shift[i]);

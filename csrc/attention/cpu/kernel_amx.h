@@ -13,22 +13,32 @@ FASTDL_INLINE i64 part_at(i64 j, int part) {
   return (j / kTileDepth * kParts + part) * kTileDepth + j % kTileDepth;
 }
 
-// Whether the parts of x are x rounded once, by the processor: a single one. (P and dS are never near the largest
-// bf16.)
+// x = the sum of the parts, each the rest so far rounded to bfloat16 by the processor, which is half the instructions
+// of split (gemm/cpu/kernel_amx.h): P and dS are NaN or far from the largest bfloat16. lane: a part in the lower half
+// of a lane; as float32 it is that shifted.
+FASTDL_INLINE __m512i lane(__m256i part) { return _mm512_cvtepu16_epi32(part); }
+FASTDL_INLINE __m512i as_float(__m512i lanes) { return _mm512_slli_epi32(lanes, 16); }
+template <int kParts>
+FASTDL_INLINE void round_parts(L::V x, __m256i (&out)[kParts]) {
+#pragma GCC unroll 3
+  for (int p = 0; p < kParts; ++p) {
+    out[p] = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x));
+    if (p + 1 < kParts) x = L::sub(x, _mm512_castsi512_ps(as_float(lane(out[p]))));
+  }
+}
+
 template <int kParts>
 struct PartRows {
-  static FASTDL_INLINE void store(float* row, i64 j, L::V v) {
+  static FASTDL_INLINE void store_parts(float* row, i64 j, const __m256i (&part)[kParts]) {
     bf16* const out = reinterpret_cast<bf16*>(row);
-    if constexpr (kParts == 1) {
-      VecAvx512Narrow::narrow_pairs(out + j, v);
-    } else {
-      L::V part[kParts];
-      split(v, part);
 #pragma GCC unroll 3
-      for (int p = 0; p < kParts; ++p)
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + part_at<kParts>(j, p)),
-                            _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits(part[p]), 16)));
-    }
+    for (int p = 0; p < kParts; ++p)
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + part_at<kParts>(j, p)), part[p]);
+  }
+  static FASTDL_INLINE void store(float* row, i64 j, L::V v) {
+    __m256i part[kParts];
+    round_parts(v, part);
+    store_parts(row, j, part);
   }
 };
 
@@ -36,48 +46,28 @@ struct PartRows {
 template <int kParts>
 struct PartGrads {
   static constexpr int rows = 2;
-  static FASTDL_INLINE float* pair_row(float* p, const SoftmaxGradArgs& t, int i, int part) {
-    return p + ((i / kTileDepth * kParts + part) * 16 + i % kTileDepth / 2) * t.scores.s_row;
-  }
-  static FASTDL_INLINE void store_pairs(float* p, const SoftmaxGradArgs& t, int i, i64 j, const L::V (&low)[kParts],
-                                        const L::V (&high)[kParts]) {
+  static FASTDL_INLINE void store_pairs(float* p, const SoftmaxGradArgs& t, int i, i64 j, const __m256i (&low)[kParts],
+                                        const __m256i (&high)[kParts]) {
 #pragma GCC unroll 3
-    for (int part = 0; part < kParts; ++part)
-      L::store(pair_row(p, t, i, part) + j,
-               _mm512_castsi512_ps(_mm512_or_si512(_mm512_srli_epi32(bits(low[part]), 16), bits(high[part]))));
-  }
-  static FASTDL_INLINE void store_row(const SoftmaxGradArgs& t, int i, i64 j, const L::V (&x)[kParts]) {
-    bf16* const out = reinterpret_cast<bf16*>(t.ds_rows + i * t.rows_step);
-#pragma GCC unroll 3
-    for (int part = 0; part < kParts; ++part)
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + part_at<kParts>(j, part)),
-                          _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits(x[part]), 16)));
+    for (int part = 0; part < kParts; ++part) {
+      const i64 row = (i / kTileDepth * kParts + part) * 16 + i % kTileDepth / 2;
+      const __m512i pair = _mm512_or_si512(lane(low[part]), as_float(lane(high[part])));
+      L::store(p + row * t.scores.s_row + j, _mm512_castsi512_ps(pair));
+    }
   }
   static FASTDL_INLINE void store_p(const SoftmaxGradArgs& t, int i, i64 j, const L::V (&p)[2]) {
-    L::V low[kParts], high[kParts];
-    split(p[0], low);
-    split(p[1], high);
+    __m256i low[kParts], high[kParts];
+    round_parts(p[0], low);
+    round_parts(p[1], high);
     store_pairs(t.p, t, i, j, low, high);
   }
   static FASTDL_INLINE void store_ds(const SoftmaxGradArgs& t, int i, i64 j, const L::V (&ds)[2]) {
-    L::V low[kParts], high[kParts];
-    split(ds[0], low);
-    split(ds[1], high);
+    __m256i low[kParts], high[kParts];
+    round_parts(ds[0], low);
+    round_parts(ds[1], high);
     store_pairs(t.ds, t, i, j, low, high);
-    if (i < t.scores.m) store_row(t, i, j, low);
-    if (i + 1 < t.scores.m) store_row(t, i + 1, j, high);
-  }
-};
-template <>
-struct PartGrads<1> {
-  static constexpr int rows = 2;
-  static FASTDL_INLINE void store_p(const SoftmaxGradArgs& t, int i, i64 j, const L::V (&p)[2]) {
-    L::store(t.p + i / 2 * t.scores.s_row + j, VecAvx512Narrow::narrow_pair(p[0], p[1]));
-  }
-  static FASTDL_INLINE void store_ds(const SoftmaxGradArgs& t, int i, i64 j, const L::V (&ds)[2]) {
-    L::store(t.ds + i / 2 * t.scores.s_row + j, VecAvx512Narrow::narrow_pair(ds[0], ds[1]));
-    for (int r = 0; r < 2; ++r)
-      if (i + r < t.scores.m) PartRows<1>::store(t.ds_rows + (i + r) * t.rows_step, j, ds[r]);
+    if (i < t.scores.m) PartRows<kParts>::store_parts(t.ds_rows + i * t.rows_step, j, low);
+    if (i + 1 < t.scores.m) PartRows<kParts>::store_parts(t.ds_rows + (i + 1) * t.rows_step, j, high);
   }
 };
 

@@ -18,6 +18,16 @@ struct DropoutArgs {
   std::uint64_t threshold;    // kept where the 32 bits drawn are at least this; 0: no dropout
 };
 
+// Products that a function starts while it works on others: tiles multiply beside vectors, and in time between them.
+// All are alike: A against successive panels of B.
+struct ProductsAhead {
+  void (*tile)(const TileArgs&);
+  TileArgs first;
+  int count;   // 0: none
+  i64 b_step;  // floats from one panel to the next
+  int last_n;  // columns of the last
+};
+
 // Scores S [m,n] to P, in place, with the running maximum, sum and output of each row (Milakov and Gimelshein, "Online
 // normalizer calculation for softmax", 2018; Dao et al., "FlashAttention", 2022).
 struct SoftmaxArgs {
@@ -41,6 +51,7 @@ struct SoftmaxArgs {
   int dv;
   bool first;  // nothing so far: max, sum and o are not read
   DropoutArgs dropout;
+  ProductsAhead ahead[2];
 };
 
 // out(i,:) = o(i,:) * factor / sum(i), 0 where sum(i) is 0 (o is not read then).

@@ -60,6 +60,7 @@ void softmax_grad(const SoftmaxGradArgs& t) {
   const bool dropout = f.dropout.threshold != 0, capped = f.softcap > 0;
 
   for (int i = 0; i < t.rows; i += R) {
+    for (int r = i; r < i + R && r < t.rows; ++r) start_products(f.ahead, r, t.rows);
     i64 first[R], last[R];
     V lse[R], rest[R], delta[R];
     std::uint64_t key[R];

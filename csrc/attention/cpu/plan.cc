@@ -12,6 +12,7 @@ namespace {
 
 // Register tiles of rows in a query block: a block of K and V is read from L2 for each tile and from L3 for each block.
 constexpr i64 kStrips = 8;
+static_assert(kStrips <= kStripLimit);
 // A region costs its team a few microseconds of waking and waiting: below this much work, one thread is faster.
 constexpr double kSerialNanoseconds = 6000;
 
@@ -26,8 +27,8 @@ bool rows_collide(i64 stride) { return std::gcd<i64>(stride * 4, 4096) >= 2048; 
 // --- time of a score, in multiply-adds of the float32 FMA kernel ---------------------------------------------------
 // Sapphire Rapids, a core: FMA 122e9 multiply-adds a second, tiles 1.9e12 (gemm/cpu/plan.cc).
 constexpr double kTileRate = 1900.0 / 122;
-// Packing an element, as gemm; splitting one of P or dS: 9 instructions a part and vector of 16, two a cycle.
-constexpr double kPackCost = 8, kPartCost = 9;
+// Packing an element, as gemm; rounding one of P or dS to a part: 5 instructions a vector of 16, two a cycle.
+constexpr double kPackCost = 8, kPartCost = 5;
 // Scores are multiplied by this before exp: beyond it, what tiny parts lose of them would show.
 constexpr float kMostScale = 0x1p20f;
 
@@ -139,7 +140,7 @@ AttentionPlan attention_plan(const AttentionDesc& d, const Machine& machine, con
   p.k_bytes = round_up(kept * k_block + kSlack, 4096);
   p.v_bytes = p.pack_v ? round_up(kept * v_block + kSlack, 4096) : 0;
   p.p_row = p.key_block + 16;
-  p.s_bytes = round_up(kernel.mr * p.p_row * 4, 4096);
+  p.s_bytes = round_up(score_buffers(kernel) * kernel.mr * p.p_row * 4, 4096);
   if (kernel.planes > 1) {
     p.p_row = steps(kernel, p.key_block) + 16;  // 16: rows begin on different sets of L1
     p.p_bytes = round_up(kernel.mr * p.p_row * 4, 4096);

@@ -2,6 +2,12 @@
 // walks the keys that its rows see, a block of keys at a time, and each strip against a block of keys is: scores by
 // tiles against packed panels of K, softmax in L1, then O += P V by tiles. A thread takes consecutive query blocks, so
 // that what it packed of a head serves all of them; nothing is shared and no thread waits for another.
+//
+// Tiles of amx multiply beside the vector units: while the softmax of a strip takes exp, its rows start the scores of
+// the next strip and, in bf16, O += P V of the one before, a product of 130 or 260 cycles at a time, which fits between
+// the 4 to 8 rows of 70 each. By the cycles of a product (16), of a tile load (8) and of a vector of the softmax (9),
+// a strip against 128 keys at D = 64 in bf16 takes 2300 for exp, and 1600 for both products beneath it. (In parts, the
+// products take longer than exp, whatever lies beneath it.)
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -76,8 +82,8 @@ struct Head {
 
 constexpr int kMaxLines = 32;  // of a panel
 
-// Packed panels of keys [begin, begin + n): K as [panel][steps][nr], V, where v_out is not null, as [panel of
-// Dv][steps] [nr]. Tiny K is harmless: scores are off by what is lost of them, not by a share of it.
+// Packed panels of keys [begin, begin + n): K as [panel][steps][nr]; V, where v_out is not null, likewise along the
+// keys. Tiny K is harmless: scores are off by what is lost of them, not by a share of it.
 Pack pack_keys(const Head& h, const AttentionKernel& kernel, i64 begin, i64 n, float* k_out, float* v_out) {
   const AttentionDesc& d = h.d;
   const i64 nr = kernel.nr, k_steps = steps(kernel, d.D), v_steps = steps(kernel, h.p.key_block);
@@ -121,59 +127,64 @@ struct StripBlock {
   bool first;
 };
 
+// The keys of the block that the strip sees, from a whole panel on; none where begin >= end.
+Seen strip_columns(const Head& h, const AttentionKernel& kernel, const StripBlock& x) {
+  const Seen some = seen(h.d, h.span, x.begin, x.begin + x.m);
+  return {std::max<i64>(0, some.begin - x.key) / kernel.nr * kernel.nr, std::min<i64>(x.n, some.end - x.key)};
+}
+
 // The rows of the mask come from memory while the scores are computed.
-void prefetch_mask(const AttentionDesc& d, const SoftmaxArgs& f) {
+void prefetch_mask(const Head& h, const AttentionKernel& kernel, const StripBlock& x) {
+  const AttentionDesc& d = h.d;
+  const auto [begin, end] = strip_columns(h, kernel, x);
+  const SoftmaxArgs f = softmax_args(d, h.args, h.span, h.sequence, x.head, x.begin, x.key, x.n);
   if (f.mask_col != 1) return;
   const i64 item = d.mask == MaskKind::boolean ? 1 : d.mask == MaskKind::f32 ? 4 : kItemSize[static_cast<int>(d.dtype)];
-  for (int i = 0; i < (f.mask_row ? f.m : 1); ++i) {
+  for (int i = 0; i < (f.mask_row ? x.m : 1); ++i) {
     const char* const row = static_cast<const char*>(f.mask) + i * f.mask_row * item;
-    for (i64 j = f.begin * item; j < f.end * item; j += 64)
-      __builtin_prefetch(row + j, 0, 2);  // L2: L1 is full of scores
+    for (i64 j = begin * item; j < end * item; j += 64) __builtin_prefetch(row + j, 0, 2);  // L2: L1 is full of scores
   }
 }
 
-// Whether the strip sees anything of the block.
-bool run_strip(const Head& h, const AttentionKernel& kernel, const StripBlock& x) {
-  const AttentionDesc& d = h.d;
-  const Seen some = seen(d, h.span, x.begin, x.begin + x.m);
-  const i64 nr = kernel.nr, k_steps = steps(kernel, d.D), v_steps = steps(kernel, h.p.key_block);
-  const i64 begin = std::max<i64>(0, some.begin - x.key) / nr * nr, end = std::min<i64>(x.n, some.end - x.key);
-  if (begin >= end) return false;
-  const i64 s_row = h.p.key_block + 16, o_row = round_up(d.Dv, 16);
+ProductsAhead strip_scores(const Head& h, const AttentionKernel& kernel, const StripBlock& x) {
+  return panel_products(kernel, x.q, 0, x.m, x.k, steps(kernel, h.d.D), strip_columns(h, kernel, x), x.s,
+                        h.p.key_block + 16);
+}
 
+// O += P V.
+ProductsAhead strip_values(const Head& h, const AttentionKernel& kernel, const StripBlock& x) {
+  const AttentionDesc& d = h.d;
+  const auto [begin, end] = strip_columns(h, kernel, x);
+  const i64 nr = kernel.nr, o_row = round_up(d.Dv, 16);
+  ProductsAhead y = {};
+  TileArgs& t = y.first;
+  t.a = x.p + steps(kernel, begin), t.a_row = x.p_row, t.a_col = 1, t.b_col = 1, t.k = steps(kernel, end - begin);
+  t.c = x.o, t.c_row = o_row, t.m = static_cast<int>(lines(kernel, x.m)), t.n = static_cast<int>(nr);
+  t.accumulate = !x.first;
+  y.tile = kernel.tile_p, y.count = static_cast<int>(ceil_div(d.Dv, nr));
+  const i64 before = (y.count - 1) * nr;
+  if (x.v) {
+    t.b = x.v + steps(kernel, begin) * nr, t.b_row = nr, y.b_step = steps(kernel, h.p.key_block) * nr;
+    y.last_n = static_cast<int>(o_row - before);
+  } else {
+    t.b = static_cast<const float*>(h.v) + (x.key + begin) * d.v.row, t.b_row = d.v.row, y.b_step = nr;
+    y.last_n = static_cast<int>(d.Dv - before);
+  }
+  return y;
+}
+
+// The strip's scores, computed, to P; meanwhile products of other strips.
+void strip_softmax(const Head& h, const AttentionKernel& kernel, const StripBlock& x, const ProductsAhead& scores,
+                   const ProductsAhead& values) {
+  const AttentionDesc& d = h.d;
+  const auto [begin, end] = strip_columns(h, kernel, x);
   SoftmaxArgs f = softmax_args(d, h.args, h.span, h.sequence, x.head, x.begin, x.key, x.n);
-  f.s = x.s, f.s_row = s_row, f.p = x.p, f.p_row = x.p_row;
+  f.s = x.s, f.s_row = h.p.key_block + 16, f.p = x.p, f.p_row = x.p_row;
   f.m = x.m, f.begin = static_cast<int>(begin), f.end = static_cast<int>(end);
   f.stop = static_cast<int>(round_up(end, std::max(16, kernel.k_step)));
-  if (f.mask) prefetch_mask(d, f);
-
-  const int m = static_cast<int>(lines(kernel, x.m));
-  TileArgs t = {};
-  t.a = x.q, t.a_row = 1, t.a_col = m, t.b_row = nr, t.b_col = 1, t.c_row = s_row, t.k = k_steps, t.m = m;
-  for (i64 j = begin; j < end; j += nr) {
-    t.b = x.k + j * k_steps, t.c = x.s + j, t.n = static_cast<int>(std::min(nr, round_up(end - j, 16)));
-    kernel.tile(t);
-  }
-
-  f.max = x.max, f.sum = x.sum, f.o = x.o, f.o_row = o_row, f.dv = static_cast<int>(d.Dv), f.first = x.first;
+  f.max = x.max, f.sum = x.sum, f.o = x.o, f.o_row = round_up(d.Dv, 16), f.dv = static_cast<int>(d.Dv);
+  f.first = x.first, f.ahead[0] = scores, f.ahead[1] = values;
   kernel.ops->softmax[static_cast<int>(d.mask)](f);
-
-  t = {};
-  t.a = x.p + steps(kernel, begin), t.a_row = x.p_row, t.a_col = 1;
-  t.c_row = o_row, t.m = m, t.accumulate = !x.first, t.b_col = 1;
-  t.k = steps(kernel, end - begin);
-  for (i64 j = 0; j < d.Dv; j += nr) {
-    if (x.v) {
-      t.b = x.v + j * v_steps + steps(kernel, begin) * nr, t.b_row = nr;
-      t.n = static_cast<int>(std::min(nr, o_row - j));
-    } else {
-      t.b = static_cast<const float*>(h.v) + (x.key + begin) * d.v.row + j, t.b_row = d.v.row;
-      t.n = static_cast<int>(std::min(nr, d.Dv - j));
-    }
-    t.c = x.o + j;
-    kernel.tile_p(t);
-  }
-  return true;
 }
 
 // The same by FMA: packs what it needs.
@@ -192,7 +203,12 @@ void run_exact(const Head& h, const StripBlock& x, const Scratch& scratch) {
     std::fill_n(std::copy_n(x.sum + row, y.m, sum), kMaxLines - y.m, 0.0f);
     y.q = scratch.exact_q, y.k = scratch.exact_k, y.v = scratch.exact_v, y.p = y.s, y.p_row = h.p.key_block + 16;
     y.max = max, y.sum = sum;
-    run_strip(h, exact, y);
+    const Seen columns = strip_columns(h, exact, y);
+    if (columns.begin < columns.end) {
+      run(strip_scores(h, exact, y));
+      strip_softmax(h, exact, y, {}, {});
+      run(strip_values(h, exact, y));
+    }
     std::copy_n(max, y.m, x.max + row);
     std::copy_n(sum, y.m, x.sum + row);
   }
@@ -223,20 +239,38 @@ void run_block(const Head& h, i64 head, i64 block, const Scratch& scratch) {
     float* const v = p.pack_v ? scratch.v + slot * v_block : nullptr;
     if (!p.keep_k || !scratch.packed[slot]) scratch.packed[slot] = pack_keys(h, kernel, key, n, k, v);
     const bool limits = scratch.packed[slot] == kLimited;
+    const int buffers = score_buffers(kernel);
+    StripBlock todo[kStripLimit];
+    int count = 0;
     for (i64 i = 0; i < strips; ++i) {
       const i64 begin = h.strip_begin(first + i);
       StripBlock x = {};
       x.begin = begin, x.m = static_cast<int>(h.strip_begin(first + i + 1) - begin), x.key = key;
-      x.n = static_cast<int>(n), x.q = scratch.q + i * q_strip, x.k = k, x.v = v, x.s = scratch.s, x.p = scratch.p;
-      x.p_row = p.p_row, x.max = scratch.max + i * slots, x.sum = scratch.sum + i * slots;
+      x.n = static_cast<int>(n), x.q = scratch.q + i * q_strip, x.k = k, x.v = v;
+      x.s = scratch.s + count % buffers * kernel.mr * (p.key_block + 16), x.p = p.p_bytes ? scratch.p : x.s,
+      x.p_row = p.p_row;
+      x.max = scratch.max + i * slots, x.sum = scratch.sum + i * slots;
       x.o = scratch.o + i * kernel.mr * o_row, x.head = head, x.first = !(started >> i & 1);
+      const Seen columns = strip_columns(h, kernel, x);
+      if (columns.begin >= columns.end) continue;
+      started |= std::uint64_t{1} << i;
       if (p.exact && (limits || limited >> i & 1)) {
         run_exact(h, x, scratch);
-        started |= std::uint64_t{1} << i;
-      } else if (run_strip(h, kernel, x)) {
-        started |= std::uint64_t{1} << i;
+      } else {
+        todo[count++] = x;
       }
     }
+    ProductsAhead values = {};
+    for (int i = 0; i < count; ++i) {
+      const bool ahead = buffers > 1 && i + 1 < count, now = i == 0 || buffers == 1;
+      if (d.mask != MaskKind::none && now) prefetch_mask(h, kernel, todo[i]);
+      if (d.mask != MaskKind::none && ahead) prefetch_mask(h, kernel, todo[i + 1]);
+      if (now) run(strip_scores(h, kernel, todo[i]));
+      strip_softmax(h, kernel, todo[i], ahead ? strip_scores(h, kernel, todo[i + 1]) : ProductsAhead{}, values);
+      values = strip_values(h, kernel, todo[i]);
+      if (buffers < 3) run(values), values = {};
+    }
+    run(values);
   }
 
   for (i64 i = 0; i < strips; ++i) {

@@ -26,6 +26,11 @@ inline i64 lines(const AttentionKernel& k, i64 rows) { return is_tiled(k) ? roun
 // Floats of a packed line, a row or column of an operand, of so many elements.
 inline i64 steps(const AttentionKernel& k, i64 depth) { return round_up(depth, k.k_step) / k.k_unit * k.planes; }
 
+// Strips whose scores are at hand at a time: tiles compute the next ones early, and where P takes their place, multiply
+// it by V late.
+inline int score_buffers(const AttentionKernel& k) { return !is_tiled(k) ? 1 : k.planes == 1 ? 3 : 2; }
+constexpr i64 kStripLimit = 8;  // of a query block, forward
+
 // What bf16 parts get wrong: Inf, NaN and sums that may overflow on the way, from operands of kLargePeak on; values
 // whose lower parts are flushed, below kTinyPeak. Such operands, by the largest magnitudes of their lines, are
 // multiplied by FMA.
@@ -94,6 +99,29 @@ inline SoftmaxArgs softmax_args(const AttentionDesc& d, const AttentionArgs& arg
 
 inline float dropout_factor(const AttentionDesc& d) {
   return d.dropout_p < 1 ? static_cast<float>(1 / (1 - d.dropout_p)) : 0.0f;
+}
+
+// A[m, depth] against the columns of packed panels (columns.begin a multiple of nr), `depth` floats a line.
+inline ProductsAhead panel_products(const AttentionKernel& kernel, const float* a, i64 a_row, int m,
+                                    const float* panels, i64 depth, Seen columns, float* c, i64 c_row) {
+  const i64 nr = kernel.nr, width = columns.end - columns.begin;
+  ProductsAhead x = {};
+  if (width <= 0) return x;
+  TileArgs& t = x.first;
+  t.m = static_cast<int>(lines(kernel, m)), t.n = static_cast<int>(nr), t.k = depth;
+  t.a = a, t.a_row = a_row ? a_row : 1, t.a_col = a_row ? 1 : t.m, t.b_row = nr, t.b_col = 1;
+  t.b = panels + columns.begin * depth, t.c = c + columns.begin, t.c_row = c_row;
+  x.tile = kernel.tile, x.count = static_cast<int>(ceil_div(width, nr)), x.b_step = nr * depth;
+  x.last_n = static_cast<int>(std::min(nr, round_up(width - (x.count - 1) * nr, 16)));
+  return x;
+}
+inline void run(const ProductsAhead& x) {
+  for (int j = 0; j < x.count; ++j) {
+    TileArgs t = x.first;
+    t.b = static_cast<const float*>(t.b) + j * x.b_step, t.c += j * t.n;
+    if (j == x.count - 1) t.n = x.last_n;
+    x.tile(t);
+  }
 }
 
 void attention_run_decode(const AttentionDesc& desc, const AttentionPlan& plan, const AttentionArgs& args);

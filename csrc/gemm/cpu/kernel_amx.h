@@ -86,24 +86,33 @@ FASTDL_INLINE void multiply(const TileLayout& a, const TileLayout& b) {
   }
 }
 
-template <class P, int kRows, int kCols>
+// kNear: C is in a near cache, and whole blocks of it go on in the tiles where they stand.
+template <class P, bool kNear, int kRows, int kCols>
 void block(const TileArgs& t, TileLayout a, TileLayout b) {
-  for (int i = 0; i < t.m; ++i) {  // C comes from memory while the products run
+  const i64 row = t.c_row * 4;
+  const bool whole = t.m == 16 * kRows && t.n == 16 * kCols, onto = kNear && whole && t.accumulate;
+  for (int i = 0; !kNear && i < t.m; ++i) {  // C comes from memory while the products run
     __builtin_prefetch(t.c + i * t.c_row, 1);
     __builtin_prefetch(t.c + i * t.c_row + t.n - 1, 1);
   }
-  tile_zero<0>();
-  tile_zero<1>();
-  tile_zero<2>();
-  tile_zero<3>();
+  if (onto) {
+    tile_load<0>(t.c, row);
+    if constexpr (kCols > 1) tile_load<1>(t.c + 16, row);
+    if constexpr (kRows > 1) tile_load<2>(t.c + 16 * t.c_row, row);
+    if constexpr (kRows > 1 && kCols > 1) tile_load<3>(t.c + 16 * t.c_row + 16, row);
+  } else {
+    tile_zero<0>();
+    tile_zero<1>();
+    tile_zero<2>();
+    tile_zero<3>();
+  }
   for (i64 k = t.k / (16 * P::parts); k > 0; --k) {
     multiply<P, kRows, kCols, 0>(a, b);
     a.p += a.depth;
     b.p += b.depth;
   }
 
-  if (!t.accumulate && t.m == 16 * kRows && t.n == 16 * kCols) {
-    const i64 row = t.c_row * 4;
+  if (whole && (!t.accumulate || onto)) {
     tile_store<0>(t.c, row);
     if constexpr (kCols > 1) tile_store<1>(t.c + 16, row);
     if constexpr (kRows > 1) tile_store<2>(t.c + 16 * t.c_row, row);
@@ -126,14 +135,14 @@ void block(const TileArgs& t, TileLayout a, TileLayout b) {
   }
 }
 
-template <class P>
+template <class P, bool kNear = false>
 FASTDL_INLINE void run_block(const TileArgs& t, const TileLayout& a, const TileLayout& b) {
-  if (t.m > 16) return t.n > 16 ? block<P, 2, 2>(t, a, b) : block<P, 2, 1>(t, a, b);
-  return t.n > 16 ? block<P, 1, 2>(t, a, b) : block<P, 1, 1>(t, a, b);
+  if (t.m > 16) return t.n > 16 ? block<P, kNear, 2, 2>(t, a, b) : block<P, kNear, 2, 1>(t, a, b);
+  return t.n > 16 ? block<P, kNear, 1, 2>(t, a, b) : block<P, kNear, 1, 1>(t, a, b);
 }
-template <class P>
+template <class P, bool kNear = false>
 void run_block(const TileArgs& t) {
-  run_block<P>(t, layout_a<P>(t), layout_b<P>(t));
+  run_block<P, kNear>(t, layout_a<P>(t), layout_b<P>(t));
 }
 // A as rows of bfloat16, a_row floats apart, a matrix for each part, a_col floats apart; B packed.
 template <class P>
