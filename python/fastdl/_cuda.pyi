@@ -6,9 +6,8 @@ operation, argument, expected and got. Work goes to torch's current stream of th
 `fastdl._twin` has the same functions for CPU tensors.
 """
 
-from typing import Any, TypedDict
 from collections.abc import Sequence
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from torch import Tensor
 

@@ -5,12 +5,12 @@ import math
 
 import pytest
 import torch
+from test_cuda_attention import DTYPES, attention, on
 
 import fastdl.functional as fastdl_functional
 from fastdl.ops import cuda
 from fastdl.testing import GuardedOutput, twin
 from test_attention_backward import BANDS, EXTRAS, MASKS, assert_close, reference
-from test_cuda_attention import DTYPES, attention, on
 
 MODULE = cuda.load("_twin")[0] or cuda.load("_cuda")[0]
 every_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
