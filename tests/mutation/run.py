@@ -1,6 +1,7 @@
 """Plants one bug at a time in a copy of the sources and demands that the tests notice.
 
-usage: python tests/mutation/run.py [NAME ...]          all bugs of the table, or those named; about 30 minutes
+usage: python tests/mutation/run.py [--part I/N] [NAME ...]     all bugs of the table (about 30 minutes), or those named;
+                                                                with --part every N-th of them, from the I-th on
 
 The unmutated copy must pass the same tests first. Exits nonzero when a bug survives, when its line is not found exactly
 once (the source has moved on: adapt the table), or when a test selection is empty.
@@ -8,6 +9,7 @@ once (the source has moved on: adapt the table), or when a test selection is emp
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import subprocess
@@ -106,11 +108,22 @@ class Workbench:
             shutil.copytree(self.pristine, self.build)
 
 
-def main(names: list[str]) -> int:
-    unknown = set(names) - {m.name for m in MUTATIONS}
+def choose(arguments: list[str]) -> list[Mutation]:
+    parser = argparse.ArgumentParser(description="Plants bugs that the tests must notice.")
+    parser.add_argument("--part", metavar="I/N", default="0/1", help="every N-th bug, from the I-th (from 0) on")
+    parser.add_argument("names", metavar="NAME", nargs="*", help="bugs of the table; all of them if none is given")
+    options = parser.parse_args(arguments)
+    unknown = set(options.names) - {m.name for m in MUTATIONS}
     if unknown:
         sys.exit(f"no such bug: {', '.join(sorted(unknown))}")
-    chosen = [m for m in MUTATIONS if not names or m.name in names]
+    part, parts = map(int, options.part.split("/"))
+    if not 0 <= part < parts:
+        sys.exit(f"--part: expected I/N with 0 <= I < N, got {options.part}")
+    return [m for m in MUTATIONS if not options.names or m.name in options.names][part::parts]
+
+
+def main(arguments: list[str]) -> int:
+    chosen = choose(arguments)
     survivors = []
     width = max(len(m.name) for m in chosen)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
