@@ -1,6 +1,6 @@
 """Plants one bug at a time in a copy of the sources and demands that the tests notice.
 
-usage: python tests/mutation/run.py [--part I/N] [NAME ...]     all bugs of the table (about 30 minutes), or those named;
+usage: python tests/mutation/run.py [--part I/N] [NAME ...]     all bugs of the table (about 30 minutes) or those named,
                                                                 with --part every N-th of them, from the I-th on
 
 The unmutated copy must pass the same tests first. Exits nonzero when a bug survives, when its line is not found exactly
