@@ -34,25 +34,13 @@ def on(x, where, dtype=torch.float32):
 
 def results(module, x, hx):
     """Results, then gradients of the input, the states and the parameters."""
-    leaves = [t.detach().requires_grad_() for t in tree_leaves((x, hx)) if isinstance(t, torch.Tensor)]
-    data, states = (x.data, tree_leaves(hx)) if isinstance(x, PackedSequence) else (x, tree_leaves(hx))
-    leaves = [t.detach().requires_grad_() for t in (data, *(s for s in states if s is not None))]
-    input = leaves[0]
-    if isinstance(x, PackedSequence):
-        input = PackedSequence(input, x.batch_sizes, x.sorted_indices, x.unsorted_indices)
-    hx = tuple(leaves[1:]) if isinstance(hx, tuple) else leaves[1] if hx is not None else None
-    out = (
-        [
-            y
-            for y in tree_leaves([o.data if isinstance(o, PackedSequence) else o for o in [module(input, hx)]])
-            if isinstance(y, torch.Tensor) and y.is_floating_point()
-        ]
-        if not isinstance(x, PackedSequence)
-        else None
-    )
-    if out is None:
-        y, h = module(input, hx)
-        out = [y.data, *tree_leaves(h)]
+    packed = isinstance(x, PackedSequence)
+    states = [] if hx is None else [*hx] if isinstance(hx, tuple) else [hx]
+    leaves = [t.detach().requires_grad_() for t in (x.data if packed else x, *states)]
+    input = PackedSequence(leaves[0], *x[1:]) if packed else leaves[0]
+    hx = None if hx is None else tuple(leaves[1:]) if isinstance(hx, tuple) else leaves[1]
+    out = module(input, hx)
+    out = [out[0].data, *tree_leaves(out[1])] if packed else tree_leaves(out)
     loss = sum((y.double() * torch.linspace(-1, 1, y.numel(), device=y.device).view(y.shape)).sum() for y in out)
     return [y.detach() for y in out] + list(torch.autograd.grad(loss, [*leaves, *module.parameters()]))
 

@@ -103,10 +103,8 @@ def rnn_layer(
     rows = saved.view(directions, math.prod(lead), shapes[3][-1]) if save else None
     for d, w in enumerate(by_direction(weights, directions)):
         part, GH = None if rows is None else rows[d], w.ih.shape[0]
-        if part is None or part.shape[-1] < GH:
-            gates = input.new_empty(*lead, GH)
-        else:  # gates lie where they are saved
-            gates = first_part(part, lead, GH)
+        in_place = part is not None and part.shape[-1] >= GH  # gates lie where they are saved
+        gates = first_part(part, lead, GH) if in_place else input.new_empty(*lead, GH)
         _gemm(_rows(gates), _rows(input), w.ih.mT, w.bias_ih)
         cuda.require("rnn", input).rnn(
             y[..., d * P : (d + 1) * P],
