@@ -450,8 +450,8 @@ struct Part {
       for (i64 tile = 0; tile < key_tiles(n); ++tile) {
         const i64 from = key_tile(n, tile), to = key_tile(n, tile + 1);
         const Seen rows = seeing(d, h.span, key + from, key + to);
+        if (std::max(rows.begin, begin) >= std::min(rows.end, end)) continue;
         const i64 r0 = std::max<i64>(0, rows.begin - begin) / h.unit * h.unit, r1 = std::min(end, rows.end) - begin;
-        if (r0 >= r1) continue;
         t.a = x.data + c * steps(kernel, h.span.Lq) + steps(kernel, begin + r0) * t.m;
         t.b = a + steps(kernel, r0) * h.s_row + from;
         t.c = sums.at(from, c), t.k = steps(kernel, r1 - r0), t.n = static_cast<int>(round_up(to - from, 16));

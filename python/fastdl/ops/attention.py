@@ -52,7 +52,8 @@ def scaled_dot_product_attention(
     dimensions broadcast, any strides, nothing is copied. The result lies in memory as query does, so that what was
     transposed to get here turns back without a copy. float32, bfloat16 and float16 on the CPU run fastdl's kernels,
     with head dimensions 1 to 256; float64 runs a reference; every other call is handed to torch and recorded with the
-    reason. torch.autocast casts as in torch.
+    reason. `torch.backends.mkldnn.matmul.fp32_precision` says how exact products of float32 must be, forward and
+    backward. torch.autocast casts as in torch.
 
     Args:
         attn_mask: broadcasts to [..., H, Lq, Lk] without being materialised. bool: True takes part; float32 or
