@@ -5,13 +5,16 @@
 // result; None where the call is not plain or does not fit, so that the general path must look at it; plain_* return
 // True where the call is plain and autograd must record it.
 #include <algorithm>
+#include <iterator>
 #include <new>
+#include <utility>
 #include <vector>
 
 #include "base/check.h"
 #include "bind/bind.h"
 #include "bind/gemm_problem.h"
 #include "gemm/gemm.h"
+#include "rnn/rnn.h"
 
 namespace py = pybind11;
 
@@ -105,17 +108,22 @@ py::object new_empty(PyObject* like, const i64* shape, int ndim) {
   return call_method(g_rules->new_empty, arguments, static_cast<std::size_t>(ndim) + 1);
 }
 
-void run(GemmProblem p) {
-  p.desc.precision = asked_precision(p.desc.dtype);
-  // Giving the lock back and taking it again costs 0.1 us: not for work of about 1 us.
+// Giving the lock back and taking it again costs 0.1 us: not for work of about 1 us.
+template <class Body>
+void run_unlocked(double products, const Body& body) {
   constexpr double kHeld = 1 << 16;
-  const GemmDesc& d = p.desc;
-  if (static_cast<double>(d.batch) * d.M * d.N * d.K <= kHeld) {
-    gemm(d, p.args, nullptr, 0);
+  if (products <= kHeld) {
+    body();
     return;
   }
   py::gil_scoped_release release;
-  gemm(d, p.args, nullptr, 0);
+  body();
+}
+
+void run(GemmProblem p, Switch which = Switch::matmul) {
+  p.desc.precision = asked_precision(p.desc.dtype, which);
+  const GemmDesc& d = p.desc;
+  run_unlocked(static_cast<double>(d.batch) * d.M * d.N * d.K, [&] { gemm(d, p.args, nullptr, 0); });
 }
 
 // The output of linear, computed; null where it does not fit.
@@ -210,6 +218,69 @@ PyObject* matmul_result(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return guarded([&] { return matmul_output(args); });
 }
 
+bool is_matrix(const TensorView& t, i64 rows, i64 cols, DType dtype) {
+  return t.ndim == 2 && t.size(0) == rows && t.size(1) == cols && t.dtype == dtype;
+}
+bool has_rows(const TensorView& t) { return t.size(1) == 1 || t.stride(1) == 1; }
+
+// One step of a cell: the product with W_ih, then a sequence of one step.
+py::object cell_output(PyObject* const* args) {
+  constexpr std::pair<const char*, RnnCell> kModes[] = {
+      {"lstm", RnnCell::lstm}, {"gru", RnnCell::gru}, {"rnn_tanh", RnnCell::plain}, {"rnn_relu", RnnCell::plain}};
+  const char* op = "fastdl.rnn_cell";
+  PyObject *const *t = args + 2, *const c = t[2];  // x, h, c, w_ih, w_hh, b_ih, b_hh
+  if (!PyUnicode_Check(args[0]) || !PyLong_Check(args[1]) || !std::all_of(t, t + 7, is_plain) || !eager_is_plain())
+    return {};
+  RnnDesc d = {};
+  RnnArgs a = {};
+  const auto named = [&](const auto& m) { return PyUnicode_CompareWithASCIIString(args[0], m.first) == 0; };
+  const auto* mode = std::find_if(std::begin(kModes), std::end(kModes), named);
+  if (mode == std::end(kModes) || (c == Py_None) != (mode->second != RnnCell::lstm)) return {};
+  d.cell = mode->second, a.relu = named(kModes[3]);
+  const TensorView x = view(t[0], op, "input"), h = view(t[1], op, "hx"), w = view(t[4], op, "weight_hh");
+  const TensorView w_ih = view(t[3], op, "weight_ih");
+  if (x.ndim != 2) return {};
+  int overflow = 0;
+  d.T = 1, d.B = x.size(0), d.H = d.P = PyLong_AsLongLongAndOverflow(args[1], &overflow), d.dtype = x.dtype;
+  const i64 gates = kGates[static_cast<int>(d.cell)] * d.H;
+  i64 shape[kMaxBatchDims + 2];
+  if (d.H < 1 || w.ndim != 2 || w.size(1) != d.H || !linear_shape(x, w_ih, t[5], shape) || shape[1] != gates || !is_matrix(w, gates, d.H, d.dtype) ||
+      !is_matrix(h, d.B, d.H, d.dtype) || !has_rows(h))
+    return {};
+  if (t[6] != Py_None) {
+    const TensorView b = view(t[6], op, "bias_hh");
+    if (b.ndim != 1 || b.size(0) != gates || b.dtype != d.dtype) return {};
+    a.bias = b.data, a.bias_step = b.stride(0);
+  }
+  const i64 state[] = {d.B, d.H};
+  py::object out = new_empty(t[0], state, 2), out_c;
+  if (c != Py_None) {
+    const TensorView before = view(c, op, "cx");
+    if (!is_matrix(before, d.B, d.H, d.dtype) || !has_rows(before)) return {};
+    a.c0 = before.data, a.c0_row = before.stride(0);
+    out_c = new_empty(t[0], state, 2);
+    a.c_n = view(out_c, op, "cx").data, a.c_n_row = d.H;
+  }
+  const py::object x_gates = new_empty(t[0], shape, 2);
+  const TensorView sums = view(x_gates, op, "gates");
+  GemmProblem p = weight_problem(sums, x, w_ih, op);
+  add_bias(&p, t[5], sums, op);
+  run(p, Switch::rnn);
+  d.w_rows = w.stride(1) == 1 || d.P == 1;
+  d.precision = asked_precision(d.dtype, Switch::rnn);
+  a.steps.rows = d.B;
+  a.y = {view(out, op, "hx").data, d.B * d.H, d.H};
+  a.x = sums.data, a.w = w.data, a.w_row = w.stride(0), a.w_col = w.stride(1);
+  a.h0 = h.data, a.h0_row = h.stride(0);
+  run_unlocked(static_cast<double>(d.B) * gates * d.H, [&] { rnn(d, a, nullptr, nullptr, 0); });
+  return c == Py_None ? out : py::object(py::make_tuple(out, out_c));
+}
+
+PyObject* rnn_cell(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (!arguments_are(count, 9, "rnn_cell")) return nullptr;
+  return guarded([&] { return cell_output(args); });
+}
+
 // pybind11 takes about 0.2 us to sort out a call's arguments; these take them as they come.
 template <PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)>
 PyMethodDef method(const char* name, const char* signature) {
@@ -229,6 +300,9 @@ void bind_plain(py::module_& m) {
       method<plain_matmul>("plain_matmul", "plain_matmul(input: object, other: object, /) -> object"),
       method<linear_result>("linear_result", "linear_result" FASTDL_LINEAR),
       method<matmul_result>("matmul_result", "matmul_result(a: object, b: object, /) -> object"),
+      method<rnn_cell>("rnn_cell",
+                       "rnn_cell(mode: object, H: object, x: object, h: object, c: object, w_ih: object, w_hh: object, "
+                       "b_ih: object, b_hh: object, /) -> object"),
       {}};
 #undef FASTDL_LINEAR
   if (PyModule_AddFunctions(m.ptr(), methods) < 0) throw py::error_already_set();

@@ -191,6 +191,21 @@ def linear_result(input: Tensor, weight: Tensor, bias: Tensor | None, packed: Te
 def matmul_result(a: Tensor, b: Tensor, /) -> Tensor | None:
     """`gemm` of matrices, or of batches of them, into a new tensor; None where the arguments do not fit."""
 
+def rnn_cell(
+    mode: str,
+    H: int,
+    x: Tensor,
+    h: Tensor,
+    c: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    /,
+) -> Any:
+    """The new h, or (h, c) of lstm, of one step without grad: x [B, I], h, c [B, H]; None where the call is not plain,
+    or does not fit."""
+
 def linear_shape(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[int, ...] | None:
     """The output shape if `linear` can take these as they are; None for whatever it cannot (never raises)."""
 

@@ -67,44 +67,14 @@ def cell(
 def plain_cell(mode: str, H: int, x: Tensor, h: Tensor, c: Tensor | None, parameters: dict[str, Tensor | None]) -> Any:
     """What the module of a cell gives without grad, where the call is plain, of rank 2, and fits; otherwise None.
 
-    For streams of single steps, where checks take the longest: the native functions make most of them.
+    For streams of single steps, where checks take the longest: one native call makes them.
     """
     try:
         w_ih, w_hh = parameters["weight_ih"], parameters["weight_hh"]
         b_ih, b_hh = parameters["bias_ih"], parameters["bias_hh"]
     except KeyError:  # parametrised or pruned
         return None
-    if not (
-        type(x) in PLAIN_TYPES
-        and type(h) in PLAIN_TYPES
-        and type(w_ih) in PLAIN_TYPES
-        and type(w_hh) in PLAIN_TYPES
-        and (b_ih is None or type(b_ih) in PLAIN_TYPES)
-        and (b_hh is None or type(b_hh) in PLAIN_TYPES)
-        and (c is None) == (mode != "lstm")
-        and (c is None or type(c) in PLAIN_TYPES)
-        and eager_is_plain()
-    ):
-        return None
-    shape = _C.linear_shape(x, w_ih, b_ih)  # None unless dtypes, devices and shapes fit
-    rows = reference.GATES[mode] * H
-    if (
-        shape is None
-        or len(shape) != 2
-        or shape[1] != rows
-        or w_hh.shape != (rows, H)
-        or _C.linear_shape(h, w_hh, b_hh) != shape
-        or (c is not None and (_C.linear_shape(c, w_hh, None) != shape or c.dtype != x.dtype or c.stride(1) != 1))
-        or h.dtype != x.dtype
-        or h.stride(1) != 1
-        or any(t is not None and t.is_neg() for t in (x, h, c, w_ih, w_hh, b_ih, b_hh))
-    ):
-        return None
-    gates, new_h = x.new_empty(1, *shape), x.new_empty(shape[0], H)
-    new_c = None if c is None else x.new_empty(shape[0], H)
-    _C.linear(gates, x.unsqueeze(0), w_ih, b_ih, switch="rnn")
-    _C.rnn(new_h.unsqueeze(0), None, new_c, None, gates, h, c, w_hh, b_hh, None, mode=mode)
-    return new_h if c is None else (new_h, new_c)
+    return _C.rnn_cell(mode, H, x, h, c, w_ih, w_hh, b_ih, b_hh)
 
 
 def _any_requires_grad(input: Tensor, hx: Tensor | None, cx: Tensor | None, parameters: Sequence[Tensor]) -> bool:
