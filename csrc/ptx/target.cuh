@@ -57,6 +57,17 @@ FASTDL_DEVICE T* shared_memory() {
 FASTDL_DEVICE int lane() { return thread_x() % kWarp; }
 FASTDL_DEVICE int warp() { return thread_x() / kWarp; }
 
+// x, of which the compiler knows nothing: what is computed from it stays where it is written, not ahead of a loop in
+// registers of its own.
+#if FASTDL_TWIN
+FASTDL_DEVICE int opaque(int x) { return x; }
+#else
+FASTDL_DEVICE int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+#endif
+
 // N values that move as one: 16 bytes at most, aligned to their size.
 template <class T, int N>
 struct alignas(sizeof(T) * N) Pack {

@@ -26,21 +26,22 @@ FASTDL_DEVICE QuerySide query_side(const CudaAttentionGradArgs& args, const Cuda
   return s;
 }
 
-template <class T, int kDepth, bool kKeys, bool kFirst, bool kSecond>
+template <class T, int kDepth, bool kKeys>
 struct GradShape {
   static constexpr int kItem = static_cast<int>(sizeof(T));
   static constexpr int kRows = kGradRows, kCols = attention_stream_rows(kItem, kDepth);
   using Still = SharedTile<T, kRows, kDepth>;
   using Stream = SharedTile<T, kCols, kDepth>;
-  static constexpr int kStill = attention_still_bytes(kDepth, kItem, kFirst);
+  static constexpr int kStill = attention_still_bytes(kDepth, kItem);
   static constexpr int kStage = attention_stage_bytes(kCols, kDepth, kItem, kKeys);
-  static_assert(kRows == 16 * kAttentionWarps && Still::bytes <= kStill && 2 * Stream::bytes <= kStage);
+  static_assert(kCols <= kDepth && kRows == 16 * kAttentionWarps && 2 * Still::bytes == kStill && 2 * Stream::bytes <= kStage);
 };
 
 // sums += A B, A [16, 16 kN] in parts, B [16 kN, width] of a tile; each part of the sum is `scale` of the product.
 template <class T, int kN, int kBlocks, class Tile>
 FASTDL_DEVICE void add_product(float (&sums)[kBlocks][4], const Fragment<kPartsOf<T>> (&a)[kN], const Tile& b, int width,
                                float scale) {
+  const int hide = opaque(0);
 #pragma unroll
   for (int d = 0; d < 8 * kBlocks; d += 16) {
     if (d >= width) break;
@@ -48,7 +49,7 @@ FASTDL_DEVICE void add_product(float (&sums)[kBlocks][4], const Fragment<kPartsO
 #pragma unroll
     for (int j = 0; j < kN; ++j) {
       Fragment<kPartsOf<T>> y;
-      load_b_transposed(&y, b, 16 * j, d);
+      load_b_transposed(&y, b, hide + 16 * j, d);
       multiply_add<T>(x[0], x[1], a[j], y);
     }
 #pragma unroll
@@ -92,16 +93,16 @@ FASTDL_DEVICE void store_sums(const float (&sums)[kBlocks][4], T* data, i64 step
   }
 }
 
-// kKeys: the rows are keys. kFirst: dQ or dK (or dmask); kSecond: dV.
-template <class T, int kDepth, bool kKeys, bool kFirst, bool kSecond>
+// kKeys: the rows are keys. kBoth: dK and dV; else dQ, or dK, or dV (no args.first), or the gradient of the mask.
+template <class T, int kDepth, bool kKeys, bool kBoth>
 FASTDL_GLOBAL(kAttentionThreads, 1)
 attention_grad_kernel(FASTDL_PARAM CudaAttentionGradArgs args) {
-  using Shape = GradShape<T, kDepth, kKeys, kFirst, kSecond>;
+  using Shape = GradShape<T, kDepth, kKeys>;
   using Still = typename Shape::Still;
   using Stream = typename Shape::Stream;
   constexpr int kRows = Shape::kRows, kCols = Shape::kCols, kN = kCols / 16, parts = kPartsOf<T>;
   const CudaAttentionProblem& p = args.p;
-  const bool of_mask = !kKeys && args.dmask;
+  const bool of_mask = !kKeys && args.dmask, of_value = kKeys && !kBoth && !args.first;
   const int group = p.H / p.Hkv, heads = kKeys ? p.Hkv : p.H;
 
   // What this block goes through: normally one batch, one head, one tile of rows and all columns.
@@ -138,7 +139,7 @@ attention_grad_kernel(FASTDL_PARAM CudaAttentionGradArgs args) {
   };
 
   const int g = lane() / 4, t = lane() % 4, m0 = 16 * warp();
-  float first[kFirst ? kDepth / 8 : 1][4] = {}, second[kSecond ? kDepth / 8 : 1][4] = {};
+  float first[kDepth / 8][4] = {}, second[kBoth ? kDepth / 8 : 1][4] = {};
 
 #pragma unroll 1
   for (int batch = batch_begin; batch < batch_end; ++batch)
@@ -190,7 +191,8 @@ attention_grad_kernel(FASTDL_PARAM CudaAttentionGradArgs args) {
         QuerySide own[2] = {};
         if constexpr (kKeys) {
           load_tile<kRows>(a1, rows_from(k_base, p.k_step.row, row0, rows), p.D, p.k_step.col, p.vector_k);
-          if (kFirst) load_tile<kRows>(a2, rows_from(v_base, p.v_step.row, row0, rows), p.Dv, p.v_step.col, p.vector_v);
+          if (!of_value)
+            load_tile<kRows>(a2, rows_from(v_base, p.v_step.row, row0, rows), p.Dv, p.v_step.col, p.vector_v);
         } else {
           load_tile<kRows>(a1, rows_from(q_base + head * p.q_step.head, p.q_step.row, row0, rows), p.D, p.q_step.col,
                            p.vector_q);
@@ -198,24 +200,22 @@ attention_grad_kernel(FASTDL_PARAM CudaAttentionGradArgs args) {
                            args.dout_step.col, p.vector_dout);
           for (int h = 0; h < 2; ++h) own[h] = query_side(args, span, head, row0 + m0 + g + 8 * h);
         }
-        issue(0);
-        copy_commit();
 
+        // Steps before 0 only issue the first stages (and the rows that stay, with them).
 #pragma unroll 1
-        for (int step = 0; step < steps; ++step) {
-          if (args.stages == 2 && step + 1 < steps) issue(step + 1);
-          copy_commit();
+        for (int step = -args.stages; step < steps; ++step) {
+          if (step >= 0) {
           if (args.stages == 2)
             copy_wait<1>();
           else
             copy_wait<0>();
           block_sync(kAttentionThreads);
-          const int stage = args.stages == 2 ? step % 2 : 0, col0 = (from + step % per_head) * kCols;
+          const int stage = args.stages == 2 ? step % 2 : 0, col0 = (from + step % per_head) * kCols, hide = opaque(0);
           const int q_head = kKeys ? head * group + step / per_head : head;
           const Stream b1 = stream(stage, 0), b2 = stream(stage, 1);
           float s[1][2 * kN][4], ds[1][2 * kN][4];
           score_product<T>(s, a1, m0, b1, 0, p.D);
-          if constexpr (kFirst) score_product<T>(ds, a2, m0, b2, 0, p.Dv);
+          if (!of_value) score_product<T>(ds, a2, m0, b2, 0, p.Dv);
 
           const bool edge = kKeys ? is_edge(p, span, col0, col0 + kCols - 1, row0, row0 + kRows)
                                   : is_edge(p, span, row0, row0 + kRows - 1, col0, col0 + kCols);
@@ -223,7 +223,7 @@ attention_grad_kernel(FASTDL_PARAM CudaAttentionGradArgs args) {
           for (int n = 0; n < 2 * kN; ++n)
 #pragma unroll
             for (int r = 0; r < 4; ++r) {
-              const int row = row0 + m0 + g + r / 2 * 8, in_tile = 8 * n + 2 * t + r % 2, col = col0 + in_tile;
+              const int row = hide + row0 + m0 + g + r / 2 * 8, in_tile = 8 * n + 2 * t + r % 2, col = col0 + in_tile;
               const int i = kKeys ? col : row, j = kKeys ? row : col;
               QuerySide side = own[r / 2];
               if constexpr (kKeys) side = sides(stage)[in_tile];
@@ -241,63 +241,64 @@ attention_grad_kernel(FASTDL_PARAM CudaAttentionGradArgs args) {
                   const float h = tanh_of(x * p.inverse_softcap);
                   x = p.softcap * h, slope = 1 - h * h;
                 }
-                if (p.mask_kind != MaskKind::none && sees) {
-                  x = masked<T>(p, span.batch * p.mask_step.batch + q_head * p.mask_step.head + i * p.mask_step.row +
-                                       j * p.mask_step.col, x);
-                  if (p.mask_kind == MaskKind::boolean && x == -kInf) sees = false;
+                if (p.mask_item != 0 && sees) {
+                  x = masked<T>(p, mask_row(p, span.batch, q_head, i), j, x);
+                  if (p.mask_item == 1 && x == -kInf) sees = false;
                 }
                 x -= side.lse;
               }
-              float probability = exp2_approx(fma_rn(x, kLog2OfE, side.rest + (kFirst ? 0 : kLift<T>)));
+              const float probability = exp2_approx(fma_rn(x, kLog2OfE, side.rest));
               const bool dropped = p.threshold && is_dropped(p, side.key, j);
-              if constexpr (kFirst) {
+              const float kept = sees && !dropped ? probability : 0.0f;
+              if (of_value) {
+                ds[0][n][r] = kept;
+              } else {
                 const float gradient = dropped ? 0.0f : ds[0][n][r] * p.keep_factor;
                 const float y = probability * (gradient - side.delta);
                 ds[0][n][r] = !sees ? 0.0f : of_mask ? y : y * slope;
-                if (kSecond) probability *= 1 << kLift<T>;
               }
-              s[0][n][r] = sees && !dropped ? probability : 0.0f;
+              if constexpr (kBoth) s[0][n][r] = kept * (1 << kLift<T>);
             }
 
-          if constexpr (kFirst) {
-            if (of_mask) {
+          if (of_mask) {
 #pragma unroll
-              for (int n = 0; n < 2 * kN && n < kDepth / 8; ++n)
+            for (int n = 0; n < 2 * kN; ++n)
 #pragma unroll
-                for (int r = 0; r < 4; ++r) first[n][r] += ds[0][n][r];
-            } else {
-              const float lift = lift_of<T>(ds[0]);
-              if constexpr (kIsF16<T>) {
+              for (int r = 0; r < 4; ++r) first[n][r] += ds[0][n][r];
+          } else {
+            const float lift = lift_of<T>(ds[0]);
+            if constexpr (kIsF16<T>) {
 #pragma unroll
-                for (int n = 0; n < 2 * kN; ++n)
+              for (int n = 0; n < 2 * kN; ++n)
 #pragma unroll
-                  for (int r = 0; r < 4; ++r) ds[0][n][r] *= lift;
-              }
-              Fragment<parts> f[kN];
-              fragments_of<T, kN>(f, ds[0]);
-              // 2^-k of 2^k
-              add_product<T>(first, f, b1, p.D, bits_float((254u << 23) - float_bits(lift)));
+                for (int r = 0; r < 4; ++r) ds[0][n][r] *= lift;
             }
+            Fragment<parts> f[kN];
+            fragments_of<T, kN>(f, ds[0]);
+            const float back = bits_float((254u << 23) - float_bits(lift));  // 2^-k of 2^k
+            add_product<T>(first, f, of_value ? b2 : b1, of_value ? p.Dv : p.D, back);
           }
-          if constexpr (kSecond) {
+          if constexpr (kBoth) {
             Fragment<parts> f[kN];
             fragments_of<T, kN>(f, s[0]);
             add_product<T>(second, f, b2, p.Dv, 1);
           }
           block_sync(kAttentionThreads);
-          if (args.stages == 1 && step + 1 < steps) issue(step + 1);
+          }
+          if (step + args.stages < steps) issue(step + args.stages);
+          copy_commit();
         }
         copy_wait<0>();
       }
 
   if (of_mask) {
-    if constexpr (!kKeys && kFirst) {
+    if constexpr (!kKeys) {
       // dS [64, kCols] of this block's elements, summed over what is broadcast along rows or columns.
       float* const out = args.dmask + batch_begin * args.dmask_step.batch + head_begin * args.dmask_step.head;
       float* const memory = shared_memory<float>();
       block_sync(kAttentionThreads);
 #pragma unroll
-      for (int n = 0; n < 2 * kN && n < kDepth / 8; ++n)
+      for (int n = 0; n < 2 * kN; ++n)
 #pragma unroll
         for (int r = 0; r < 4; ++r) memory[(m0 + g + r / 2 * 8) * (kCols + 1) + 8 * n + 2 * t + r % 2] = first[n][r];
       block_sync(kAttentionThreads);
@@ -316,12 +317,13 @@ attention_grad_kernel(FASTDL_PARAM CudaAttentionGradArgs args) {
   }
   const CudaSpan span = span_of(p, batch_begin);
   const int rows = kKeys ? span.Lk : span.Lq, row = tile_begin * kRows + m0, begin = kKeys ? span.k_begin : span.q_begin;
-  if (kFirst && args.first) {
-    const AttentionStrides& step = args.first_step;
-    T* const out = static_cast<T*>(args.first) + span.batch * step.batch + head_begin * step.head + begin * step.row;
-    store_sums(first, out, step.row, row, rows, p.D, p.scale);
+  if (args.first || of_value) {
+    const AttentionStrides& step = of_value ? args.second_step : args.first_step;
+    T* const out = static_cast<T*>(of_value ? args.second : args.first) + span.batch * step.batch +
+                   head_begin * step.head + begin * step.row;
+    store_sums(first, out, step.row, row, rows, of_value ? p.Dv : p.D, of_value ? p.keep_factor : p.scale);
   }
-  if (kSecond && args.second) {
+  if (kBoth && args.second) {
     const AttentionStrides& step = args.second_step;
     T* const out = static_cast<T*>(args.second) + span.batch * step.batch + head_begin * step.head + begin * step.row;
     store_sums(second, out, step.row, row, rows, p.Dv, p.keep_factor / (1 << kLift<T>));

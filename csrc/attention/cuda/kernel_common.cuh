@@ -107,7 +107,7 @@ FASTDL_DEVICE void load_tile(const Tile& tile, const Source& source, int width, 
   using T = typename Tile::Element;
   constexpr int kChunk = Tile::chunk, kChunks = Tile::cols / kChunk, kSize = static_cast<int>(sizeof(T));
   const int stop = (width + 15) / 16 * 16;
-#pragma unroll 4
+#pragma unroll 2
   for (int c = thread_x(); c < rows * kChunks; c += kAttentionThreads) {
     const int row = c / kChunks, col = c % kChunks * kChunk;
     if (col >= stop) continue;
@@ -138,15 +138,17 @@ FASTDL_DEVICE float tanh_of(float x) {
   return x < 0 ? -r : r;
 }
 
-// x with mask element `at` applied; -Inf where a boolean mask hides it.
+// Of row i, its column 0.
+FASTDL_DEVICE const char* mask_row(const CudaAttentionProblem& p, int batch, int head, int i) {
+  return static_cast<const char*>(p.mask) + batch * p.mask_step.batch + head * p.mask_step.head + i * p.mask_step.row;
+}
+// x with element j of a mask's row applied; -Inf where a boolean mask hides it.
 template <class T>
-FASTDL_DEVICE float masked(const CudaAttentionProblem& p, i64 at, float x) {
-  switch (p.mask_kind) {
-    case MaskKind::boolean: return static_cast<const std::uint8_t*>(p.mask)[at] ? x : -kInf;
-    case MaskKind::f32: return x + static_cast<const float*>(p.mask)[at];
-    case MaskKind::same: return x + to_float(static_cast<const T*>(p.mask)[at]);
-    default: return x;
-  }
+FASTDL_DEVICE float masked(const CudaAttentionProblem& p, const char* row, int j, float x) {
+  const char* const at = row + j * p.mask_step.col;
+  if (p.mask_item == 1) return *at ? x : -kInf;
+  if (sizeof(T) == 4 || p.mask_item == 4) return x + *reinterpret_cast<const float*>(at);
+  return x + to_float(*reinterpret_cast<const T*>(at));
 }
 
 FASTDL_DEVICE bool is_dropped(const CudaAttentionProblem& p, u64 row_key, int column) {
@@ -186,9 +188,8 @@ FASTDL_DEVICE void score_product(float (&s)[kM][kBlocks][4], const TileA& a, int
     for (int j = 0; j < 2 * kN; ++j)
 #pragma unroll
       for (int r = 0; r < 4; ++r) s[i][j][r] = 0;
-#pragma unroll
-  for (int k = 0; k < TileA::cols; k += 16) {
-    if (k >= depth) break;
+#pragma unroll 2
+  for (int k = 0; k < depth; k += 16) {
     Fragment<parts> x[kM];
 #pragma unroll
     for (int i = 0; i < kM; ++i) load_a(&x[i], a, m + 16 * i, k);

@@ -19,37 +19,51 @@ struct ForwardShape {
   static constexpr int kRows = 16 * kM * kAttentionWarps / kSplit;
   using Q = SharedTile<T, kRows, kDepth>;
   using K = SharedTile<T, kKeys, kDepth>;
-  static_assert(Q::bytes + 2 * K::bytes == attention_forward_bytes(kRows, kKeys, kDepth, sizeof(T)));
+  static_assert(Q::bytes + 2 * K::bytes <= attention_forward_bytes(kRows, kKeys, kDepth, sizeof(T)));
 };
 
-// t[16,16] = P V where products of parts gave NaN: V may hold Inf. All lanes of the warp come here together.
-template <int kN, class Tile>
-FASTDL_DEVICE void exact_values(float (&t)[2][4], const Fragment<3> (&p)[kN], const Tile& v, int key, int col) {
+// Products of parts give NaN where an operand is Inf: those scores, and those sums over V, are computed again by ordinary
+// multiplications. They go by way of shared memory, `memory` [16][keys] of the warp, for code of few instructions.
+template <int kBlocks, class TileA, class TileB>
+FASTDL_DEVICE void repair_scores(float (&s)[1][kBlocks][4], float* memory, const TileA& a, int m, const TileB& b, int n,
+                                 int depth) {
+  float all = 0;
 #pragma unroll
-  for (int h = 0; h < 2; ++h)
+  for (int j = 0; j < kBlocks; ++j)
 #pragma unroll
-    for (int r = 0; r < 4; ++r) t[h][r] = 0;
+    for (int r = 0; r < 4; ++r) all += s[0][j][r] - s[0][j][r];
+  if (!ballot(all != 0)) return;  // Inf less itself is NaN, and so not 0
+  warp_sync();
 #pragma unroll
-  for (int j = 0; j < kN; ++j)
+  for (int j = 0; j < kBlocks; ++j)
 #pragma unroll
-    for (int r = 0; r < 4; ++r)
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        float x = 0;
-#pragma unroll
-        for (int part = 2; part >= 0; --part)
-          x += bits_float(e ? p[j].x[part][r] & 0xffff0000u : p[j].x[part][r] << 16);
+    for (int r = 0; r < 4; ++r) memory[sum_row(r) * 8 * kBlocks + 8 * j + sum_col(r)] = s[0][j][r];
+  warp_sync();
 #pragma unroll 1
-        for (int from = 0; from < 4; ++from) {
-          const float y = shuffle(x, lane() / 4 * 4 + from);
+  for (int e = lane(); e < 16 * 8 * kBlocks; e += kWarp)
+    if (!(memory[e] == memory[e])) memory[e] = exact_product(a, m + e / (8 * kBlocks), b, n + e % (8 * kBlocks), depth);
+  warp_sync();
 #pragma unroll
-          for (int c = 0; c < 4; ++c) {
-            const float z = *v.at(key + 16 * j + r / 2 * 8 + 2 * from + e, col + c / 2 * 8 + lane() % 4 * 2 + c % 2);
-            float& sum = t[c / 2][r % 2 * 2 + c % 2];
-            sum = fma_rn(y, z, sum);
-          }
-        }
-      }
+  for (int j = 0; j < kBlocks; ++j)
+#pragma unroll
+    for (int r = 0; r < 4; ++r) s[0][j][r] = memory[sum_row(r) * 8 * kBlocks + 8 * j + sum_col(r)];
+}
+
+// x[16,16] = P V, P [16][keys] in memory.
+template <class Tile>
+FASTDL_DEVICE void repair_values(float (&x)[2][4], const float* memory, int keys, const Tile& v, int key, int col) {
+  float all = 0;
+#pragma unroll
+  for (int r = 0; r < 8; ++r) all += x[r / 4][r % 4] - x[r / 4][r % 4];
+  if (!ballot(all != 0)) return;
+#pragma unroll
+  for (int r = 0; r < 8; ++r) x[r / 4][r % 4] = 0;
+#pragma unroll 1
+  for (int j = 0; j < keys; ++j)
+#pragma unroll
+    for (int r = 0; r < 8; ++r)
+      x[r / 4][r % 4] = fma_rn(memory[sum_row(r % 4) * keys + j], *v.at(key + j, col + r / 4 * 8 + sum_col(r % 4)),
+                               x[r / 4][r % 4]);
 }
 
 template <class T, int kDepth, int kM, int kKeys, int kSplit>
@@ -79,6 +93,9 @@ attention_forward_kernel(FASTDL_PARAM CudaAttentionArgs args) {
   const typename Shape::Q q = {reinterpret_cast<T*>(shared)};
   const typename Shape::K k = {reinterpret_cast<T*>(shared + Shape::Q::bytes)};
   const typename Shape::K v = {reinterpret_cast<T*>(shared + Shape::Q::bytes + Shape::K::bytes)};
+
+  float* const memory = reinterpret_cast<float*>(shared + Shape::Q::bytes + 2 * Shape::K::bytes) + warp() * 16 * kWarpKeys;
+  static_assert(sizeof(T) == 2 || kM == 1);
 
   const T* const q_base = static_cast<const T*>(p.q) + span.batch * p.q_step.batch;
   const T* const k_base =
@@ -130,24 +147,14 @@ attention_forward_kernel(FASTDL_PARAM CudaAttentionArgs args) {
   }
 #pragma unroll 1
   for (int step = from; step < to; ++step) {
-    const int key = step * kKeys;
+    const int key = step * kKeys, hide = opaque(0);
     copy_wait<0>();
     block_sync(kAttentionThreads);  // K is here, V is free
     load_keys(v, v_base, p.v_step, key, p.Dv, p.vector_v);
     copy_commit();
     float s[kM][2 * kN][4];
     score_product<T>(s, q, m0, k, n0, p.D);
-    if constexpr (sizeof(T) == 4) {
-#pragma unroll
-      for (int m = 0; m < kM; ++m)
-#pragma unroll
-        for (int j = 0; j < 2 * kN; ++j)
-#pragma unroll
-          for (int r = 0; r < 4; ++r)
-            if (!(s[m][j][r] == s[m][j][r]))
-              s[m][j][r] =
-                  exact_product(q, m0 + 16 * m + g + r / 2 * 8, k, n0 + 8 * j + 2 * t + r % 2, p.D);
-    }
+    if constexpr (sizeof(T) == 4) repair_scores(s, memory, q, m0, k, n0, p.D);
     copy_wait<0>();
     block_sync(kAttentionThreads);  // V is here, K is free
     if (step + 1 < to) load_keys(k, k_base, p.k_step, key + kKeys, p.D, p.vector_k);
@@ -159,19 +166,18 @@ attention_forward_kernel(FASTDL_PARAM CudaAttentionArgs args) {
     for (int m = 0; m < kM; ++m)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const int r = m0 + 16 * m + 8 * h + g, i = row_of(r), j0 = key + n0 + 2 * t;
+        const int r = hide + m0 + 16 * m + 8 * h + g, i = row_of(r), j0 = key + n0 + 2 * t;
         const bool real = first + r < count;
         const int see_begin = max_of(0, i + p.lo + span.offset);
         const int see_end = real ? min_of(span.Lk, i + p.hi + span.offset + 1) : 0;
         if (!p.plain) {
-          const i64 at = span.batch * p.mask_step.batch + head_of(r) * p.mask_step.head + i * p.mask_step.row;
+          const char* const mask = mask_row(p, span.batch, head_of(r), i);
 #pragma unroll
           for (int n = 0; n < 4 * kN; ++n) {
             const int j = j0 + n / 2 * 8 + n % 2;
             float x = s[m][n / 2][2 * h + n % 2] * p.scale;
             if (p.softcap > 0) x = p.softcap * tanh_of(x * p.inverse_softcap);
-            if (p.mask_kind != MaskKind::none && j >= see_begin && j < see_end)
-              x = masked<T>(p, at + j * p.mask_step.col, x);
+            if (p.mask_item != 0 && j >= see_begin && j < see_end) x = masked<T>(p, mask, j, x);
             s[m][n / 2][2 * h + n % 2] = x;
           }
         }
@@ -202,6 +208,14 @@ attention_forward_kernel(FASTDL_PARAM CudaAttentionArgs args) {
         sum[m][h] = fma_rn(sum[m][h], rescale[m][h], total);
       }
 
+    if constexpr (sizeof(T) == 4) {
+      warp_sync();
+#pragma unroll
+      for (int n = 0; n < 2 * kN; ++n)
+#pragma unroll
+        for (int r = 0; r < 4; ++r) memory[sum_row(r) * kWarpKeys + 8 * n + sum_col(r)] = s[0][n][r];
+      warp_sync();
+    }
     Fragment<parts> pf[kM][kN];
 #pragma unroll
     for (int m = 0; m < kM; ++m) fragments_of<T, kN>(pf[m], s[m]);
@@ -212,18 +226,13 @@ attention_forward_kernel(FASTDL_PARAM CudaAttentionArgs args) {
 #pragma unroll
       for (int j = 0; j < kN; ++j) {
         Fragment<parts> y;
-        load_b_transposed(&y, v, n0 + 16 * j, d);
+        load_b_transposed(&y, v, hide + n0 + 16 * j, d);
 #pragma unroll
         for (int m = 0; m < kM; ++m) multiply_add<T>(x[m][0], x[m][1], pf[m][j], y);
       }
 #pragma unroll
       for (int m = 0; m < kM; ++m) {
-        if constexpr (sizeof(T) == 4) {
-          float all = 0;
-#pragma unroll
-          for (int r = 0; r < 8; ++r) all += x[m][r / 4][r % 4];
-          if (ballot(!(all - all == 0))) exact_values(x[m], pf[m], v, n0, d);
-        }
+        if constexpr (sizeof(T) == 4) repair_values(x[m], memory, kWarpKeys, v, n0, d);
 #pragma unroll
         for (int r = 0; r < 8; ++r) {
           float& sum_of = o[m][d / 8 + r / 4][r % 4];

@@ -11,13 +11,13 @@ struct CudaAttentionProblem {
   const void* mask;
   const std::int32_t* seq_q;  // [sequences + 1], on the GPU; null: a dense batch
   const std::int32_t* seq_k;
-  AttentionStrides q_step, k_step, v_step, mask_step;
+  AttentionStrides q_step, k_step, v_step, mask_step;  // the mask's in bytes
   int B, H, Hkv, Lq, Lk, D, Dv;  // of packed sequences: B = 1, Lq and Lk are the rows of all together
   int sequences;
   int lo, hi;  // clamped to +-2^29: lengths are below that
   bool align_end, plain;
   bool vector_q, vector_k, vector_v, vector_dout;  // 16-byte copies may read it
-  MaskKind mask_kind;
+  int mask_item;  // bytes of an element: 0 none, 1 boolean, 4 float32, 2 as the operands
   float scale, softcap, inverse_softcap;
   float factor;       // from the unit that scores are compared in to the exponent of 2
   float keep_factor;  // 1 / (1 - p)
@@ -51,7 +51,7 @@ struct CudaAttentionGradArgs {
   AttentionStrides dout_step;
   const float* lse;
   const float* delta;
-  void* first;  // dQ, or dK
+  void* first;   // dQ, or dK
   void* second;  // dV
   AttentionStrides first_step, second_step;
   int tiles, stages;
@@ -64,11 +64,14 @@ struct CudaAttentionGradArgs {
 // --- shared memory: the same arithmetic for plans and kernels
 constexpr int kGradRows = 64;  // that stay in a block of the backward pass
 
-constexpr int attention_forward_bytes(int rows, int keys, int depth, int item) { return (rows + 2 * keys) * depth * item; }
+// Q, K, V; in float32 a tile of scores besides.
+constexpr int attention_forward_bytes(int rows, int keys, int depth, int item) {
+  return (rows + 2 * keys) * depth * item + (item == 4 ? rows * keys * 4 : 0);
+}
 
-// Rows of the side that streams by, a tile; registers of 255: sums 128 + scores 32 + their gradients 32 (64 rows, 16
-// bits); float32 has parts besides, and at depth 256 shared memory is 128 KiB for the rows that stay alone.
-constexpr int attention_stream_rows(int item, int depth) { return item == 2 ? 64 : depth == 256 ? 16 : 32; }
+// Rows of the side that streams by, a tile; registers, of 255: sums 128 + scores 16 + their gradients 16, float32 has
+// parts besides; at depth 256 its shared memory is 128 KiB for the rows that stay alone.
+constexpr int attention_stream_rows(int item, int depth) { return item == 4 && depth == 256 ? 16 : 32; }
 
 // Of a query, for blocks whose rows are keys.
 struct QuerySide {
@@ -77,7 +80,7 @@ struct QuerySide {
   std::uint64_t key;  // of dropout
 };
 
-constexpr int attention_still_bytes(int depth, int item, bool first) { return (first ? 2 : 1) * kGradRows * depth * item; }
+constexpr int attention_still_bytes(int depth, int item) { return 2 * kGradRows * depth * item; }
 constexpr int attention_stage_bytes(int cols, int depth, int item, bool keys) {
   return 2 * cols * depth * item + (keys ? (cols * static_cast<int>(sizeof(QuerySide)) + 127) / 128 * 128 : 0);
 }

@@ -9,7 +9,7 @@ namespace fastdl {
 
 #define ATTENTION_FORWARD(name, dtype, depth, m, keys, split) \
   void name(const CudaAttentionArgs&, int blocks, int shared_bytes, const Stream&);
-#define ATTENTION_GRAD(name, dtype, depth, kind, keys, first, second) \
+#define ATTENTION_GRAD(name, dtype, depth, keys, both) \
   void name(const CudaAttentionGradArgs&, int blocks, int shared_bytes, const Stream&);
 #include "attention/cuda/kernels.inc"
 #undef ATTENTION_FORWARD
@@ -23,16 +23,17 @@ constexpr i64 kLongest = i64{1} << 29;
 constexpr CudaAttentionKernel forward_row(const char* name, DType dtype, int depth, int m, int keys, int split,
                                           decltype(CudaAttentionKernel::forward) run) {
   const int rows = 64 * m / split, item = kItemSize[static_cast<int>(dtype)];
-  return {name, dtype, split > 1 ? CudaAttentionKind::kDecode : CudaAttentionKind::kTile, depth, rows, keys, split,
+  return {name, dtype, split > 1 ? CudaAttentionKind::kDecode : CudaAttentionKind::kTile, depth, rows, keys, false, split,
           attention_forward_bytes(rows, keys, depth, item), 0, run, nullptr};
 }
 
-constexpr CudaAttentionKernel grad_row(const char* name, DType dtype, int depth, CudaAttentionKind kind, bool keys,
-                                       bool first, decltype(CudaAttentionKernel::grad) run) {
+constexpr CudaAttentionKernel grad_row(const char* name, DType dtype, int depth, bool keys, bool both,
+                                       decltype(CudaAttentionKernel::grad) run) {
   const int item = kItemSize[static_cast<int>(dtype)], cols = attention_stream_rows(item, depth);
   const int stage = attention_stage_bytes(cols, depth, item, keys);
-  return {name, dtype, kind, depth, kGradRows, cols, 1, attention_still_bytes(depth, item, first) + stage, stage,
-          nullptr, run};
+  return {name,      dtype, keys ? CudaAttentionKind::kKeyGrad : CudaAttentionKind::kQueryGrad, depth,
+          kGradRows, cols,  both, 1, attention_still_bytes(depth, item) + stage, stage,
+          nullptr,   run};
 }
 
 bool packed(const AttentionDesc& d) { return d.sequences > 0; }
@@ -44,17 +45,15 @@ const char* kind_name(CudaAttentionKind kind) {
     case CudaAttentionKind::kTile: return "tile";
     case CudaAttentionKind::kDecode: return "decode";
     case CudaAttentionKind::kQueryGrad: return "query_grad";
-    case CudaAttentionKind::kKeyValueGrad: return "key_value_grad";
-    case CudaAttentionKind::kKeyGrad: return "key_grad";
-    default: return "value_grad";
+    default: return "key_grad";
   }
 }
 
 const std::vector<CudaAttentionKernel>& cuda_attention_kernels() {
 #define ATTENTION_FORWARD(name, dtype, depth, m, keys, split) \
   forward_row(#name, DType::dtype, depth, m, keys, split, name),
-#define ATTENTION_GRAD(name, dtype, depth, kind, keys, first, second) \
-  grad_row(#name, DType::dtype, depth, CudaAttentionKind::kind, keys, first, name),
+#define ATTENTION_GRAD(name, dtype, depth, keys, both) \
+  grad_row(#name, DType::dtype, depth, keys, both, name),
   static const std::vector<CudaAttentionKernel> table = {
 #include "attention/cuda/kernels.inc"
   };
@@ -117,7 +116,7 @@ CudaAttentionPlan cuda_attention_plan(const AttentionDesc& d, const Gpu& gpu, co
   constexpr i64 kMaxChunks = 64;
   check_sizes(d);
   const i64 group = d.Hkv ? d.H / d.Hkv : 1;
-  const bool few = !packed(d) && d.Lq * group <= kFewRows;
+  const bool few = !packed(d) && d.Lq * group <= kFewRows && std::max(d.D, d.Dv) <= 128;
   CudaAttentionPlan plan = {};
   plan.kernel = forced ? forced : &row_for(d, few ? CudaAttentionKind::kDecode : CudaAttentionKind::kTile);
   const CudaAttentionKernel& k = *plan.kernel;
@@ -149,13 +148,7 @@ CudaAttentionBackwardPlan cuda_attention_backward_plan(const AttentionDesc& d, c
   CudaAttentionBackwardPlan plan = {};
   plan.query = &row_for(d, CudaAttentionKind::kQueryGrad);
   plan.query_stages = stages_of(*plan.query, gpu);
-  if (std::max(d.D, d.Dv) <= 128) {
-    plan.key = &row_for(d, CudaAttentionKind::kKeyValueGrad);
-  } else {  // the sums of both do not fit into the registers of a warp
-    plan.key = &row_for(d, CudaAttentionKind::kKeyGrad);
-    plan.value = &row_for(d, CudaAttentionKind::kValueGrad);
-    plan.value_stages = stages_of(*plan.value, gpu);
-  }
+  plan.key = &row_for(d, CudaAttentionKind::kKeyGrad);
   plan.key_stages = stages_of(*plan.key, gpu);
   for (const auto& [length, heads] : {std::pair{d.Lq, d.H}, std::pair{d.Lk, d.Hkv}})
     check_blocks(tiles_of(d, length, kGradRows) * heads * d.B);
@@ -171,8 +164,8 @@ std::string describe(const AttentionDesc& d, const CudaAttentionPlan& p) {
 
 std::string describe(const AttentionDesc& d, const CudaAttentionBackwardPlan& p) {
   return concat("attention_backward B=", d.B, " H=", d.H, " Hkv=", d.Hkv, " Lq=", d.Lq, " Lk=", d.Lk, " D=", d.D,
-                " Dv=", d.Dv, " -> ", p.query->name, ", ", p.key->name, p.value ? ", " : "",
-                p.value ? p.value->name : "", ", workspace ", p.workspace_bytes, " bytes");
+                " Dv=", d.Dv, " -> ", p.query->name, ", ", p.key->name, p.key->both ? "" : " twice",
+                ", workspace ", p.workspace_bytes, " bytes");
 }
 
 }  // namespace fastdl

@@ -11,12 +11,10 @@
 namespace fastdl {
 
 enum class CudaAttentionKind : std::uint8_t {
-  kTile,          // 64 or 128 query rows a block
-  kDecode,        // up to 16, the warps share the keys
-  kQueryGrad,     // dQ, and the gradient of the mask
-  kKeyValueGrad,  // dK and dV
-  kKeyGrad,
-  kValueGrad,
+  kTile,       // 64 or 128 query rows a block
+  kDecode,     // up to 16, the warps share the keys
+  kQueryGrad,  // dQ, and the gradient of the mask
+  kKeyGrad,    // dK and dV, together or one after the other
 };
 
 struct CudaAttentionKernel {
@@ -25,6 +23,7 @@ struct CudaAttentionKernel {
   CudaAttentionKind kind;
   int depth;       // D and Dv at most
   int rows, cols;  // that stay in a block, that stream by
+  bool both;       // dK and dV in one pass
   int split;       // warps that share the keys of a tile
   int shared_bytes, stage_bytes;  // with one stage, each further one
   void (*forward)(const CudaAttentionArgs&, int blocks, int shared_bytes, const Stream&);
@@ -43,10 +42,9 @@ struct CudaAttentionPlan {
 };
 
 struct CudaAttentionBackwardPlan {
-  const CudaAttentionKernel* query;     // dQ and dmask
-  const CudaAttentionKernel* key;       // dK and dV, or dK alone
-  const CudaAttentionKernel* value;     // dV, or null
-  int query_stages, key_stages, value_stages;
+  const CudaAttentionKernel* query;  // dQ and dmask
+  const CudaAttentionKernel* key;    // dK and dV
+  int query_stages, key_stages;
   i64 workspace_bytes;  // delta [B,H,Lq]
 };
 

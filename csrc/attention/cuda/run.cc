@@ -30,12 +30,18 @@ CudaAttentionProblem problem_of(const AttentionDesc& d, const AttentionArgs& arg
   CudaAttentionProblem p = {};
   p.q = args.q, p.k = args.k, p.v = args.v, p.mask = args.mask;
   p.seq_q = sequences.q, p.seq_k = sequences.k, p.sequences = static_cast<int>(d.sequences);
-  p.q_step = d.q, p.k_step = d.k, p.v_step = d.v, p.mask_step = d.mask_step;
+  p.q_step = d.q, p.k_step = d.k, p.v_step = d.v, 
   p.B = static_cast<int>(d.B), p.H = static_cast<int>(d.H), p.Hkv = static_cast<int>(std::max<i64>(1, d.Hkv));
   p.Lq = static_cast<int>(d.Lq), p.Lk = static_cast<int>(d.Lk), p.D = static_cast<int>(d.D);
   p.Dv = static_cast<int>(d.Dv);
   p.lo = static_cast<int>(std::clamp(d.lo, -kFar, kFar)), p.hi = static_cast<int>(std::clamp(d.hi, -kFar, kFar));
-  p.align_end = d.align_end, p.plain = plain(d), p.mask_kind = d.mask;
+  p.align_end = d.align_end, p.plain = plain(d);
+  p.mask_item = d.mask == MaskKind::none      ? 0
+                : d.mask == MaskKind::boolean ? 1
+                : d.mask == MaskKind::f32     ? 4
+                                              : kItemSize[static_cast<int>(d.dtype)];
+  const AttentionStrides& m = d.mask_step;
+  p.mask_step = {m.batch * p.mask_item, m.head * p.mask_item, m.row * p.mask_item, m.col * p.mask_item};
   p.vector_q = is_vector(p.q, d.q, d.dtype), p.vector_k = is_vector(p.k, d.k, d.dtype);
   p.vector_v = is_vector(p.v, d.v, d.dtype);
   constexpr float kLog2OfE = 1.44269504f;
@@ -98,9 +104,16 @@ void cuda_attention_backward_run(const AttentionDesc& d, const CudaAttentionBack
     a.first = grads.dq, a.first_step = grads.dq_step;
     pass(*plan.query, plan.query_stages, d.Lq, d.H);
   }
-  a.first = grads.dk, a.first_step = grads.dk_step, a.second = grads.dv, a.second_step = grads.dv_step;
-  if (plan.value ? grads.dk != nullptr : grads.dk || grads.dv) pass(*plan.key, plan.key_stages, d.Lk, d.Hkv);
-  if (plan.value && grads.dv) pass(*plan.value, plan.value_stages, d.Lk, d.Hkv);
+  a.second_step = grads.dv_step, a.first_step = grads.dk_step;
+  if (plan.key->both) {
+    a.first = grads.dk, a.second = grads.dv;
+    if (grads.dk || grads.dv) pass(*plan.key, plan.key_stages, d.Lk, d.Hkv);
+  } else {
+    a.first = grads.dk;
+    if (grads.dk) pass(*plan.key, plan.key_stages, d.Lk, d.Hkv);
+    a.first = nullptr, a.second = grads.dv;
+    if (grads.dv) pass(*plan.key, plan.key_stages, d.Lk, d.Hkv);
+  }
   if (grads.dmask) {
     const CudaAttentionKernel& k = *plan.query;
     a.dmask = grads.dmask, a.dmask_step = grads.dmask_step;
