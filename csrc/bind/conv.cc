@@ -110,7 +110,7 @@ class Call {
     const TensorView tx = add(x, names().x, pass == ConvPass::dgrad);
     const TensorView tw = add(w, names().w, pass == ConvPass::wgrad);
     const TensorView ty = add(y, names().y, pass == ConvPass::forward);
-    desc.dtype = tx.dtype, desc.precision = asked_precision(tx.dtype, "conv");
+    desc.dtype = tx.dtype, desc.precision = asked_precision(tx.dtype, Switch::conv);
     const auto sizes = [](const TensorView& t) { return Sizes(t.shape, t.shape + t.ndim); };
     shapes(sizes(tx), sizes(tw), sizes(ty), stride, padding, dilation, groups);
     args.x = strided(tx), args.w = strided(tw), args.y = strided(ty);
@@ -334,7 +334,7 @@ py::dict plan_shape(const std::string& pass, const Sizes& x, const Sizes& w, con
       if (n < 0) fail(op, ": expected sizes of at least 0, got ", list(*sizes));
   c.shapes(x, w, y, stride, padding, dilation, groups);
   ConvDesc& d = c.desc;
-  if (!parse_precision(precision, &d.precision)) fail(op, ": argument 'precision': no precision '", precision, "'");
+  d.precision = precision_named(precision, op);
   d.dtype = dtype_named(dtype, op), d.channels_last = channels_last, d.frozen = frozen;
   Machine machine = Call::this_machine(threads);
   if (!isa.empty() && !parse_isa(isa, &machine.isa)) fail(op, ": argument 'isa': no level '", isa, "'");
@@ -378,7 +378,7 @@ Call pack_call(const std::string& pass, const Sizes& w, const Sizes& stride, con
   if (__builtin_mul_overflow(w[1], std::max<i64>(1, groups), &x[1]))
     fail(op, ": argument 'groups': expected a number that divides the channels, got ", groups);
   c.shapes(x, w, y, stride, padding, dilation, groups);
-  c.desc.dtype = dtype_named(dtype, op), c.desc.precision = asked_precision(c.desc.dtype, "conv");
+  c.desc.dtype = dtype_named(dtype, op), c.desc.precision = asked_precision(c.desc.dtype, Switch::conv);
   c.freeze();
   return c;
 }

@@ -115,6 +115,12 @@ py::dict plan_matmul(py::handle out, py::handle a, py::handle b, const std::stri
                       op);
 }
 
+bool parse_precision(const std::string& name, Precision* precision) {
+  for (Precision p : {Precision::fma, Precision::ieee, Precision::tf32, Precision::bf16})
+    if (name == precision_name(p)) return *precision = p, true;
+  return false;
+}
+
 py::dict plan_shape(i64 M, i64 N, i64 K, i64 batch, Strides a, Strides b, bool packed, const std::string& isa,
                     int threads, i64 l1d, i64 l2, i64 l3, const std::string& kernel, const std::string& dtype,
                     const std::string& precision) {

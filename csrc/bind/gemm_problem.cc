@@ -118,27 +118,37 @@ GemmProblem weight_problem(const TensorView& out, const TensorView& input, const
   return p;
 }
 
-// torch.backends.mkldnn.<operation>.fp32_precision, inheritance and set_float32_matmul_precision resolved. About 0.1
-// us, so it is read only where there are kernels to choose from.
-Precision asked_precision(DType dtype, const char* operation) {
+namespace {
+constexpr const char* kSwitches[] = {"matmul", "conv", "rnn"};
+}  // namespace
+
+Switch switch_named(const std::string& name, const char* op) {
+  for (int i = 0; i < 3; ++i)
+    if (name == kSwitches[i]) return static_cast<Switch>(i);
+  fail(op, ": argument 'switch': expected matmul, conv or rnn, got '", name, "'");
+}
+
+Precision precision_named(const std::string& name, const char* op) {
+  for (Precision p : {Precision::fma, Precision::ieee, Precision::tf32, Precision::bf16})
+    if (name == precision_name(p)) return p;
+  fail(op, ": argument 'precision': no precision '", name, "'");
+}
+
+// torch.backends.mkldnn.matmul.fp32_precision, inheritance and set_float32_matmul_precision resolved. About 0.1 us, so
+// it is read only where there are kernels to choose from.
+Precision asked_precision(DType dtype, Switch which) {
   if (dtype != DType::f32 || cpu_info().isa < Isa::kAmx) return Precision::ieee;
   if (cpu_info().float32_fma) return Precision::fma;
   static PyObject* const getter =
       py::object(py::module_::import("torch._C").attr("_get_fp32_precision_getter")).release().ptr();  // kept for good
-  static PyObject* const matmul = py::make_tuple("mkldnn", "matmul").release().ptr();
-  static PyObject* const conv = py::make_tuple("mkldnn", "conv").release().ptr();
-  PyObject* const arguments = operation[0] == 'm' ? matmul : conv;
-  const auto value = py::reinterpret_steal<py::object>(PyObject_Call(getter, arguments, nullptr));
+  const auto of = [](Switch s) { return py::make_tuple("mkldnn", kSwitches[static_cast<int>(s)]).release().ptr(); };
+  static PyObject* const arguments[] = {of(Switch::matmul), of(Switch::conv), of(Switch::rnn)};
+  const auto value =
+      py::reinterpret_steal<py::object>(PyObject_Call(getter, arguments[static_cast<int>(which)], nullptr));
   if (!value) throw py::error_already_set();
   if (PyUnicode_CompareWithASCIIString(value.ptr(), "tf32") == 0) return Precision::tf32;
   if (PyUnicode_CompareWithASCIIString(value.ptr(), "bf16") == 0) return Precision::bf16;
   return Precision::ieee;  // "ieee", "none"
-}
-
-bool parse_precision(const std::string& name, Precision* precision) {
-  for (Precision p : {Precision::fma, Precision::ieee, Precision::tf32, Precision::bf16})
-    if (name == precision_name(p)) return *precision = p, true;
-  return false;
 }
 
 void* pack_data(py::handle packed_, i64 K, i64 N, const GemmKernel& kernel, const TensorView& out, const char* op) {
