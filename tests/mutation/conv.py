@@ -134,16 +134,16 @@ MUTATIONS = [
     ),
     Mutation(
         "convolution at the precision of matrix products",
-        "csrc/bind/gemm_problem.cc",
-        "operation[0] == 'm' ? matmul : conv",
-        "operation[0] == 'x' ? conv : matmul",
+        BIND,
+        "desc.precision = asked_precision(tx.dtype, Switch::conv);",
+        "desc.precision = asked_precision(tx.dtype);",
         f"{SPLIT} -k 'test_torchs_switch and tf32'",
     ),
     Mutation(
         "positions behind the image's last not cleared where taps share a tile",
         DENSE,
         "    std::memset(to + end * pixel, 0, bytes((positions - end) * pixel));\n",
-        "",
+        "    std::memset(to + end * pixel, 0, bytes(0 * (positions - end) * pixel));\n",
         f"{SPLIT} -k 'test_few_channels and conv_bf16'",
     ),
     Mutation(
