@@ -101,23 +101,22 @@ struct States {  // float32
 // The microkernel of a product with packed weights: the recurrent row's own, or a GEMM row's.
 struct Product {
   void (*tile)(const TileArgs&);
-  int mr, nr, planes;
-  i64 kc;  // floats of a packed column in a K block
+  int mr, nr;
+  i64 kc, a_kc;  // floats of a packed column, and of a row (of one part of it), in a K block
   bool tiled;
 
-  Product(const RnnKernel& k) : tile(k.fn->tile), mr(k.mr), nr(k.nr), planes(k.planes), tiled(k.tiled()) {
-    kc = k.kc / k.k_unit * k.planes;
+  Product(const RnnKernel& k) : tile(k.fn->tile), mr(k.mr), nr(k.nr), tiled(k.tiled()) {
+    a_kc = k.kc / k.k_unit, kc = a_kc * k.planes;
   }
   // Backward and projections: panels are the GEMM row's. Its tiles of A are packed, those of the recurrent row lie in
   // h.
-  Product(const RnnKernel& k, const GemmKernel& g) : tile(g.tile), mr(g.mr), nr(g.nr), planes(g.planes) {
-    tiled = k.tiled();
+  Product(const RnnKernel& k, const GemmKernel& g) : tile(g.tile), mr(g.mr), nr(g.nr), tiled(k.tiled()) {
     if (tiled) tile = k.fn->tile;
-    kc = g.kc / g.k_unit * g.planes;
+    a_kc = g.kc / g.k_unit, kc = a_kc * g.planes;
   }
   // Tile rows of m, cut evenly where tiles are not 16 rows each: tile i is [begin(i), begin(i + 1)).
   i64 tiles(i64 m) const { return (m + mr - 1) / mr; }
-  i64 begin(i64 m, i64 i) const { return tiled ? std::min(m, i * mr) : m * i / tiles(m); }
+  i64 begin(i64 m, i64 count, i64 i) const { return tiled ? std::min(m, i * mr) : m * i / count; }
 };
 
 // Panels [n/nr][steps][nr], or float32 rows as they lie in memory.
@@ -132,14 +131,15 @@ void run_panel(const Product& x, const Operand& a, i64 first, i64 m, i64 steps, 
   const i64 tiles = x.tiles(m);
   TileArgs t = {};
   t.a_row = a.row, t.a_col = x.tiled ? a.part : 1, t.b_row = b_row, t.b_col = 1, t.c_row = c_row, t.n = n;
-  for (i64 k = 0; k < steps; k += x.kc) {
+  const float* from = a.data + first * a.row + a.parts;
+  for (i64 k = 0; k < steps; k += x.kc, from += x.a_kc) {
     t.k = std::min(x.kc, steps - k);
     t.b = panel + k * b_row;
     t.accumulate = accumulate || k > 0;
     for (i64 i = 0; i < tiles; ++i) {
-      const i64 row = x.begin(m, i);
-      t.m = static_cast<int>(x.begin(m, i + 1) - row);
-      t.a = a.data + (first + row) * a.row + a.parts + k / x.planes;
+      const i64 row = x.begin(m, tiles, i);
+      t.m = static_cast<int>(x.begin(m, tiles, i + 1) - row);
+      t.a = from + row * a.row;
       t.c = c + row * c_row;
       x.tile(t);
     }
@@ -320,12 +320,14 @@ struct Pass {
 };
 
 struct Forward : Pass {
+  Product product;
   i64 steps, hidden_steps;
   Operand h[2], hidden;
   States c, state;
   Weights w, r;
 
-  Forward(const RnnDesc& desc, const RnnPlan& plan, const RnnArgs& a, char* memory) : Pass(desc, plan, a, memory) {
+  Forward(const RnnDesc& desc, const RnnPlan& plan, const RnnArgs& a, char* memory)
+      : Pass(desc, plan, a, memory), product(kernel) {
     steps = kernel.steps(d.P);
     hidden_steps = kernel.steps(d.H);
     h[0] = operand_of(kernel, d.P, scratch.h, row_peaks(0));
@@ -394,7 +396,7 @@ struct Forward : Pass {
     for (int panel = 0; panel < kernel.panels; ++panel) {
       const i64 j = i64{panel} * kernel.nr;
       const float* const b = scratch.w + block * block_floats() + panel * steps * kernel.nr;
-      run_panel(Product(kernel), before, i, m, steps, b, kernel.nr, kernel.nr, sums + j, columns, false);
+      run_panel(product, before, i, m, steps, b, kernel.nr, kernel.nr, sums + j, columns, false);
       if (p.repair)
         repair(before, w, w_peaks + block * columns + j, i, m, block * columns + j, kernel.nr, sums + j, columns);
     }
