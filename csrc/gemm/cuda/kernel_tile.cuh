@@ -16,11 +16,10 @@ namespace fastdl {
 
 // --- shared memory -------------------------------------------------------------------------------------------------
 // Which chunk of its row a chunk is stored at: chunk ^ tile_swizzle(row).
-// 2-byte elements: the 8 rows that ldmatrix reads together lie
-// in 8 different banks of 16 bytes; rows shorter than 128 bytes share a line of them.
-// float: whole pairs of chunks
-// move, by two bits. What a half-warp (8-byte loads: rows g) or a warp (4-byte loads: rows 2t, 2t + 1 or those plus 8)
-// touches differs in the row bits (0, 1) or (1, 2): each pair of bits gives all four values.
+// 2-byte elements: the 8 rows that ldmatrix reads together lie in 8 different banks of 16 bytes; rows shorter than 128
+// bytes share a line of them.
+// float: whole pairs of chunks move, by two bits. What a half-warp (8-byte loads: rows g) or a warp (4-byte loads: rows
+// 2t, 2t + 1 or those plus 8) touches differs in the row bits (0, 1) or (1, 2): each pair of bits gives all four values.
 template <int element_bytes, int cols>
 constexpr int tile_swizzle(int row) {
   if (element_bytes == 4) return 2 * (((row >> 1 ^ row >> 3) & 1) | ((row ^ row >> 2) & 1) << 1);
