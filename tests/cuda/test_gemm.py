@@ -119,6 +119,22 @@ def test_aligned_operands_without_conflicts(gpu, row, a_transposed, b_transposed
             assert torch.equal(out, check_exact(gpu, row, a, b)), seed
 
 
+@every_row
+def test_aligned_rows_that_end_within_a_chunk(gpu, row, generator):
+    """Rows of a stride that 16-byte copies take, of a length that they do not: what lies behind is NaN."""
+    dtype, depth = dtype_of(row), row["depth"]
+    M, N, K = 13, 21, depth + 5
+
+    def wide(x):
+        buffer = torch.full((x.shape[0], x.shape[1] // 8 * 8 + 16), NAN, dtype=dtype)
+        buffer[:, : x.shape[1]] = x
+        return buffer[:, : x.shape[1]]
+
+    for a_transposed, b_transposed in ((False, False), (True, True)):
+        a, b = (integer_matrix(s, K, generator, dtype) for s in ((M, K), (K, N)))
+        check_exact(gpu, row, wide(a.mT).mT if a_transposed else wide(a), wide(b.mT).mT if b_transposed else wide(b))
+
+
 @pytest.mark.parametrize("b_layout", LAYOUTS)
 @pytest.mark.parametrize("row", [r for r in ROWS if r["tile"] != (128, 128)], ids=lambda row: row["name"])
 def test_layouts(gpu, row, b_layout, generator):
@@ -229,12 +245,14 @@ def test_tiny_values(gpu, row, splits, generator):
     a[3] *= 2.0**-60
     b[:, 5] *= 2.0**-50
     a[4], b[:, 6] = 0, 0
+    a[5] *= 2.0**-118
+    a[5, 32:], b[40:, 7] = 0, 0  # tiny in the first run of a split K, zeros in the others
+    b[:, 7] *= 2.0**-118
     out = gemm(gpu, a, b, torch.full((10, 20), NAN), row=row, splits=splits)
     reference = testing.gemm_reference(a, b)
     testing.assert_within_bound(out, reference, precision=row["precision"])
-    tiny = [out[1], out[2], out[:, 3]]  # computed again, by multiply-adds
-    right = [reference.expected[1], reference.expected[2], reference.expected[:, 3]]
-    scale = [reference.scale[1], reference.scale[2], reference.scale[:, 3]]
+    lines = [(1,), (2,), (5,), (slice(None), 3), (slice(None), 7)]  # computed again, by multiply-adds
+    tiny, right, scale = ([x[line] for line in lines] for x in (out, reference.expected, reference.scale))
     for x, y, s in zip(tiny, right, scale, strict=True):
         assert bool(((x.double() - y).abs() <= K * 2.0**-24 * s + K * 2.0**-149).all())
 
@@ -338,7 +356,8 @@ def test_plans(gpu):
     assert plan(4096, 4096, 4096, torch.float32, gpu=gpu, precision="tf32")["kernel"] == "gemm_f32_high_128x128_sm80"
     assert plan(4096, 4096, 4096, torch.float32, gpu=gpu, precision="bf16")["kernel"] == "gemm_f32_medium_128x128_sm80"
     assert "fma" in plan(4096, 4096, 4096, torch.float32, gpu=gpu, precision="fma")["kernel"]
-    assert "fma" in plan(4, 4096, 4096, torch.float32, gpu=gpu)["kernel"]
+    few = plan(4, 4096, 4096, torch.float32, gpu=gpu)
+    assert few["kernel"] == "gemm_f32_split_32x64_sm80" and few["splits"] > 1
     assert "gemm bf16 1 x 8 x 4096 x 14336" in skinny["text"]
 
 
