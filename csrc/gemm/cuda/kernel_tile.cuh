@@ -16,11 +16,10 @@ namespace fastdl {
 
 // --- shared memory -------------------------------------------------------------------------------------------------
 // Which chunk of its row a chunk is stored at: chunk ^ tile_swizzle(row).
-// 2-byte elements: the 8 rows that ldmatrix reads together lie
-// in 8 different banks of 16 bytes; rows shorter than 128 bytes share a line of them.
-// float: whole pairs of chunks
-// move, by two bits. What a half-warp (8-byte loads: rows g) or a warp (4-byte loads: rows 2t, 2t + 1 or those plus 8)
-// touches differs in the row bits (0, 1) or (1, 2): each pair of bits gives all four values.
+// 2-byte elements: the 8 rows that ldmatrix reads together lie in 8 different banks of 16 bytes; rows shorter than 128
+// bytes share a line of them.
+// float: whole pairs of chunks move, by two bits. What a half-warp (8-byte loads: rows g) or a warp (4-byte loads: rows
+// 2t, 2t + 1 or those plus 8) touches differs in the row bits (0, 1) or (1, 2): each pair gives all four values.
 template <int element_bytes, int cols>
 constexpr int tile_swizzle(int row) {
   if (element_bytes == 4) return 2 * (((row >> 1 ^ row >> 3) & 1) | ((row ^ row >> 2) & 1) << 1);
@@ -197,6 +196,19 @@ FASTDL_DEVICE void multiply(float (&d)[kCols][4], const Fragment<parts>& a, cons
     for (int j = 0; j < kCols; ++j)
 #pragma unroll
       for (int r = 0; r < 4; ++r) d[j][r] += step[j][r];
+  }
+}
+
+// Of 16 columns, their halves d0 and d1; carried on: for callers whose sums start afresh by themselves.
+template <class T, int parts>
+FASTDL_DEVICE void multiply(float (&d0)[4], float (&d1)[4], const Fragment<parts>& a, const Fragment<parts>& b) {
+  using Of = typename ProductOf<T>::Type;
+#pragma unroll
+  for (int i = 0; i < Products<parts>::count; ++i) {
+    const u32(&x)[4] = a.x[Products<parts>::a(i)];
+    const u32(&y)[4] = b.x[Products<parts>::b(i)];
+    mma_16x8x16<Of>(d0, x, {y[0], y[1]});
+    mma_16x8x16<Of>(d1, x, {y[2], y[3]});
   }
 }
 

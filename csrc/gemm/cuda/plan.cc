@@ -50,6 +50,7 @@ Rates rates(const Gpu& gpu) {
   if (gpu.sm >= 90) return {2048, 128, 18};
   return {1024, gpu.sm == 80 ? 64.0 : 128.0, 10};
 }
+constexpr double kHidden = 0.2;  // what of the lesser of products and memory does not hide behind the other
 constexpr double kCyclesPerMicrosecond = 1400, kLaunch = 3, kStart = 1500;  // microseconds; cycles before a block's
                                                                             // first product and after its last
 
@@ -58,7 +59,7 @@ double products(const CudaGemmKernel& k) { return k.parts == 3 ? 6 : k.parts == 
 double efficiency(const CudaGemmKernel& k) {
   if (k.parts == 0) return 0.6;
   if (k.tile_m == 128) return 0.75;
-  return k.tile_m == 64 ? 0.5 : 0.25;
+  return k.tile_m == 64 ? 0.5 : k.tile_m == 32 ? 0.4 : 0.25;
 }
 
 double microseconds(const GemmDesc& d, const Gpu& gpu, const CudaGemmKernel& k, i64 tiles, int splits, i64 depth) {
@@ -77,7 +78,8 @@ double microseconds(const GemmDesc& d, const Gpu& gpu, const CudaGemmKernel& k, 
   const double elements =
       batch * (static_cast<double>(d.M) * d.K + static_cast<double>(d.K) * d.N + static_cast<double>(d.M) * d.N);
   const double drawing = std::min<double>(gpu.multiprocessors, 1.25 * static_cast<double>(blocks));
-  cycles = std::max(cycles, elements * item / (rate.bytes * drawing) + kStart);
+  const double memory = elements * item / (rate.bytes * drawing);
+  cycles = std::max(cycles, memory + kStart) + kHidden * std::min(cycles, memory);
   double us = kLaunch + cycles / kCyclesPerMicrosecond;
   if (splits > 1) {
     const double bytes = batch * static_cast<double>(d.M) * d.N * (8.0 * splits + item);
