@@ -237,7 +237,7 @@ def test_verify_finds_a_broken_kernel(monkeypatch, function, broken, symptom):
 
 
 def test_verify_that_checks_nothing_fails(monkeypatch):
-    monkeypatch.setattr(verify, "steps", lambda quick: iter(()))
+    monkeypatch.setattr(verify, "steps", lambda quick, device: iter(()))
     assert run("verify").exit_code == 1
 
 
