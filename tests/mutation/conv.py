@@ -5,7 +5,6 @@ from mutation import Mutation
 DENSE = "csrc/conv/cpu/dense.cc"
 PLAN = "csrc/conv/cpu/plan.cc"
 KERNEL = "csrc/conv/cpu/kernel.h"
-BIND = "csrc/bind/conv.cc"
 PROBLEM = "csrc/conv/desc.cc"
 CHECKS = "csrc/bind/conv_problem.cc"
 TESTS = "tests/test_conv_native.py"
