@@ -1,10 +1,10 @@
 // Forward and dgrad on tensor cores: out(m, j) = sum_k in(m, k) w(k, j), in gathered from the image (index.h), w
 // packed.
 //
-// A block: kM pixels x kN channels, kK = 32 of the depth a step, kStages steps in flight. Shared memory of a stage:
-// pixels [kM][32] and weights [kN][32], 16 KiB in all at 128x128 of 2-byte elements (4 stages: 64 KiB, two blocks on a
-// multiprocessor), 32 KiB of floats (3 stages: 96 KiB). A step of 128x128x32 is 256 mma of 2-byte elements, 16 cycles
-// of a tensor core each: 1024 cycles of four, for 512 chunks of pixels and 512 of weights (4 copies a thread).
+// A block: kM pixels x kN channels, kConvDepth = 32 of the depth a step, kStages steps in flight. Shared memory of a
+// stage: pixels [kM][32] and weights [kN][32], 16 KiB at 128x128 of 2-byte elements (4 stages: 64 KiB; with 123
+// registers two blocks on a multiprocessor), 24 KiB at 128x64 of floats (3 stages: 72 KiB). A step of 128x128x32 is 256
+// mma, 8 cycles each on an sm80's four tensor cores: 512 cycles, for 4 copies of 16 bytes a thread.
 #pragma once
 #include "conv/cuda/epilogue.cuh"
 #include "conv/cuda/index.h"
@@ -203,7 +203,7 @@ struct ConvGatherTile {
 };
 
 template <class T, int parts, int kM, int kN, int kWarpM, int kWarpN, int kStages>
-FASTDL_GLOBAL(kM / kWarpM * (kN / kWarpN) * kWarp, 1)
+FASTDL_GLOBAL(kM / kWarpM * (kN / kWarpN) * kWarp, sizeof(T) == 2 ? 2 : 1)
 conv_gather_kernel(FASTDL_PARAM ConvGatherArgs<T> args) {
   using Tile = ConvGatherTile<T, parts, kM, kN, kWarpM, kWarpN, kStages>;
   const GatherTile at = gather_tile(args.phase, args.phases, args.tiles_n, block_x());

@@ -153,7 +153,7 @@ struct ConvWgradTile {
 };
 
 template <class T, int parts, int kM, int kN, int kWarpM, int kWarpN, int kStages>
-FASTDL_GLOBAL(kM / kWarpM * (kN / kWarpN) * kWarp, 1)
+FASTDL_GLOBAL(kM / kWarpM * (kN / kWarpN) * kWarp, sizeof(T) == 2 ? 2 : 1)
 conv_wgrad_kernel(FASTDL_PARAM ConvWgradCuda<T> args) {
   using Tile = ConvWgradTile<T, parts, kM, kN, kWarpM, kWarpN, kStages>;
   const int group = block_y(), tile_m = block_x() / args.tiles_n, tile_n = block_x() % args.tiles_n;

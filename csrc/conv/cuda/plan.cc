@@ -166,7 +166,11 @@ std::string refusal(const ConvDesc& d, Precision precision, const CudaConvPlan& 
   if (k.dtype != d.dtype) return concat("needs ", dtype_of(k.dtype));
   if (k.kind == CudaConvKind::kDirect) return "";
   if (*gather) return gather;
-  if (k.kind == CudaConvKind::kDepthwise) return is_depthwise(d) ? "" : "needs one channel a group, in and out";
+  if (k.kind == CudaConvKind::kDepthwise) {
+    if (!is_depthwise(d)) return "needs one channel a group, in and out";
+    constexpr int kMostTaps = 1 << 16;  // blocks of a grid's second dimension take several each
+    return p.phase[0].depth > kMostTaps ? "more than 2^16 taps" : "";
+  }
   if (k.kind != tile_kind(d)) return "another pass";
   if (d.groups > kMostGroups) return "more than 65535 groups";
   if (d.dtype == DType::f32 && k.precision > precision) return "less exact than asked";
@@ -222,9 +226,9 @@ CudaConvPlan cuda_conv_plan(const ConvDesc& d, Precision precision, const Gpu& g
         break;
       }
       if (usable(k, CudaConvKind::kDirect)) direct = &k;
-      // Of float32's rows the least exact one that is exact enough: it makes the fewest products.
       if (!usable(k, tile_kind(d)) || small_groups(d, p)) continue;
-      const double c = cost(d, p, k, gpu) * (k.dtype == DType::f32 ? 6 - static_cast<int>(k.precision) : 1);
+      constexpr double kProducts[] = {1, 6, 3, 1};  // of parts of float32, by precision: less exact rows make fewer
+      const double c = cost(d, p, k, gpu) * kProducts[static_cast<int>(k.precision)];
       if (best < 0 || c < best) best = c, p.kernel = &k, p.why = "the fewest waves of tiles";
     }
     if (!p.kernel) p.kernel = direct, p.why = *gather ? gather : small_groups(d, p) ? "groups of few channels" : "FMA";
