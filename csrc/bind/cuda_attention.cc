@@ -270,7 +270,6 @@ py::dict plan_attention(py::handle query, py::handle key, py::handle value, py::
   if (backward) {
     const CudaAttentionBackwardPlan plan = cuda_attention_backward_plan(d, gpu);
     return py::dict("op"_a = "attention_backward", "kernel"_a = plan.query->name, "key_kernel"_a = plan.key->name,
-                    "key_passes"_a = plan.key->both ? 1 : 2,
                     "stages"_a = py::make_tuple(plan.query_stages, plan.key_stages),
                     "workspace_bytes"_a = plan.workspace_bytes, "text"_a = describe(d, plan));
   }

@@ -30,10 +30,10 @@ inline LaunchShape attention_shape(int blocks, int shared_bytes) {
                          launch(attention_forward_kernel<dtype, depth, m, keys, split>,                    \
                                 attention_shape(blocks, shared), s, args);                                 \
                        })
-#define ATTENTION_GRAD(name, dtype, depth, keys, both)                                                         \
+#define ATTENTION_GRAD(name, dtype, depth, keys)                                                               \
   ATTENTION_OF_##dtype(void name(const CudaAttentionGradArgs& args, int blocks, int shared, const Stream& s);  \
                        void name(const CudaAttentionGradArgs& args, int blocks, int shared, const Stream& s) { \
-                         launch(attention_grad_kernel<dtype, depth, keys, both>,                               \
+                         launch(attention_grad_kernel<dtype, depth, keys>,                                     \
                                 attention_shape(blocks, shared), s, args);                                     \
                        })
 // The two small kernels of a dtype.

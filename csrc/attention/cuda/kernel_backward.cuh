@@ -37,19 +37,19 @@ struct GradShape {
   static_assert(kCols <= kDepth && kRows == 16 * kAttentionWarps && 2 * Still::bytes == kStill && 2 * Stream::bytes <= kStage);
 };
 
-// sums += A B, A [16, 16 kN] in parts, B [16 kN, width] of a tile; each part of the sum is `scale` of the product.
+// sums += A B, A [16, 16 kN] in parts, B [16 kN, width] of a tile, its columns from `begin` on; each part of the sum is `scale` of the product.
 template <class T, int kN, int kBlocks, class Tile>
 FASTDL_DEVICE void add_product(float (&sums)[kBlocks][4], const Fragment<kPartsOf<T>> (&a)[kN], const Tile& b, int width,
-                               float scale) {
-  const int hide = opaque(0);
+                               int begin, float scale) {
 #pragma unroll
   for (int d = 0; d < 8 * kBlocks; d += 16) {
-    if (d >= width) break;
+    if (begin + d >= width) break;
+    const int hide = opaque(0);
     float x[2][4] = {};
 #pragma unroll
     for (int j = 0; j < kN; ++j) {
       Fragment<kPartsOf<T>> y;
-      load_b_transposed(&y, b, hide + 16 * j, d);
+      load_b_transposed(&y, b, hide + 16 * j, begin + d);
       multiply_add<T>(x[0], x[1], a[j], y);
     }
 #pragma unroll
@@ -93,20 +93,21 @@ FASTDL_DEVICE void store_sums(const float (&sums)[kBlocks][4], T* data, i64 step
   }
 }
 
-// kKeys: the rows are keys. kBoth: dK and dV; else dQ, or dK, or dV (no args.first), or the gradient of the mask.
-template <class T, int kDepth, bool kKeys, bool kBoth>
+// kKeys: the rows are keys, for dK and dV; else queries, for dQ or the gradient of the mask.
+template <class T, int kDepth, bool kKeys>
 FASTDL_GLOBAL(kAttentionThreads, 1)
 attention_grad_kernel(FASTDL_PARAM CudaAttentionGradArgs args) {
   using Shape = GradShape<T, kDepth, kKeys>;
   using Still = typename Shape::Still;
   using Stream = typename Shape::Stream;
   constexpr int kRows = Shape::kRows, kCols = Shape::kCols, kN = kCols / 16, parts = kPartsOf<T>;
+  constexpr int kSums = attention_sum_columns(kDepth);
   const CudaAttentionProblem& p = args.p;
-  const bool of_mask = !kKeys && args.dmask, of_value = kKeys && !kBoth && !args.first;
+  const bool of_mask = !kKeys && args.dmask;
   const int group = p.H / p.Hkv, heads = kKeys ? p.Hkv : p.H;
 
   // What this block goes through: normally one batch, one head, one tile of rows and all columns.
-  int index = block_x();
+  int index = block_x(), columns = 0;  // of the sums, from there on
   int batch_begin, batch_end, head_begin, head_end, tile_begin, tile_end, only_col = -1;
   if (of_mask) {
     const int cols = (args.mask_Lk + kCols - 1) / kCols, rows = (args.mask_Lq + kRows - 1) / kRows;
@@ -119,6 +120,8 @@ attention_grad_kernel(FASTDL_PARAM CudaAttentionGradArgs args) {
     index /= args.mask_H;
     batch_begin = index, batch_end = args.mask_B == 1 ? p.B : batch_begin + 1;
   } else {
+    columns = index % args.parts * kSums;
+    index /= args.parts;
     tile_begin = index % args.tiles;
     if (!kKeys) tile_begin = args.tiles - 1 - tile_begin;
     index /= args.tiles;
@@ -139,7 +142,7 @@ attention_grad_kernel(FASTDL_PARAM CudaAttentionGradArgs args) {
   };
 
   const int g = lane() / 4, t = lane() % 4, m0 = 16 * warp();
-  float first[kDepth / 8][4] = {}, second[kBoth ? kDepth / 8 : 1][4] = {};
+  float first[kSums / 8][4] = {}, second[kKeys ? kSums / 8 : 1][4] = {};
 
 #pragma unroll 1
   for (int batch = batch_begin; batch < batch_end; ++batch)
@@ -191,8 +194,7 @@ attention_grad_kernel(FASTDL_PARAM CudaAttentionGradArgs args) {
         QuerySide own[2] = {};
         if constexpr (kKeys) {
           load_tile<kRows>(a1, rows_from(k_base, p.k_step.row, row0, rows), p.D, p.k_step.col, p.vector_k);
-          if (!of_value)
-            load_tile<kRows>(a2, rows_from(v_base, p.v_step.row, row0, rows), p.Dv, p.v_step.col, p.vector_v);
+          load_tile<kRows>(a2, rows_from(v_base, p.v_step.row, row0, rows), p.Dv, p.v_step.col, p.vector_v);
         } else {
           load_tile<kRows>(a1, rows_from(q_base + head * p.q_step.head, p.q_step.row, row0, rows), p.D, p.q_step.col,
                            p.vector_q);
@@ -215,7 +217,7 @@ attention_grad_kernel(FASTDL_PARAM CudaAttentionGradArgs args) {
           const Stream b1 = stream(stage, 0), b2 = stream(stage, 1);
           float s[1][2 * kN][4], ds[1][2 * kN][4];
           score_product<T>(s, a1, m0, b1, 0, p.D);
-          if (!of_value) score_product<T>(ds, a2, m0, b2, 0, p.Dv);
+          score_product<T>(ds, a2, m0, b2, 0, p.Dv);
 
           const bool edge = kKeys ? is_edge(p, span, col0, col0 + kCols - 1, row0, row0 + kRows)
                                   : is_edge(p, span, row0, row0 + kRows - 1, col0, col0 + kCols);
@@ -250,14 +252,10 @@ attention_grad_kernel(FASTDL_PARAM CudaAttentionGradArgs args) {
               const float probability = exp2_approx(fma_rn(x, kLog2OfE, side.rest));
               const bool dropped = p.threshold && is_dropped(p, side.key, j);
               const float kept = sees && !dropped ? probability : 0.0f;
-              if (of_value) {
-                ds[0][n][r] = kept;
-              } else {
-                const float gradient = dropped ? 0.0f : ds[0][n][r] * p.keep_factor;
-                const float y = probability * (gradient - side.delta);
-                ds[0][n][r] = !sees ? 0.0f : of_mask ? y : y * slope;
-              }
-              if constexpr (kBoth) s[0][n][r] = kept * (1 << kLift<T>);
+              const float gradient = dropped ? 0.0f : ds[0][n][r] * p.keep_factor;
+              const float y = probability * (gradient - side.delta);
+              ds[0][n][r] = !sees ? 0.0f : of_mask ? y : y * slope;
+              if constexpr (kKeys) s[0][n][r] = kept * (1 << kLift<T>);
             }
 
           if (of_mask) {
@@ -276,12 +274,12 @@ attention_grad_kernel(FASTDL_PARAM CudaAttentionGradArgs args) {
             Fragment<parts> f[kN];
             fragments_of<T, kN>(f, ds[0]);
             const float back = bits_float((254u << 23) - float_bits(lift));  // 2^-k of 2^k
-            add_product<T>(first, f, of_value ? b2 : b1, of_value ? p.Dv : p.D, back);
+            add_product<T>(first, f, b1, p.D, columns, back);
           }
-          if constexpr (kBoth) {
+          if constexpr (kKeys) {
             Fragment<parts> f[kN];
             fragments_of<T, kN>(f, s[0]);
-            add_product<T>(second, f, b2, p.Dv, 1);
+            add_product<T>(second, f, b2, p.Dv, columns, 1);
           }
           block_sync(kAttentionThreads);
           }
@@ -317,16 +315,15 @@ attention_grad_kernel(FASTDL_PARAM CudaAttentionGradArgs args) {
   }
   const CudaSpan span = span_of(p, batch_begin);
   const int rows = kKeys ? span.Lk : span.Lq, row = tile_begin * kRows + m0, begin = kKeys ? span.k_begin : span.q_begin;
-  if (args.first || of_value) {
-    const AttentionStrides& step = of_value ? args.second_step : args.first_step;
-    T* const out = static_cast<T*>(of_value ? args.second : args.first) + span.batch * step.batch +
-                   head_begin * step.head + begin * step.row;
-    store_sums(first, out, step.row, row, rows, of_value ? p.Dv : p.D, of_value ? p.keep_factor : p.scale);
+  if (args.first) {
+    const AttentionStrides& step = args.first_step;
+    T* const out = static_cast<T*>(args.first) + span.batch * step.batch + head_begin * step.head + begin * step.row;
+    store_sums(first, out + columns, step.row, row, rows, p.D - columns, p.scale);
   }
-  if (kBoth && args.second) {
+  if (kKeys && args.second) {
     const AttentionStrides& step = args.second_step;
     T* const out = static_cast<T*>(args.second) + span.batch * step.batch + head_begin * step.head + begin * step.row;
-    store_sums(second, out, step.row, row, rows, p.Dv, p.keep_factor / (1 << kLift<T>));
+    store_sums(second, out + columns, step.row, row, rows, p.Dv - columns, p.keep_factor / (1 << kLift<T>));
   }
 }
 

@@ -107,7 +107,7 @@ FASTDL_DEVICE void load_tile(const Tile& tile, const Source& source, int width, 
   using T = typename Tile::Element;
   constexpr int kChunk = Tile::chunk, kChunks = Tile::cols / kChunk, kSize = static_cast<int>(sizeof(T));
   const int stop = (width + 15) / 16 * 16;
-#pragma unroll 2
+#pragma unroll 1
   for (int c = thread_x(); c < rows * kChunks; c += kAttentionThreads) {
     const int row = c / kChunks, col = c % kChunks * kChunk;
     if (col >= stop) continue;
@@ -181,14 +181,14 @@ FASTDL_DEVICE void multiply_add(float (&d0)[4], float (&d1)[4], const Fragment<p
 // S [16 kM, 8 kBlocks] = rows m.. of a times rows n.. of b, over `depth`.
 template <class T, int kM, int kBlocks, class TileA, class TileB>
 FASTDL_DEVICE void score_product(float (&s)[kM][kBlocks][4], const TileA& a, int m, const TileB& b, int n, int depth) {
-  constexpr int parts = kPartsOf<T>, kN = kBlocks / 2;
+  constexpr int parts = kPartsOf<T>, kN = kBlocks / 2, kSteps = parts == 1 ? 2 : 1;
 #pragma unroll
   for (int i = 0; i < kM; ++i)
 #pragma unroll
     for (int j = 0; j < 2 * kN; ++j)
 #pragma unroll
       for (int r = 0; r < 4; ++r) s[i][j][r] = 0;
-#pragma unroll 2
+#pragma unroll kSteps
   for (int k = 0; k < depth; k += 16) {
     Fragment<parts> x[kM];
 #pragma unroll

@@ -71,9 +71,12 @@ FASTDL_GLOBAL(kAttentionThreads, 1)
 attention_forward_kernel(FASTDL_PARAM CudaAttentionArgs args) {
   using Shape = ForwardShape<T, kDepth, kM, kKeys, kSplit>;
   constexpr int kRows = Shape::kRows, kWarpKeys = kKeys / kSplit, kN = kWarpKeys / 16, parts = kPartsOf<T>;
+  constexpr int kOut = attention_out_columns(kDepth, sizeof(T));
   const CudaAttentionProblem& p = args.p;
 
   int index = block_x();
+  const int columns = index % args.columns * kOut, width = min_of(p.Dv - columns, kOut);  // of O
+  index /= args.columns;
   int tile = args.tiles - 1 - index % args.tiles;  // of causal attention the last tiles are the longest: first
   index /= args.tiles;
   const int units = p.H / args.pack, unit = index % units;
@@ -129,11 +132,11 @@ attention_forward_kernel(FASTDL_PARAM CudaAttentionArgs args) {
 
   const int g = lane() / 4, t = lane() % 4;
   const int m0 = warp() / kSplit * 16 * kM, n0 = warp() % kSplit * kWarpKeys;
-  float o[kM][kDepth / 8][4], max[kM][2], sum[kM][2];
+  float o[kM][kOut / 8][4], max[kM][2], sum[kM][2];
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
 #pragma unroll
-    for (int j = 0; j < kDepth / 8; ++j)
+    for (int j = 0; j < kOut / 8; ++j)
 #pragma unroll
       for (int r = 0; r < 4; ++r) o[m][j][r] = 0;
 #pragma unroll
@@ -150,7 +153,7 @@ attention_forward_kernel(FASTDL_PARAM CudaAttentionArgs args) {
     const int key = step * kKeys, hide = opaque(0);
     copy_wait<0>();
     block_sync(kAttentionThreads);  // K is here, V is free
-    load_keys(v, v_base, p.v_step, key, p.Dv, p.vector_v);
+    load_keys(v, v_base + columns * p.v_step.col, p.v_step, key, width, p.vector_v);
     copy_commit();
     float s[kM][2 * kN][4];
     score_product<T>(s, q, m0, k, n0, p.D);
@@ -220,13 +223,14 @@ attention_forward_kernel(FASTDL_PARAM CudaAttentionArgs args) {
 #pragma unroll
     for (int m = 0; m < kM; ++m) fragments_of<T, kN>(pf[m], s[m]);
 #pragma unroll
-    for (int d = 0; d < kDepth; d += 16) {
-      if (d >= p.Dv) break;
+    for (int d = 0; d < kOut; d += 16) {
+      if (d >= width) break;
+      const int at = opaque(n0);
       float x[kM][2][4] = {};
 #pragma unroll
       for (int j = 0; j < kN; ++j) {
         Fragment<parts> y;
-        load_b_transposed(&y, v, hide + n0 + 16 * j, d);
+        load_b_transposed(&y, v, at + 16 * j, d);
 #pragma unroll
         for (int m = 0; m < kM; ++m) multiply_add<T>(x[m][0], x[m][1], pf[m][j], y);
       }
@@ -255,25 +259,25 @@ attention_forward_kernel(FASTDL_PARAM CudaAttentionArgs args) {
       const i64 row = (static_cast<i64>(span.batch) * p.H + head) * p.Lq + i;
       if (args.slots > 1) {
         float* const part = args.parts + ((chunk * kSplit + warp() % kSplit) * rows + row) * (p.Dv + 2);
-        if (t == 0) part[0] = max[m][h], part[1] = total;
+        if (t == 0 && columns == 0) part[0] = max[m][h], part[1] = total;
 #pragma unroll
-        for (int j = 0; j < kDepth / 8; ++j) {
-          if (8 * j >= p.Dv) break;
-          store_two(part + 2, 8 * j + 2 * t, p.Dv, o[m][j][2 * h], o[m][j][2 * h + 1]);
+        for (int j = 0; j < kOut / 8; ++j) {
+          if (8 * j >= width) break;
+          store_two(part + 2 + columns, 8 * j + 2 * t, width, o[m][j][2 * h], o[m][j][2 * h + 1]);
         }
         continue;
       }
       T* const out = static_cast<T*>(args.out) + span.batch * args.out_step.batch + head * args.out_step.head +
-                     i * args.out_step.row;
+                     i * args.out_step.row + columns;
       const bool seen = !(total == 0);
       const float factor = p.keep_factor / total;
 #pragma unroll
-      for (int j = 0; j < kDepth / 8; ++j) {
-        if (8 * j >= p.Dv) break;
-        store_two(out, 8 * j + 2 * t, p.Dv, seen ? o[m][j][2 * h] * factor : 0.0f,
+      for (int j = 0; j < kOut / 8; ++j) {
+        if (8 * j >= width) break;
+        store_two(out, 8 * j + 2 * t, width, seen ? o[m][j][2 * h] * factor : 0.0f,
                   seen ? o[m][j][2 * h + 1] * factor : 0.0f);
       }
-      if (args.lse && t == 0) store_lse<T>(p, max[m][h], total, args.lse + 2 * row);
+      if (args.lse && t == 0 && columns == 0) store_lse<T>(p, max[m][h], total, args.lse + 2 * row);
     }
 }
 

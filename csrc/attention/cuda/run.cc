@@ -62,6 +62,7 @@ void cuda_attention_run(const AttentionDesc& d, const CudaAttentionPlan& plan, c
   a.p = problem_of(d, args, sequences);
   a.out = args.out, a.out_step = d.out, a.lse = args.lse, a.parts = static_cast<float*>(workspace);
   a.tiles = plan.tiles, a.chunks = plan.chunks, a.slots = plan.slots, a.pack = plan.pack;
+  a.columns = plan.columns;
   plan.kernel->forward(a, static_cast<int>(plan.blocks), plan.kernel->shared_bytes, stream);
   if (plan.slots == 1) return;
   const auto combine = d.dtype == DType::bf16  ? attention_combine_bf16
@@ -98,22 +99,15 @@ void cuda_attention_backward_run(const AttentionDesc& d, const CudaAttentionBack
     const i64 tiles = d.sequences > 0 ? length / k.rows + d.sequences : ceil_div(length, k.rows);
     if (tiles * heads * d.B == 0) return;
     a.tiles = static_cast<int>(tiles), a.stages = stages;
-    k.grad(a, static_cast<int>(tiles * heads * d.B), k.shared_bytes + (stages - 1) * k.stage_bytes, stream);
+    a.parts = static_cast<int>(ceil_div(std::max(d.D, d.Dv), attention_sum_columns(k.depth)));
+    k.grad(a, static_cast<int>(tiles * heads * d.B * a.parts), k.shared_bytes + (stages - 1) * k.stage_bytes, stream);
   };
   if (grads.dq) {
     a.first = grads.dq, a.first_step = grads.dq_step;
     pass(*plan.query, plan.query_stages, d.Lq, d.H);
   }
-  a.second_step = grads.dv_step, a.first_step = grads.dk_step;
-  if (plan.key->both) {
-    a.first = grads.dk, a.second = grads.dv;
-    if (grads.dk || grads.dv) pass(*plan.key, plan.key_stages, d.Lk, d.Hkv);
-  } else {
-    a.first = grads.dk;
-    if (grads.dk) pass(*plan.key, plan.key_stages, d.Lk, d.Hkv);
-    a.first = nullptr, a.second = grads.dv;
-    if (grads.dv) pass(*plan.key, plan.key_stages, d.Lk, d.Hkv);
-  }
+  a.first = grads.dk, a.first_step = grads.dk_step, a.second = grads.dv, a.second_step = grads.dv_step;
+  if (grads.dk || grads.dv) pass(*plan.key, plan.key_stages, d.Lk, d.Hkv);
   if (grads.dmask) {
     const CudaAttentionKernel& k = *plan.query;
     a.dmask = grads.dmask, a.dmask_step = grads.dmask_step;
