@@ -18,7 +18,9 @@ def keep_of(shape, p, seed):
     return keep
 
 
-def forward_reference(q, k, v, mask=None, *, scale=None, lo=MIN, hi=MAX, softcap=0.0, align_end=False, keep=None, p=0.0):
+def forward_reference(
+    q, k, v, mask=None, *, scale=None, lo=MIN, hi=MAX, softcap=0.0, align_end=False, keep=None, p=0.0
+):
     """out, lse, sum_j P|V|, and the error of the scores of each row."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     q, k, v = q.double(), k.double(), v.double()

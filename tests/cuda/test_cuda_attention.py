@@ -227,7 +227,9 @@ def test_dropout_keeps_what_the_cpu_keeps(gpu, row):
 
 # --- packed sequences ---------------------------------------------------------------------------------------------
 @small_rows
-@pytest.mark.parametrize("options", [{}, {"hi": 0, "align_end": True}, {"lo": -9, "hi": 4}, {"dropout_p": 0.2}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"hi": 0, "align_end": True}, {"lo": -9, "hi": 4}, {"dropout_p": 0.2}], ids=str
+)
 def test_packed_sequences_are_as_each_alone(gpu, row, options):
     dtype = DTYPES[row["dtype"]]
     lengths_q, lengths_k = [5, 0, 70, 1, 0, 33, 2], [9, 4, 65, 40, 0, 0, 3]

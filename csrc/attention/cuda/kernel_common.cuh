@@ -164,8 +164,9 @@ FASTDL_DEVICE float exact_product(const TileA& a, int m, const TileB& b, int n, 
   return sum;
 }
 
-// multiply(), of which float32's six products are added by an ordinary addition: a long chain of sums that are truncated
-// costs several units in the last place (D = 200: 6 of lse instead of 1), four additions beside twelve mma nothing.
+// multiply(), of which float32's six products are added by an ordinary addition: a long chain of sums that are
+// truncated costs several units in the last place (D = 200: 6 of lse instead of 1), four additions beside twelve mma
+// nothing.
 template <class T, int parts>
 FASTDL_DEVICE void multiply_add(float (&d0)[4], float (&d1)[4], const Fragment<parts>& a, const Fragment<parts>& b) {
   if constexpr (parts == 1) {

@@ -1,5 +1,5 @@
-// Forward: a block keeps a tile of query rows and walks the keys that they see; each warp has 16 kM rows, P stays in its
-// registers as the A operand of P V. K of the next tile comes in during P V, V during Q K^T: two buffers for both.
+// Forward: a block keeps a tile of query rows and walks the keys that they see; each warp has 16 kM rows, P stays in
+// its registers as the A operand of P V. K of the next tile comes in during P V, V during Q K^T: two buffers for both.
 //
 // By the two numbers (bf16, 64 keys, D = 128): a warp's mma of 16x8x16 takes 8 cycles of its quarter of a
 // multiprocessor, its B 256 bytes, 2 cycles of the one shared memory: with 16 rows a warp shared memory is as busy as
@@ -22,8 +22,9 @@ struct ForwardShape {
   static_assert(Q::bytes + 2 * K::bytes <= attention_forward_bytes(kRows, kKeys, kDepth, sizeof(T)));
 };
 
-// Products of parts give NaN where an operand is Inf: those scores, and those sums over V, are computed again by ordinary
-// multiplications. They go by way of shared memory, `memory` [16][keys] of the warp, for code of few instructions.
+// Products of parts give NaN where an operand is Inf: those scores, and those sums over V, are computed again by
+// ordinary multiplications. They go by way of shared memory, `memory` [16][keys] of the warp, for code of few
+// instructions.
 template <int kBlocks, class TileA, class TileB>
 FASTDL_DEVICE void repair_scores(float (&s)[1][kBlocks][4], float* memory, const TileA& a, int m, const TileB& b, int n,
                                  int depth) {
@@ -62,8 +63,8 @@ FASTDL_DEVICE void repair_values(float (&x)[2][4], const float* memory, int keys
   for (int j = 0; j < keys; ++j)
 #pragma unroll
     for (int r = 0; r < 8; ++r)
-      x[r / 4][r % 4] = fma_rn(memory[sum_row(r % 4) * keys + j], *v.at(key + j, col + r / 4 * 8 + sum_col(r % 4)),
-                               x[r / 4][r % 4]);
+      x[r / 4][r % 4] =
+          fma_rn(memory[sum_row(r % 4) * keys + j], *v.at(key + j, col + r / 4 * 8 + sum_col(r % 4)), x[r / 4][r % 4]);
 }
 
 template <class T, int kDepth, int kM, int kKeys, int kSplit>
@@ -97,7 +98,8 @@ attention_forward_kernel(FASTDL_PARAM CudaAttentionArgs args) {
   const typename Shape::K k = {reinterpret_cast<T*>(shared + Shape::Q::bytes)};
   const typename Shape::K v = {reinterpret_cast<T*>(shared + Shape::Q::bytes + Shape::K::bytes)};
 
-  float* const memory = reinterpret_cast<float*>(shared + Shape::Q::bytes + 2 * Shape::K::bytes) + warp() * 16 * kWarpKeys;
+  float* const memory =
+      reinterpret_cast<float*>(shared + Shape::Q::bytes + 2 * Shape::K::bytes) + warp() * 16 * kWarpKeys;
   static_assert(sizeof(T) == 2 || kM == 1);
 
   const T* const q_base = static_cast<const T*>(p.q) + span.batch * p.q_step.batch;
@@ -117,16 +119,14 @@ attention_forward_kernel(FASTDL_PARAM CudaAttentionArgs args) {
   const auto load_keys = [&](const typename Shape::K& to, const T* base, const AttentionStrides& step, int key,
                              int width, bool vector) {
     load_tile<kKeys>(
-        to,
-        [&](int r) -> TileRow<T> {
-          return {base + min_of(key + r, span.Lk - 1) * step.row, key + r < span.Lk};
-        },
+        to, [&](int r) -> TileRow<T> { return {base + min_of(key + r, span.Lk - 1) * step.row, key + r < span.Lk}; },
         width, step.col, vector);
   };
 
   const int i_first = row_of(0), i_last = row_of(min_of(kRows, count - first) - 1);
   const CudaRange range = keys_seen(p, span, i_first, i_last);
-  const int tile_begin = range.begin / kKeys, all = range.begin < range.end ? (range.end + kKeys - 1) / kKeys - tile_begin : 0;
+  const int tile_begin = range.begin / kKeys,
+            all = range.begin < range.end ? (range.end + kKeys - 1) / kKeys - tile_begin : 0;
   const int from = tile_begin + static_cast<int>(static_cast<i64>(all) * chunk / args.chunks);
   const int to = tile_begin + static_cast<int>(static_cast<i64>(all) * (chunk + 1) / args.chunks);
 
@@ -163,7 +163,7 @@ attention_forward_kernel(FASTDL_PARAM CudaAttentionArgs args) {
     if (step + 1 < to) load_keys(k, k_base, p.k_step, key + kKeys, p.D, p.vector_k);
     copy_commit();
 
-    const bool edge = is_edge(p, span, i_first, i_last, key, key + kKeys);
+    const bool edge = count - first < kRows || is_edge(p, span, i_first, i_last, key, key + kKeys);
     float rescale[kM][2];
 #pragma unroll
     for (int m = 0; m < kM; ++m)
@@ -295,8 +295,7 @@ attention_combine_kernel(FASTDL_PARAM CudaAttentionArgs args) {
   for (int s = 0; s < args.slots; ++s)
     if (parts[s * step] > highest) highest = parts[s * step];
   const float base = highest > -kLargest ? highest : -kLargest;
-  for (int s = 0; s < args.slots; ++s)
-    total += parts[s * step + 1] * exp2_approx((parts[s * step] - base) * p.factor);
+  for (int s = 0; s < args.slots; ++s) total += parts[s * step + 1] * exp2_approx((parts[s * step] - base) * p.factor);
   T* const out = static_cast<T*>(args.out) + row / p.Lq / p.H * args.out_step.batch +
                  row / p.Lq % p.H * args.out_step.head + row % p.Lq * args.out_step.row;
   for (int d = lane(); d < p.Dv; d += kWarp) {

@@ -76,10 +76,14 @@ constexpr int attention_forward_bytes(int rows, int keys, int depth, int item) {
 constexpr int attention_stream_rows(int item, int depth) { return item == 4 && depth == 256 ? 16 : 32; }
 
 // Columns whose sums a block keeps: 64 registers, and as many for dV. Depth 256 is two blocks that compute the same
-// scores: 6 products of a tile instead of 4 for dK and dV, but none in memory that registers spill to.
-constexpr int attention_sum_columns(int depth) { return depth < 128 ? depth : 128; }
-// Of O, in the forward pass: float32 has parts of P in registers besides.
-constexpr int attention_out_columns(int depth, int item) { return item == 4 ? attention_sum_columns(depth) : depth; }
+// scores (float32: four): 6 products of a tile instead of 4 for dK and dV, but registers do not spill.
+constexpr int attention_sum_columns(int depth, int item) {
+  return depth < 128 ? depth : item == 4 && depth == 256 ? 64 : 128;  // float32 has parts in registers besides
+}
+// Of O, in the forward pass.
+constexpr int attention_out_columns(int depth, int item) {
+  return item == 4 ? attention_sum_columns(depth, item) : depth;
+}
 
 // Of a query, for blocks whose rows are keys.
 struct QuerySide {

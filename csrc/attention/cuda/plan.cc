@@ -23,17 +23,34 @@ constexpr i64 kLongest = i64{1} << 29;
 constexpr CudaAttentionKernel forward_row(const char* name, DType dtype, int depth, int m, int keys, int split,
                                           decltype(CudaAttentionKernel::forward) run) {
   const int rows = 64 * m / split, item = kItemSize[static_cast<int>(dtype)];
-  return {name, dtype, split > 1 ? CudaAttentionKind::kDecode : CudaAttentionKind::kTile, depth, rows, keys, split,
-          attention_forward_bytes(rows, keys, depth, item), 0, run, nullptr};
+  return {name,
+          dtype,
+          split > 1 ? CudaAttentionKind::kDecode : CudaAttentionKind::kTile,
+          depth,
+          rows,
+          keys,
+          split,
+          attention_forward_bytes(rows, keys, depth, item),
+          0,
+          run,
+          nullptr};
 }
 
 constexpr CudaAttentionKernel grad_row(const char* name, DType dtype, int depth, bool keys,
                                        decltype(CudaAttentionKernel::grad) run) {
   const int item = kItemSize[static_cast<int>(dtype)], cols = attention_stream_rows(item, depth);
   const int stage = attention_stage_bytes(cols, depth, item, keys);
-  return {name,      dtype, keys ? CudaAttentionKind::kKeyGrad : CudaAttentionKind::kQueryGrad, depth,
-          kGradRows, cols,  1, attention_still_bytes(depth, item) + stage, stage,
-          nullptr,   run};
+  return {name,
+          dtype,
+          keys ? CudaAttentionKind::kKeyGrad : CudaAttentionKind::kQueryGrad,
+          depth,
+          kGradRows,
+          cols,
+          1,
+          attention_still_bytes(depth, item) + stage,
+          stage,
+          nullptr,
+          run};
 }
 
 bool packed(const AttentionDesc& d) { return d.sequences > 0; }
@@ -42,18 +59,21 @@ bool packed(const AttentionDesc& d) { return d.sequences > 0; }
 
 const char* kind_name(CudaAttentionKind kind) {
   switch (kind) {
-    case CudaAttentionKind::kTile: return "tile";
-    case CudaAttentionKind::kDecode: return "decode";
-    case CudaAttentionKind::kQueryGrad: return "query_grad";
-    default: return "key_grad";
+    case CudaAttentionKind::kTile:
+      return "tile";
+    case CudaAttentionKind::kDecode:
+      return "decode";
+    case CudaAttentionKind::kQueryGrad:
+      return "query_grad";
+    default:
+      return "key_grad";
   }
 }
 
 const std::vector<CudaAttentionKernel>& cuda_attention_kernels() {
 #define ATTENTION_FORWARD(name, dtype, depth, m, keys, split) \
   forward_row(#name, DType::dtype, depth, m, keys, split, name),
-#define ATTENTION_GRAD(name, dtype, depth, keys) \
-  grad_row(#name, DType::dtype, depth, keys, name),
+#define ATTENTION_GRAD(name, dtype, depth, keys) grad_row(#name, DType::dtype, depth, keys, name),
   static const std::vector<CudaAttentionKernel> table = {
 #include "attention/cuda/kernels.inc"
   };
@@ -126,7 +146,8 @@ CudaAttentionPlan cuda_attention_plan(const AttentionDesc& d, const Gpu& gpu, co
   if (k.shared_bytes > gpu.shared_bytes)
     fail(kOp, ": kernel ", k.name, " needs ", k.shared_bytes, " bytes of shared memory, a block has ",
          gpu.shared_bytes);
-  plan.pack = k.kind == CudaAttentionKind::kDecode && d.Lq * group < kLongest ? static_cast<int>(std::max<i64>(1, group)) : 1;
+  plan.pack =
+      k.kind == CudaAttentionKind::kDecode && d.Lq * group < kLongest ? static_cast<int>(std::max<i64>(1, group)) : 1;
   const i64 tiles = packed(d) ? d.Lq * plan.pack / k.rows + d.sequences : ceil_div(d.Lq * plan.pack, k.rows);
   plan.tiles = static_cast<int>(tiles);
   const i64 blocks = tiles * (d.H / plan.pack) * d.B;
@@ -152,7 +173,7 @@ CudaAttentionBackwardPlan cuda_attention_backward_plan(const AttentionDesc& d, c
   plan.key = &row_for(d, CudaAttentionKind::kKeyGrad);
   plan.key_stages = stages_of(*plan.key, gpu);
   for (const auto& [length, heads] : {std::pair{d.Lq, d.H}, std::pair{d.Lk, d.Hkv}})
-    check_blocks(tiles_of(d, length, kGradRows) * heads * d.B * 2);
+    check_blocks(tiles_of(d, length, kGradRows) * heads * d.B * 4);
   plan.workspace_bytes = d.B * d.H * d.Lq * 4;
   return plan;
 }

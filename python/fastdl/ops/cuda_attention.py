@@ -72,9 +72,7 @@ def attention_backward(
     full = expanded(mask, query, key)
     plan = native.attention_plan(query, key, value, full, backward=True, **options)
     scratch = cuda.workspace(query, plan["workspace_bytes"])
-    native.attention_backward(
-        *grads, dmask, grad, query, key, value, out, lse, full, workspace=scratch, **options
-    )
+    native.attention_backward(*grads, dmask, grad, query, key, value, out, lse, full, workspace=scratch, **options)
     dq, dk, dv, dm = (query.new_empty(0) if x is None else x for x in (*grads, dmask))
     return dq, dk, dv, dm
 
