@@ -182,7 +182,8 @@ FASTDL_DEVICE void multiply_add(float (&d0)[4], float (&d1)[4], const Fragment<p
 // S [16 kM, 8 kBlocks] = rows m.. of a times rows n.. of b, over `depth`.
 template <class T, int kM, int kBlocks, class TileA, class TileB>
 FASTDL_DEVICE void score_product(float (&s)[kM][kBlocks][4], const TileA& a, int m, const TileB& b, int n, int depth) {
-  constexpr int parts = kPartsOf<T>, kN = kBlocks / 2, kSteps = parts == 1 ? 2 : 1;
+  constexpr int parts = kPartsOf<T>, kN = kBlocks / 2;
+  [[maybe_unused]] constexpr int kSteps = parts == 1 ? 2 : 1;  // g++ does not read the pragma
 #pragma unroll
   for (int i = 0; i < kM; ++i)
 #pragma unroll
