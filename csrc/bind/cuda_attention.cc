@@ -1,6 +1,6 @@
-// Attention of the CUDA modules, forward and backward: the arguments of `_C.attention*`, with a workspace besides, whose
-// bytes `attention_plan` gives. cu_seqlens are int32 tensors on the GPU: offsets that are wrong are not seen here, but
-// read and write nothing outside the tensors.
+// Attention of the CUDA modules, forward and backward: the arguments of `_C.attention*`, with a workspace besides,
+// whose bytes `attention_plan` gives. cu_seqlens are int32 tensors on the GPU: offsets that are wrong are not seen
+// here, but read and write nothing outside the tensors.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -141,8 +141,8 @@ float* lse_data(Problem* p, py::handle lse_, const TensorView& q) {
 }
 
 void* workspace_data(Problem* p, py::handle workspace_, i64 bytes) {
-  const DeviceBytes workspace = workspace_.is_none() ? DeviceBytes{nullptr, 0}
-                                                     : device_bytes(workspace_, &p->device, kOp, "workspace");
+  const DeviceBytes workspace =
+      workspace_.is_none() ? DeviceBytes{nullptr, 0} : device_bytes(workspace_, &p->device, kOp, "workspace");
   if (workspace.bytes < bytes)
     fail(kOp, ": argument 'workspace': expected ", bytes, " bytes as attention_plan says, got ", workspace.bytes);
   if (bytes > 0 && reinterpret_cast<std::uintptr_t>(workspace.data) % 4 != 0)
@@ -157,9 +157,9 @@ const CudaAttentionKernel* forced_row(const std::string& name) {
 void run_attention(py::handle out_, py::handle lse, py::handle query, py::handle key, py::handle value, py::handle mask,
                    double scale, i64 lo, i64 hi, double softcap, double dropout_p, i64 seed, py::object cu_seqlens_q,
                    py::object cu_seqlens_k, bool align_end, py::handle workspace_, const std::string& kernel) {
-  Problem p = make_problem(query, key, value, mask,
-                           {scale, lo, hi, softcap, dropout_p, seed, std::move(cu_seqlens_q), std::move(cu_seqlens_k),
-                            align_end});
+  Problem p = make_problem(
+      query, key, value, mask,
+      {scale, lo, hi, softcap, dropout_p, seed, std::move(cu_seqlens_q), std::move(cu_seqlens_k), align_end});
   const AttentionDesc& d = p.desc;
   const TensorView q = device_view(query, &p.device, kOp, "query"), out = device_view(out_, &p.device, kOp, "out");
   require_shape(out, "out", {q.size(0), q.size(1), q.size(2), d.Dv}, "as query but with the last dimension of value");
@@ -215,9 +215,9 @@ void run_backward(py::handle dq, py::handle dk, py::handle dv, py::handle dmask,
                   py::handle key, py::handle value, py::handle out_, py::handle lse, py::handle mask, double scale,
                   i64 lo, i64 hi, double softcap, double dropout_p, i64 seed, py::object cu_seqlens_q,
                   py::object cu_seqlens_k, bool align_end, py::handle workspace_) {
-  Problem p = make_problem(query, key, value, mask,
-                           {scale, lo, hi, softcap, dropout_p, seed, std::move(cu_seqlens_q), std::move(cu_seqlens_k),
-                            align_end});
+  Problem p = make_problem(
+      query, key, value, mask,
+      {scale, lo, hi, softcap, dropout_p, seed, std::move(cu_seqlens_q), std::move(cu_seqlens_k), align_end});
   int* const device = &p.device;
   const TensorView q = device_view(query, device, kOp, "query"), k = device_view(key, device, kOp, "key"),
                    v = device_view(value, device, kOp, "value"), dout = device_view(dout_, device, kOp, "dout"),
@@ -262,15 +262,14 @@ py::dict plan_attention(py::handle query, py::handle key, py::handle value, py::
                         py::object cu_seqlens_k, bool align_end, const std::string& kernel, bool backward,
                         const std::string& gpu_name) {
   using namespace py::literals;
-  const Problem p = make_problem(query, key, value, mask,
-                                 {scale, lo, hi, softcap, dropout_p, seed, std::move(cu_seqlens_q),
-                                  std::move(cu_seqlens_k), align_end});
+  const Problem p = make_problem(
+      query, key, value, mask,
+      {scale, lo, hi, softcap, dropout_p, seed, std::move(cu_seqlens_q), std::move(cu_seqlens_k), align_end});
   const Gpu gpu = gpu_name.empty() ? gpu_info(p.device) : gpu_named(gpu_name);
   const AttentionDesc& d = p.desc;
   if (backward) {
     const CudaAttentionBackwardPlan plan = cuda_attention_backward_plan(d, gpu);
     return py::dict("op"_a = "attention_backward", "kernel"_a = plan.query->name, "key_kernel"_a = plan.key->name,
-                    "key_passes"_a = plan.key->both ? 1 : 2,
                     "stages"_a = py::make_tuple(plan.query_stages, plan.key_stages),
                     "workspace_bytes"_a = plan.workspace_bytes, "text"_a = describe(d, plan));
   }
@@ -285,9 +284,8 @@ py::list kernel_rows() {
   using namespace py::literals;
   py::list rows;
   for (const CudaAttentionKernel& k : cuda_attention_kernels())
-    rows.append(py::dict("name"_a = k.name, "dtype"_a = torch_name(k.dtype), "kind"_a = kind_name(k.kind),
-                         "sm"_a = 80, "depth"_a = k.depth, "rows"_a = k.rows, "cols"_a = k.cols,
-                         "shared_bytes"_a = k.shared_bytes));
+    rows.append(py::dict("name"_a = k.name, "dtype"_a = torch_name(k.dtype), "kind"_a = kind_name(k.kind), "sm"_a = 80,
+                         "depth"_a = k.depth, "rows"_a = k.rows, "cols"_a = k.cols, "shared_bytes"_a = k.shared_bytes));
   return rows;
 }
 

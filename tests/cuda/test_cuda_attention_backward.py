@@ -70,7 +70,7 @@ def check(gpu, q, k, v, do, mask=None, **options):
 def test_equal_weights_give_the_mean_of_dout(gpu, dtype, D):
     """Scale 0: P = 1 / Lk exactly, dV = sum over queries of dO / Lk, dQ = dK = 0."""
     q, k, v, _ = operands(dtype, Lq=9, Lk=64, D=D)
-    do = torch.randint(-3, 4, v.shape[:2] + (9, D)).to(dtype)
+    do = torch.randint(-3, 4, (*v.shape[:2], 9, D)).to(dtype)
     dq, dk, dv, _ = backward(gpu, q, k, v, do, scale=0.0)
     expected = (do.double().sum(2, keepdim=True) / 64).to(dtype).expand_as(dv)
     assert torch.equal(dv, expected)

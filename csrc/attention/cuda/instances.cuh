@@ -24,25 +24,23 @@ inline LaunchShape attention_shape(int blocks, int shared_bytes) {
 
 }  // namespace fastdl
 
-#define ATTENTION_FORWARD(name, dtype, depth, m, keys, split)                                             \
-  ATTENTION_OF_##dtype(void name(const CudaAttentionArgs& args, int blocks, int shared, const Stream& s); \
-                       void name(const CudaAttentionArgs& args, int blocks, int shared, const Stream& s) { \
-                         launch(attention_forward_kernel<dtype, depth, m, keys, split>,                    \
-                                attention_shape(blocks, shared), s, args);                                 \
-                       })
-#define ATTENTION_GRAD(name, dtype, depth, keys, both)                                                         \
-  ATTENTION_OF_##dtype(void name(const CudaAttentionGradArgs& args, int blocks, int shared, const Stream& s);  \
-                       void name(const CudaAttentionGradArgs& args, int blocks, int shared, const Stream& s) { \
-                         launch(attention_grad_kernel<dtype, depth, keys, both>,                               \
-                                attention_shape(blocks, shared), s, args);                                     \
+#define ATTENTION_FORWARD(name, dtype, depth, m, keys, split)                                                        \
+  ATTENTION_OF_##dtype(void name(const CudaAttentionArgs& args, int blocks, int shared, const Stream& s); void name( \
+                           const CudaAttentionArgs& args, int blocks, int shared, const Stream& s) {                 \
+    launch(attention_forward_kernel<dtype, depth, m, keys, split>, attention_shape(blocks, shared), s, args);        \
+  })
+#define ATTENTION_GRAD(name, dtype, depth, keys)                                                                      \
+  ATTENTION_OF_##dtype(void name(const CudaAttentionGradArgs& args, int blocks, int shared, const Stream& s);         \
+                       void name(const CudaAttentionGradArgs& args, int blocks, int shared, const Stream& s) {        \
+                         launch(attention_grad_kernel<dtype, depth, keys>, attention_shape(blocks, shared), s, args); \
                        })
 // The two small kernels of a dtype.
-#define ATTENTION_SMALL(dtype)                                                                     \
-  void attention_combine_##dtype(const CudaAttentionArgs& args, int blocks, const Stream& s);      \
-  void attention_combine_##dtype(const CudaAttentionArgs& args, int blocks, const Stream& s) {     \
-    launch(attention_combine_kernel<dtype>, attention_shape(blocks, 0), s, args);                  \
-  }                                                                                                \
-  void attention_delta_##dtype(const CudaAttentionDeltaArgs& args, int blocks, const Stream& s);   \
-  void attention_delta_##dtype(const CudaAttentionDeltaArgs& args, int blocks, const Stream& s) {  \
-    launch(attention_delta_kernel<dtype>, attention_shape(blocks, 0), s, args);                    \
+#define ATTENTION_SMALL(dtype)                                                                    \
+  void attention_combine_##dtype(const CudaAttentionArgs& args, int blocks, const Stream& s);     \
+  void attention_combine_##dtype(const CudaAttentionArgs& args, int blocks, const Stream& s) {    \
+    launch(attention_combine_kernel<dtype>, attention_shape(blocks, 0), s, args);                 \
+  }                                                                                               \
+  void attention_delta_##dtype(const CudaAttentionDeltaArgs& args, int blocks, const Stream& s);  \
+  void attention_delta_##dtype(const CudaAttentionDeltaArgs& args, int blocks, const Stream& s) { \
+    launch(attention_delta_kernel<dtype>, attention_shape(blocks, 0), s, args);                   \
   }

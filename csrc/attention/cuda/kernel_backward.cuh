@@ -1,8 +1,9 @@
 // Backward: a block keeps 64 rows of one side and the other side streams by, a tile of it at a time; each warp has 16
 // rows, scores and their gradients stay in its registers, where they are the A operands of the sums.
 //
-//   rows are queries: dQ += dS K                     rows are keys: dK += dS^T Q, dV += P'^T dO (scores come transposed)
-//   P = exp(S - lse)    P' = P .* keep / (1 - p)    dP = dO V^T .* keep / (1 - p)    dS = P .* (dP - delta) * scale
+//   rows are queries: dQ += dS K                     rows are keys: dK += dS^T Q, dV += P'^T dO (scores come
+//   transposed) P = exp(S - lse)    P' = P .* keep / (1 - p)    dP = dO V^T .* keep / (1 - p)    dS = P .* (dP - delta)
+//   * scale
 //
 // Two passes, 4 + 3 products of a tile where one pass has 5: one pass would add to dQ in global memory for each tile of
 // keys, in their order: 64 x 128 floats read and written a tile are 64 KB, 1.5 us of a multiprocessor's share of an
@@ -34,22 +35,24 @@ struct GradShape {
   using Stream = SharedTile<T, kCols, kDepth>;
   static constexpr int kStill = attention_still_bytes(kDepth, kItem);
   static constexpr int kStage = attention_stage_bytes(kCols, kDepth, kItem, kKeys);
-  static_assert(kCols <= kDepth && kRows == 16 * kAttentionWarps && 2 * Still::bytes == kStill && 2 * Stream::bytes <= kStage);
+  static_assert(kCols <= kDepth && kRows == 16 * kAttentionWarps && 2 * Still::bytes == kStill &&
+                2 * Stream::bytes <= kStage);
 };
 
-// sums += A B, A [16, 16 kN] in parts, B [16 kN, width] of a tile; each part of the sum is `scale` of the product.
+// sums += A B, A [16, 16 kN] in parts, B [16 kN, width] of a tile, its columns from `begin` on; each part of the sum is
+// `scale` of the product.
 template <class T, int kN, int kBlocks, class Tile>
-FASTDL_DEVICE void add_product(float (&sums)[kBlocks][4], const Fragment<kPartsOf<T>> (&a)[kN], const Tile& b, int width,
-                               float scale) {
-  const int hide = opaque(0);
+FASTDL_DEVICE void add_product(float (&sums)[kBlocks][4], const Fragment<kPartsOf<T>> (&a)[kN], const Tile& b,
+                               int width, int begin, float scale) {
 #pragma unroll
   for (int d = 0; d < 8 * kBlocks; d += 16) {
-    if (d >= width) break;
+    if (begin + d >= width) break;
+    const int hide = opaque(0);
     float x[2][4] = {};
 #pragma unroll
     for (int j = 0; j < kN; ++j) {
       Fragment<kPartsOf<T>> y;
-      load_b_transposed(&y, b, hide + 16 * j, d);
+      load_b_transposed(&y, b, hide + 16 * j, begin + d);
       multiply_add<T>(x[0], x[1], a[j], y);
     }
 #pragma unroll
@@ -75,12 +78,14 @@ FASTDL_DEVICE float lift_of(const float (&x)[kBlocks][4]) {
         if (a > highest) highest = a;
       }
     const int exponent = static_cast<int>(float_bits(warp_max(highest)) >> 23);
-    return exponent == 0 || exponent == 255 ? 1.0f : bits_float(static_cast<u32>(clamp_of(268 - exponent, 1, 253)) << 23);
+    return exponent == 0 || exponent == 255 ? 1.0f
+                                            : bits_float(static_cast<u32>(clamp_of(268 - exponent, 1, 253)) << 23);
   }
 }
 
 template <class T, int kBlocks>
-FASTDL_DEVICE void store_sums(const float (&sums)[kBlocks][4], T* data, i64 step, int row, int rows, int width, float scale) {
+FASTDL_DEVICE void store_sums(const float (&sums)[kBlocks][4], T* data, i64 step, int row, int rows, int width,
+                              float scale) {
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const int r = row + lane() / 4 + 8 * h;
@@ -93,20 +98,21 @@ FASTDL_DEVICE void store_sums(const float (&sums)[kBlocks][4], T* data, i64 step
   }
 }
 
-// kKeys: the rows are keys. kBoth: dK and dV; else dQ, or dK, or dV (no args.first), or the gradient of the mask.
-template <class T, int kDepth, bool kKeys, bool kBoth>
+// kKeys: the rows are keys, for dK and dV; else queries, for dQ or the gradient of the mask.
+template <class T, int kDepth, bool kKeys>
 FASTDL_GLOBAL(kAttentionThreads, 1)
 attention_grad_kernel(FASTDL_PARAM CudaAttentionGradArgs args) {
   using Shape = GradShape<T, kDepth, kKeys>;
   using Still = typename Shape::Still;
   using Stream = typename Shape::Stream;
   constexpr int kRows = Shape::kRows, kCols = Shape::kCols, kN = kCols / 16, parts = kPartsOf<T>;
+  constexpr int kSums = attention_sum_columns(kDepth, sizeof(T));
   const CudaAttentionProblem& p = args.p;
-  const bool of_mask = !kKeys && args.dmask, of_value = kKeys && !kBoth && !args.first;
+  const bool of_mask = !kKeys && args.dmask;
   const int group = p.H / p.Hkv, heads = kKeys ? p.Hkv : p.H;
 
   // What this block goes through: normally one batch, one head, one tile of rows and all columns.
-  int index = block_x();
+  int index = block_x(), columns = 0;  // of the sums, from there on
   int batch_begin, batch_end, head_begin, head_end, tile_begin, tile_end, only_col = -1;
   if (of_mask) {
     const int cols = (args.mask_Lk + kCols - 1) / kCols, rows = (args.mask_Lq + kRows - 1) / kRows;
@@ -119,6 +125,8 @@ attention_grad_kernel(FASTDL_PARAM CudaAttentionGradArgs args) {
     index /= args.mask_H;
     batch_begin = index, batch_end = args.mask_B == 1 ? p.B : batch_begin + 1;
   } else {
+    columns = index % args.parts * kSums;
+    index /= args.parts;
     tile_begin = index % args.tiles;
     if (!kKeys) tile_begin = args.tiles - 1 - tile_begin;
     index /= args.tiles;
@@ -139,7 +147,7 @@ attention_grad_kernel(FASTDL_PARAM CudaAttentionGradArgs args) {
   };
 
   const int g = lane() / 4, t = lane() % 4, m0 = 16 * warp();
-  float first[kDepth / 8][4] = {}, second[kBoth ? kDepth / 8 : 1][4] = {};
+  float first[kSums / 8][4] = {}, second[kKeys ? kSums / 8 : 1][4] = {};
 
 #pragma unroll 1
   for (int batch = batch_begin; batch < batch_end; ++batch)
@@ -158,14 +166,13 @@ attention_grad_kernel(FASTDL_PARAM CudaAttentionGradArgs args) {
         const int per_head = to - from, steps = per_head * (kKeys ? group : 1);
         if (steps <= 0) continue;
 
-        const T* const k_base = static_cast<const T*>(p.k) + span.batch * p.k_step.batch + kv * p.k_step.head +
-                                span.k_begin * p.k_step.row;
-        const T* const v_base = static_cast<const T*>(p.v) + span.batch * p.v_step.batch + kv * p.v_step.head +
-                                span.k_begin * p.v_step.row;
-        const T* const q_base =
-            static_cast<const T*>(p.q) + span.batch * p.q_step.batch + span.q_begin * p.q_step.row;
-        const T* const o_base = static_cast<const T*>(args.dout) + span.batch * args.dout_step.batch +
-                                span.q_begin * args.dout_step.row;
+        const T* const k_base =
+            static_cast<const T*>(p.k) + span.batch * p.k_step.batch + kv * p.k_step.head + span.k_begin * p.k_step.row;
+        const T* const v_base =
+            static_cast<const T*>(p.v) + span.batch * p.v_step.batch + kv * p.v_step.head + span.k_begin * p.v_step.row;
+        const T* const q_base = static_cast<const T*>(p.q) + span.batch * p.q_step.batch + span.q_begin * p.q_step.row;
+        const T* const o_base =
+            static_cast<const T*>(args.dout) + span.batch * args.dout_step.batch + span.q_begin * args.dout_step.row;
         const auto rows_from = [](const T* base, i64 step, int begin, int end) {
           return [=](int r) -> TileRow<T> { return {base + min_of(begin + r, end - 1) * step, begin + r < end}; };
         };
@@ -173,8 +180,8 @@ attention_grad_kernel(FASTDL_PARAM CudaAttentionGradArgs args) {
           const int stage = args.stages == 2 ? step % 2 : 0, col0 = (from + step % per_head) * kCols;
           if constexpr (kKeys) {
             const int q_head = head * group + step / per_head;
-            load_tile<kCols>(stream(stage, 0), rows_from(q_base + q_head * p.q_step.head, p.q_step.row, col0, cols), p.D,
-                             p.q_step.col, p.vector_q);
+            load_tile<kCols>(stream(stage, 0), rows_from(q_base + q_head * p.q_step.head, p.q_step.row, col0, cols),
+                             p.D, p.q_step.col, p.vector_q);
             load_tile<kCols>(stream(stage, 1),
                              rows_from(o_base + q_head * args.dout_step.head, args.dout_step.row, col0, cols), p.Dv,
                              args.dout_step.col, p.vector_dout);
@@ -191,8 +198,7 @@ attention_grad_kernel(FASTDL_PARAM CudaAttentionGradArgs args) {
         QuerySide own[2] = {};
         if constexpr (kKeys) {
           load_tile<kRows>(a1, rows_from(k_base, p.k_step.row, row0, rows), p.D, p.k_step.col, p.vector_k);
-          if (!of_value)
-            load_tile<kRows>(a2, rows_from(v_base, p.v_step.row, row0, rows), p.Dv, p.v_step.col, p.vector_v);
+          load_tile<kRows>(a2, rows_from(v_base, p.v_step.row, row0, rows), p.Dv, p.v_step.col, p.vector_v);
         } else {
           load_tile<kRows>(a1, rows_from(q_base + head * p.q_step.head, p.q_step.row, row0, rows), p.D, p.q_step.col,
                            p.vector_q);
@@ -201,89 +207,86 @@ attention_grad_kernel(FASTDL_PARAM CudaAttentionGradArgs args) {
           for (int h = 0; h < 2; ++h) own[h] = query_side(args, span, head, row0 + m0 + g + 8 * h);
         }
 
-        // Steps before 0 only issue the first stages (and the rows that stay, with them).
+    // Steps before 0 only issue the first stages (and the rows that stay, with them).
 #pragma unroll 1
         for (int step = -args.stages; step < steps; ++step) {
           if (step >= 0) {
-          if (args.stages == 2)
-            copy_wait<1>();
-          else
-            copy_wait<0>();
-          block_sync(kAttentionThreads);
-          const int stage = args.stages == 2 ? step % 2 : 0, col0 = (from + step % per_head) * kCols, hide = opaque(0);
-          const int q_head = kKeys ? head * group + step / per_head : head;
-          const Stream b1 = stream(stage, 0), b2 = stream(stage, 1);
-          float s[1][2 * kN][4], ds[1][2 * kN][4];
-          score_product<T>(s, a1, m0, b1, 0, p.D);
-          if (!of_value) score_product<T>(ds, a2, m0, b2, 0, p.Dv);
+            if (args.stages == 2)
+              copy_wait<1>();
+            else
+              copy_wait<0>();
+            block_sync(kAttentionThreads);
+            const int stage = args.stages == 2 ? step % 2 : 0, col0 = (from + step % per_head) * kCols,
+                      hide = opaque(0);
+            const int q_head = kKeys ? head * group + step / per_head : head;
+            const Stream b1 = stream(stage, 0), b2 = stream(stage, 1);
+            float s[1][2 * kN][4], ds[1][2 * kN][4];
+            score_product<T>(s, a1, m0, b1, 0, p.D);
+            score_product<T>(ds, a2, m0, b2, 0, p.Dv);
 
-          const bool edge = kKeys ? is_edge(p, span, col0, col0 + kCols - 1, row0, row0 + kRows)
-                                  : is_edge(p, span, row0, row0 + kRows - 1, col0, col0 + kCols);
-#pragma unroll
-          for (int n = 0; n < 2 * kN; ++n)
-#pragma unroll
-            for (int r = 0; r < 4; ++r) {
-              const int row = hide + row0 + m0 + g + r / 2 * 8, in_tile = 8 * n + 2 * t + r % 2, col = col0 + in_tile;
-              const int i = kKeys ? col : row, j = kKeys ? row : col;
-              QuerySide side = own[r / 2];
-              if constexpr (kKeys) side = sides(stage)[in_tile];
-              bool sees = side.sees;
-              if (edge) {
-                const int distance = j - i - span.offset;
-                sees = sees && i < span.Lq && j < span.Lk && distance >= p.lo && distance <= p.hi;
-              }
-              float x, slope = 1;
-              if (p.plain) {
-                x = fma_rn(s[0][n][r], p.scale, -side.lse);
-              } else {
-                x = s[0][n][r] * p.scale;
-                if (p.softcap > 0) {
-                  const float h = tanh_of(x * p.inverse_softcap);
-                  x = p.softcap * h, slope = 1 - h * h;
-                }
-                if (p.mask_item != 0 && sees) {
-                  x = masked<T>(p, mask_row(p, span.batch, q_head, i), j, x);
-                  if (p.mask_item == 1 && x == -kInf) sees = false;
-                }
-                x -= side.lse;
-              }
-              const float probability = exp2_approx(fma_rn(x, kLog2OfE, side.rest));
-              const bool dropped = p.threshold && is_dropped(p, side.key, j);
-              const float kept = sees && !dropped ? probability : 0.0f;
-              if (of_value) {
-                ds[0][n][r] = kept;
-              } else {
-                const float gradient = dropped ? 0.0f : ds[0][n][r] * p.keep_factor;
-                const float y = probability * (gradient - side.delta);
-                ds[0][n][r] = !sees ? 0.0f : of_mask ? y : y * slope;
-              }
-              if constexpr (kBoth) s[0][n][r] = kept * (1 << kLift<T>);
-            }
-
-          if (of_mask) {
+            const bool edge = kKeys ? is_edge(p, span, col0, col0 + kCols - 1, row0, row0 + kRows)
+                                    : is_edge(p, span, row0, row0 + kRows - 1, col0, col0 + kCols);
 #pragma unroll
             for (int n = 0; n < 2 * kN; ++n)
 #pragma unroll
-              for (int r = 0; r < 4; ++r) first[n][r] += ds[0][n][r];
-          } else {
-            const float lift = lift_of<T>(ds[0]);
-            if constexpr (kIsF16<T>) {
+              for (int r = 0; r < 4; ++r) {
+                const int row = hide + row0 + m0 + g + r / 2 * 8, in_tile = 8 * n + 2 * t + r % 2, col = col0 + in_tile;
+                const int i = kKeys ? col : row, j = kKeys ? row : col;
+                QuerySide side = own[r / 2];
+                if constexpr (kKeys) side = sides(stage)[in_tile];
+                bool sees = side.sees;
+                if (edge) {
+                  const int distance = j - i - span.offset;
+                  sees = sees && i < span.Lq && j < span.Lk && distance >= p.lo && distance <= p.hi;
+                }
+                float x, slope = 1;
+                if (p.plain) {
+                  x = fma_rn(s[0][n][r], p.scale, -side.lse);
+                } else {
+                  x = s[0][n][r] * p.scale;
+                  if (p.softcap > 0) {
+                    const float h = tanh_of(x * p.inverse_softcap);
+                    x = p.softcap * h, slope = 1 - h * h;
+                  }
+                  if (p.mask_item != 0 && sees) {
+                    x = masked<T>(p, mask_row(p, span.batch, q_head, i), j, x);
+                    if (p.mask_item == 1 && x == -kInf) sees = false;
+                  }
+                  x -= side.lse;
+                }
+                const float probability = exp2_approx(fma_rn(x, kLog2OfE, side.rest));
+                const bool dropped = p.threshold && is_dropped(p, side.key, j);
+                const float kept = sees && !dropped ? probability : 0.0f;
+                const float gradient = dropped ? 0.0f : ds[0][n][r] * p.keep_factor;
+                const float y = probability * (gradient - side.delta);
+                ds[0][n][r] = !sees ? 0.0f : of_mask ? y : y * slope;
+                if constexpr (kKeys) s[0][n][r] = kept * (1 << kLift<T>);
+              }
+
+            if (of_mask) {
 #pragma unroll
               for (int n = 0; n < 2 * kN; ++n)
 #pragma unroll
-                for (int r = 0; r < 4; ++r) ds[0][n][r] *= lift;
+                for (int r = 0; r < 4; ++r) first[n][r] += ds[0][n][r];
+            } else {
+              const float lift = lift_of<T>(ds[0]);
+              if constexpr (kIsF16<T>) {
+#pragma unroll
+                for (int n = 0; n < 2 * kN; ++n)
+#pragma unroll
+                  for (int r = 0; r < 4; ++r) ds[0][n][r] *= lift;
+              }
+              Fragment<parts> f[kN];
+              fragments_of<T, kN>(f, ds[0]);
+              const float back = bits_float((254u << 23) - float_bits(lift));  // 2^-k of 2^k
+              add_product<T>(first, f, b1, p.D, columns, back);
             }
-            Fragment<parts> f[kN];
-            fragments_of<T, kN>(f, ds[0]);
-            const float back = bits_float((254u << 23) - float_bits(lift));  // 2^-k of 2^k
-            add_product<T>(first, f, of_value ? b2 : b1, of_value ? p.Dv : p.D, back);
-          }
-          if constexpr (kBoth) {
-            Fragment<parts> f[kN];
-            fragments_of<T, kN>(f, s[0]);
-            add_product<T>(second, f, b2, p.Dv, 1);
-          }
-          block_sync(kAttentionThreads);
+            if constexpr (kKeys) {
+              Fragment<parts> f[kN];
+              fragments_of<T, kN>(f, s[0]);
+              add_product<T>(second, f, b2, p.Dv, columns, 1);
+            }
+            block_sync(kAttentionThreads);
           }
           if (step + args.stages < steps) issue(step + args.stages);
           copy_commit();
@@ -316,17 +319,17 @@ attention_grad_kernel(FASTDL_PARAM CudaAttentionGradArgs args) {
     return;
   }
   const CudaSpan span = span_of(p, batch_begin);
-  const int rows = kKeys ? span.Lk : span.Lq, row = tile_begin * kRows + m0, begin = kKeys ? span.k_begin : span.q_begin;
-  if (args.first || of_value) {
-    const AttentionStrides& step = of_value ? args.second_step : args.first_step;
-    T* const out = static_cast<T*>(of_value ? args.second : args.first) + span.batch * step.batch +
-                   head_begin * step.head + begin * step.row;
-    store_sums(first, out, step.row, row, rows, of_value ? p.Dv : p.D, of_value ? p.keep_factor : p.scale);
+  const int rows = kKeys ? span.Lk : span.Lq, row = tile_begin * kRows + m0,
+            begin = kKeys ? span.k_begin : span.q_begin;
+  if (args.first) {
+    const AttentionStrides& step = args.first_step;
+    T* const out = static_cast<T*>(args.first) + span.batch * step.batch + head_begin * step.head + begin * step.row;
+    store_sums(first, out + columns, step.row, row, rows, p.D - columns, p.scale);
   }
-  if (kBoth && args.second) {
+  if (kKeys && args.second) {
     const AttentionStrides& step = args.second_step;
     T* const out = static_cast<T*>(args.second) + span.batch * step.batch + head_begin * step.head + begin * step.row;
-    store_sums(second, out, step.row, row, rows, p.Dv, p.keep_factor / (1 << kLift<T>));
+    store_sums(second, out + columns, step.row, row, rows, p.Dv - columns, p.keep_factor / (1 << kLift<T>));
   }
 }
 
@@ -342,7 +345,8 @@ attention_delta_kernel(FASTDL_PARAM CudaAttentionDeltaArgs args) {
   const T* const out =
       static_cast<const T*>(args.out) + batch * args.out_step.batch + head * args.out_step.head + i * args.out_step.row;
   float sum = 0;
-  for (int d = lane(); d < args.Dv; d += kWarp) sum = fma_rn(to_float(dout[d * args.dout_step.col]), to_float(out[d]), sum);
+  for (int d = lane(); d < args.Dv; d += kWarp)
+    sum = fma_rn(to_float(dout[d * args.dout_step.col]), to_float(out[d]), sum);
   sum = warp_sum(sum);
   if (lane() == 0) args.delta[row] = sum;
 }

@@ -107,7 +107,7 @@ FASTDL_DEVICE void load_tile(const Tile& tile, const Source& source, int width, 
   using T = typename Tile::Element;
   constexpr int kChunk = Tile::chunk, kChunks = Tile::cols / kChunk, kSize = static_cast<int>(sizeof(T));
   const int stop = (width + 15) / 16 * 16;
-#pragma unroll 2
+#pragma unroll 1
   for (int c = thread_x(); c < rows * kChunks; c += kAttentionThreads) {
     const int row = c / kChunks, col = c % kChunks * kChunk;
     if (col >= stop) continue;
@@ -164,28 +164,33 @@ FASTDL_DEVICE float exact_product(const TileA& a, int m, const TileB& b, int n, 
   return sum;
 }
 
-// multiply() on sums of 2 times 8 columns that do not lie side by side.
+// multiply(), of which float32's six products are added by an ordinary addition: a long chain of sums that are
+// truncated costs several units in the last place (D = 200: 6 of lse instead of 1), four additions beside twelve mma
+// nothing.
 template <class T, int parts>
 FASTDL_DEVICE void multiply_add(float (&d0)[4], float (&d1)[4], const Fragment<parts>& a, const Fragment<parts>& b) {
-  float d[2][4];
+  if constexpr (parts == 1) {
+    multiply<T>(d0, d1, a, b);
+  } else {
+    float x0[4] = {}, x1[4] = {};
+    multiply<T>(x0, x1, a, b);
 #pragma unroll
-  for (int r = 0; r < 4; ++r) d[0][r] = d0[r], d[1][r] = d1[r];
-  multiply<T>(d, a, &b);
-#pragma unroll
-  for (int r = 0; r < 4; ++r) d0[r] = d[0][r], d1[r] = d[1][r];
+    for (int r = 0; r < 4; ++r) d0[r] += x0[r], d1[r] += x1[r];
+  }
 }
 
 // S [16 kM, 8 kBlocks] = rows m.. of a times rows n.. of b, over `depth`.
 template <class T, int kM, int kBlocks, class TileA, class TileB>
 FASTDL_DEVICE void score_product(float (&s)[kM][kBlocks][4], const TileA& a, int m, const TileB& b, int n, int depth) {
   constexpr int parts = kPartsOf<T>, kN = kBlocks / 2;
+  [[maybe_unused]] constexpr int kSteps = parts == 1 ? 2 : 1;  // g++ does not read the pragma
 #pragma unroll
   for (int i = 0; i < kM; ++i)
 #pragma unroll
     for (int j = 0; j < 2 * kN; ++j)
 #pragma unroll
       for (int r = 0; r < 4; ++r) s[i][j][r] = 0;
-#pragma unroll 2
+#pragma unroll kSteps
   for (int k = 0; k < depth; k += 16) {
     Fragment<parts> x[kM];
 #pragma unroll

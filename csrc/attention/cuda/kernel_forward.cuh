@@ -1,5 +1,5 @@
-// Forward: a block keeps a tile of query rows and walks the keys that they see; each warp has 16 kM rows, P stays in its
-// registers as the A operand of P V. K of the next tile comes in during P V, V during Q K^T: two buffers for both.
+// Forward: a block keeps a tile of query rows and walks the keys that they see; each warp has 16 kM rows, P stays in
+// its registers as the A operand of P V. K of the next tile comes in during P V, V during Q K^T: two buffers for both.
 //
 // By the two numbers (bf16, 64 keys, D = 128): a warp's mma of 16x8x16 takes 8 cycles of its quarter of a
 // multiprocessor, its B 256 bytes, 2 cycles of the one shared memory: with 16 rows a warp shared memory is as busy as
@@ -22,8 +22,9 @@ struct ForwardShape {
   static_assert(Q::bytes + 2 * K::bytes <= attention_forward_bytes(kRows, kKeys, kDepth, sizeof(T)));
 };
 
-// Products of parts give NaN where an operand is Inf: those scores, and those sums over V, are computed again by ordinary
-// multiplications. They go by way of shared memory, `memory` [16][keys] of the warp, for code of few instructions.
+// Products of parts give NaN where an operand is Inf: those scores, and those sums over V, are computed again by
+// ordinary multiplications. They go by way of shared memory, `memory` [16][keys] of the warp, for code of few
+// instructions.
 template <int kBlocks, class TileA, class TileB>
 FASTDL_DEVICE void repair_scores(float (&s)[1][kBlocks][4], float* memory, const TileA& a, int m, const TileB& b, int n,
                                  int depth) {
@@ -62,8 +63,8 @@ FASTDL_DEVICE void repair_values(float (&x)[2][4], const float* memory, int keys
   for (int j = 0; j < keys; ++j)
 #pragma unroll
     for (int r = 0; r < 8; ++r)
-      x[r / 4][r % 4] = fma_rn(memory[sum_row(r % 4) * keys + j], *v.at(key + j, col + r / 4 * 8 + sum_col(r % 4)),
-                               x[r / 4][r % 4]);
+      x[r / 4][r % 4] =
+          fma_rn(memory[sum_row(r % 4) * keys + j], *v.at(key + j, col + r / 4 * 8 + sum_col(r % 4)), x[r / 4][r % 4]);
 }
 
 template <class T, int kDepth, int kM, int kKeys, int kSplit>
@@ -71,9 +72,12 @@ FASTDL_GLOBAL(kAttentionThreads, 1)
 attention_forward_kernel(FASTDL_PARAM CudaAttentionArgs args) {
   using Shape = ForwardShape<T, kDepth, kM, kKeys, kSplit>;
   constexpr int kRows = Shape::kRows, kWarpKeys = kKeys / kSplit, kN = kWarpKeys / 16, parts = kPartsOf<T>;
+  constexpr int kOut = attention_out_columns(kDepth, sizeof(T));
   const CudaAttentionProblem& p = args.p;
 
   int index = block_x();
+  const int columns = index % args.columns * kOut, width = min_of(p.Dv - columns, kOut);  // of O
+  index /= args.columns;
   int tile = args.tiles - 1 - index % args.tiles;  // of causal attention the last tiles are the longest: first
   index /= args.tiles;
   const int units = p.H / args.pack, unit = index % units;
@@ -94,7 +98,8 @@ attention_forward_kernel(FASTDL_PARAM CudaAttentionArgs args) {
   const typename Shape::K k = {reinterpret_cast<T*>(shared + Shape::Q::bytes)};
   const typename Shape::K v = {reinterpret_cast<T*>(shared + Shape::Q::bytes + Shape::K::bytes)};
 
-  float* const memory = reinterpret_cast<float*>(shared + Shape::Q::bytes + 2 * Shape::K::bytes) + warp() * 16 * kWarpKeys;
+  float* const memory =
+      reinterpret_cast<float*>(shared + Shape::Q::bytes + 2 * Shape::K::bytes) + warp() * 16 * kWarpKeys;
   static_assert(sizeof(T) == 2 || kM == 1);
 
   const T* const q_base = static_cast<const T*>(p.q) + span.batch * p.q_step.batch;
@@ -114,26 +119,24 @@ attention_forward_kernel(FASTDL_PARAM CudaAttentionArgs args) {
   const auto load_keys = [&](const typename Shape::K& to, const T* base, const AttentionStrides& step, int key,
                              int width, bool vector) {
     load_tile<kKeys>(
-        to,
-        [&](int r) -> TileRow<T> {
-          return {base + min_of(key + r, span.Lk - 1) * step.row, key + r < span.Lk};
-        },
+        to, [&](int r) -> TileRow<T> { return {base + min_of(key + r, span.Lk - 1) * step.row, key + r < span.Lk}; },
         width, step.col, vector);
   };
 
   const int i_first = row_of(0), i_last = row_of(min_of(kRows, count - first) - 1);
   const CudaRange range = keys_seen(p, span, i_first, i_last);
-  const int tile_begin = range.begin / kKeys, all = range.begin < range.end ? (range.end + kKeys - 1) / kKeys - tile_begin : 0;
+  const int tile_begin = range.begin / kKeys,
+            all = range.begin < range.end ? (range.end + kKeys - 1) / kKeys - tile_begin : 0;
   const int from = tile_begin + static_cast<int>(static_cast<i64>(all) * chunk / args.chunks);
   const int to = tile_begin + static_cast<int>(static_cast<i64>(all) * (chunk + 1) / args.chunks);
 
   const int g = lane() / 4, t = lane() % 4;
   const int m0 = warp() / kSplit * 16 * kM, n0 = warp() % kSplit * kWarpKeys;
-  float o[kM][kDepth / 8][4], max[kM][2], sum[kM][2];
+  float o[kM][kOut / 8][4], max[kM][2], sum[kM][2];
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
 #pragma unroll
-    for (int j = 0; j < kDepth / 8; ++j)
+    for (int j = 0; j < kOut / 8; ++j)
 #pragma unroll
       for (int r = 0; r < 4; ++r) o[m][j][r] = 0;
 #pragma unroll
@@ -150,7 +153,7 @@ attention_forward_kernel(FASTDL_PARAM CudaAttentionArgs args) {
     const int key = step * kKeys, hide = opaque(0);
     copy_wait<0>();
     block_sync(kAttentionThreads);  // K is here, V is free
-    load_keys(v, v_base, p.v_step, key, p.Dv, p.vector_v);
+    load_keys(v, v_base + columns * p.v_step.col, p.v_step, key, width, p.vector_v);
     copy_commit();
     float s[kM][2 * kN][4];
     score_product<T>(s, q, m0, k, n0, p.D);
@@ -160,7 +163,7 @@ attention_forward_kernel(FASTDL_PARAM CudaAttentionArgs args) {
     if (step + 1 < to) load_keys(k, k_base, p.k_step, key + kKeys, p.D, p.vector_k);
     copy_commit();
 
-    const bool edge = is_edge(p, span, i_first, i_last, key, key + kKeys);
+    const bool edge = count - first < kRows || is_edge(p, span, i_first, i_last, key, key + kKeys);
     float rescale[kM][2];
 #pragma unroll
     for (int m = 0; m < kM; ++m)
@@ -220,13 +223,14 @@ attention_forward_kernel(FASTDL_PARAM CudaAttentionArgs args) {
 #pragma unroll
     for (int m = 0; m < kM; ++m) fragments_of<T, kN>(pf[m], s[m]);
 #pragma unroll
-    for (int d = 0; d < kDepth; d += 16) {
-      if (d >= p.Dv) break;
+    for (int d = 0; d < kOut; d += 16) {
+      if (d >= width) break;
+      const int at = opaque(n0);
       float x[kM][2][4] = {};
 #pragma unroll
       for (int j = 0; j < kN; ++j) {
         Fragment<parts> y;
-        load_b_transposed(&y, v, hide + n0 + 16 * j, d);
+        load_b_transposed(&y, v, at + 16 * j, d);
 #pragma unroll
         for (int m = 0; m < kM; ++m) multiply_add<T>(x[m][0], x[m][1], pf[m][j], y);
       }
@@ -255,25 +259,25 @@ attention_forward_kernel(FASTDL_PARAM CudaAttentionArgs args) {
       const i64 row = (static_cast<i64>(span.batch) * p.H + head) * p.Lq + i;
       if (args.slots > 1) {
         float* const part = args.parts + ((chunk * kSplit + warp() % kSplit) * rows + row) * (p.Dv + 2);
-        if (t == 0) part[0] = max[m][h], part[1] = total;
+        if (t == 0 && columns == 0) part[0] = max[m][h], part[1] = total;
 #pragma unroll
-        for (int j = 0; j < kDepth / 8; ++j) {
-          if (8 * j >= p.Dv) break;
-          store_two(part + 2, 8 * j + 2 * t, p.Dv, o[m][j][2 * h], o[m][j][2 * h + 1]);
+        for (int j = 0; j < kOut / 8; ++j) {
+          if (8 * j >= width) break;
+          store_two(part + 2 + columns, 8 * j + 2 * t, width, o[m][j][2 * h], o[m][j][2 * h + 1]);
         }
         continue;
       }
       T* const out = static_cast<T*>(args.out) + span.batch * args.out_step.batch + head * args.out_step.head +
-                     i * args.out_step.row;
+                     i * args.out_step.row + columns;
       const bool seen = !(total == 0);
       const float factor = p.keep_factor / total;
 #pragma unroll
-      for (int j = 0; j < kDepth / 8; ++j) {
-        if (8 * j >= p.Dv) break;
-        store_two(out, 8 * j + 2 * t, p.Dv, seen ? o[m][j][2 * h] * factor : 0.0f,
+      for (int j = 0; j < kOut / 8; ++j) {
+        if (8 * j >= width) break;
+        store_two(out, 8 * j + 2 * t, width, seen ? o[m][j][2 * h] * factor : 0.0f,
                   seen ? o[m][j][2 * h + 1] * factor : 0.0f);
       }
-      if (args.lse && t == 0) store_lse<T>(p, max[m][h], total, args.lse + 2 * row);
+      if (args.lse && t == 0 && columns == 0) store_lse<T>(p, max[m][h], total, args.lse + 2 * row);
     }
 }
 
@@ -291,8 +295,7 @@ attention_combine_kernel(FASTDL_PARAM CudaAttentionArgs args) {
   for (int s = 0; s < args.slots; ++s)
     if (parts[s * step] > highest) highest = parts[s * step];
   const float base = highest > -kLargest ? highest : -kLargest;
-  for (int s = 0; s < args.slots; ++s)
-    total += parts[s * step + 1] * exp2_approx((parts[s * step] - base) * p.factor);
+  for (int s = 0; s < args.slots; ++s) total += parts[s * step + 1] * exp2_approx((parts[s * step] - base) * p.factor);
   T* const out = static_cast<T*>(args.out) + row / p.Lq / p.H * args.out_step.batch +
                  row / p.Lq % p.H * args.out_step.head + row % p.Lq * args.out_step.row;
   for (int d = lane(); d < p.Dv; d += kWarp) {

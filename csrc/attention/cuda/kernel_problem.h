@@ -33,7 +33,8 @@ struct CudaAttentionArgs {
   float* parts;  // [slots][B*H*Lq][Dv + 2]: max, sum, O
   int tiles;     // of queries, of one head: of packed sequences an upper bound
   int chunks, slots;
-  int pack;  // query heads whose rows lie side by side in a tile
+  int pack;     // query heads whose rows lie side by side in a tile
+  int columns;  // pieces of the columns of O, a block each
 };
 
 struct CudaAttentionDeltaArgs {
@@ -55,6 +56,7 @@ struct CudaAttentionGradArgs {
   void* second;  // dV
   AttentionStrides first_step, second_step;
   int tiles, stages;
+  int parts;  // of the columns of the gradients, a block each
   // Of the mask, instead of dQ; sizes 1 where it is broadcast.
   float* dmask;
   AttentionStrides dmask_step;
@@ -72,6 +74,16 @@ constexpr int attention_forward_bytes(int rows, int keys, int depth, int item) {
 // Rows of the side that streams by, a tile; registers, of 255: sums 128 + scores 16 + their gradients 16, float32 has
 // parts besides; at depth 256 its shared memory is 128 KiB for the rows that stay alone.
 constexpr int attention_stream_rows(int item, int depth) { return item == 4 && depth == 256 ? 16 : 32; }
+
+// Columns whose sums a block keeps: 64 registers, and as many for dV. Depth 256 is two blocks that compute the same
+// scores (float32: four): 6 products of a tile instead of 4 for dK and dV, but registers do not spill.
+constexpr int attention_sum_columns(int depth, int item) {
+  return depth < 128 ? depth : item == 4 && depth == 256 ? 64 : 128;  // float32 has parts in registers besides
+}
+// Of O, in the forward pass.
+constexpr int attention_out_columns(int depth, int item) {
+  return item == 4 ? attention_sum_columns(depth, item) : depth;
+}
 
 // Of a query, for blocks whose rows are keys.
 struct QuerySide {

@@ -9,7 +9,7 @@ namespace fastdl {
 
 #define ATTENTION_FORWARD(name, dtype, depth, m, keys, split) \
   void name(const CudaAttentionArgs&, int blocks, int shared_bytes, const Stream&);
-#define ATTENTION_GRAD(name, dtype, depth, keys, both) \
+#define ATTENTION_GRAD(name, dtype, depth, keys) \
   void name(const CudaAttentionGradArgs&, int blocks, int shared_bytes, const Stream&);
 #include "attention/cuda/kernels.inc"
 #undef ATTENTION_FORWARD
@@ -23,17 +23,34 @@ constexpr i64 kLongest = i64{1} << 29;
 constexpr CudaAttentionKernel forward_row(const char* name, DType dtype, int depth, int m, int keys, int split,
                                           decltype(CudaAttentionKernel::forward) run) {
   const int rows = 64 * m / split, item = kItemSize[static_cast<int>(dtype)];
-  return {name, dtype, split > 1 ? CudaAttentionKind::kDecode : CudaAttentionKind::kTile, depth, rows, keys, false, split,
-          attention_forward_bytes(rows, keys, depth, item), 0, run, nullptr};
+  return {name,
+          dtype,
+          split > 1 ? CudaAttentionKind::kDecode : CudaAttentionKind::kTile,
+          depth,
+          rows,
+          keys,
+          split,
+          attention_forward_bytes(rows, keys, depth, item),
+          0,
+          run,
+          nullptr};
 }
 
-constexpr CudaAttentionKernel grad_row(const char* name, DType dtype, int depth, bool keys, bool both,
+constexpr CudaAttentionKernel grad_row(const char* name, DType dtype, int depth, bool keys,
                                        decltype(CudaAttentionKernel::grad) run) {
   const int item = kItemSize[static_cast<int>(dtype)], cols = attention_stream_rows(item, depth);
   const int stage = attention_stage_bytes(cols, depth, item, keys);
-  return {name,      dtype, keys ? CudaAttentionKind::kKeyGrad : CudaAttentionKind::kQueryGrad, depth,
-          kGradRows, cols,  both, 1, attention_still_bytes(depth, item) + stage, stage,
-          nullptr,   run};
+  return {name,
+          dtype,
+          keys ? CudaAttentionKind::kKeyGrad : CudaAttentionKind::kQueryGrad,
+          depth,
+          kGradRows,
+          cols,
+          1,
+          attention_still_bytes(depth, item) + stage,
+          stage,
+          nullptr,
+          run};
 }
 
 bool packed(const AttentionDesc& d) { return d.sequences > 0; }
@@ -42,18 +59,21 @@ bool packed(const AttentionDesc& d) { return d.sequences > 0; }
 
 const char* kind_name(CudaAttentionKind kind) {
   switch (kind) {
-    case CudaAttentionKind::kTile: return "tile";
-    case CudaAttentionKind::kDecode: return "decode";
-    case CudaAttentionKind::kQueryGrad: return "query_grad";
-    default: return "key_grad";
+    case CudaAttentionKind::kTile:
+      return "tile";
+    case CudaAttentionKind::kDecode:
+      return "decode";
+    case CudaAttentionKind::kQueryGrad:
+      return "query_grad";
+    default:
+      return "key_grad";
   }
 }
 
 const std::vector<CudaAttentionKernel>& cuda_attention_kernels() {
 #define ATTENTION_FORWARD(name, dtype, depth, m, keys, split) \
   forward_row(#name, DType::dtype, depth, m, keys, split, name),
-#define ATTENTION_GRAD(name, dtype, depth, keys, both) \
-  grad_row(#name, DType::dtype, depth, keys, both, name),
+#define ATTENTION_GRAD(name, dtype, depth, keys) grad_row(#name, DType::dtype, depth, keys, name),
   static const std::vector<CudaAttentionKernel> table = {
 #include "attention/cuda/kernels.inc"
   };
@@ -126,7 +146,8 @@ CudaAttentionPlan cuda_attention_plan(const AttentionDesc& d, const Gpu& gpu, co
   if (k.shared_bytes > gpu.shared_bytes)
     fail(kOp, ": kernel ", k.name, " needs ", k.shared_bytes, " bytes of shared memory, a block has ",
          gpu.shared_bytes);
-  plan.pack = k.kind == CudaAttentionKind::kDecode && d.Lq * group < kLongest ? static_cast<int>(std::max<i64>(1, group)) : 1;
+  plan.pack =
+      k.kind == CudaAttentionKind::kDecode && d.Lq * group < kLongest ? static_cast<int>(std::max<i64>(1, group)) : 1;
   const i64 tiles = packed(d) ? d.Lq * plan.pack / k.rows + d.sequences : ceil_div(d.Lq * plan.pack, k.rows);
   plan.tiles = static_cast<int>(tiles);
   const i64 blocks = tiles * (d.H / plan.pack) * d.B;
@@ -137,7 +158,8 @@ CudaAttentionPlan cuda_attention_plan(const AttentionDesc& d, const Gpu& gpu, co
                              std::clamp<i64>(d.Lk / (kTilesOfChunk * k.cols), 1, kMaxChunks));
   plan.chunks = static_cast<int>(chunks);
   plan.slots = plan.chunks * k.split;
-  plan.blocks = blocks * chunks;
+  plan.columns = static_cast<int>(ceil_div(d.Dv, attention_out_columns(k.depth, kItemSize[static_cast<int>(d.dtype)])));
+  plan.blocks = blocks * chunks * plan.columns;
   check_blocks(plan.blocks);
   if (plan.slots > 1) plan.workspace_bytes = plan.slots * d.B * d.H * d.Lq * (d.Dv + 2) * 4;
   return plan;
@@ -151,7 +173,7 @@ CudaAttentionBackwardPlan cuda_attention_backward_plan(const AttentionDesc& d, c
   plan.key = &row_for(d, CudaAttentionKind::kKeyGrad);
   plan.key_stages = stages_of(*plan.key, gpu);
   for (const auto& [length, heads] : {std::pair{d.Lq, d.H}, std::pair{d.Lk, d.Hkv}})
-    check_blocks(tiles_of(d, length, kGradRows) * heads * d.B);
+    check_blocks(tiles_of(d, length, kGradRows) * heads * d.B * 4);
   plan.workspace_bytes = d.B * d.H * d.Lq * 4;
   return plan;
 }
@@ -164,8 +186,7 @@ std::string describe(const AttentionDesc& d, const CudaAttentionPlan& p) {
 
 std::string describe(const AttentionDesc& d, const CudaAttentionBackwardPlan& p) {
   return concat("attention_backward B=", d.B, " H=", d.H, " Hkv=", d.Hkv, " Lq=", d.Lq, " Lk=", d.Lk, " D=", d.D,
-                " Dv=", d.Dv, " -> ", p.query->name, ", ", p.key->name, p.key->both ? "" : " twice",
-                ", workspace ", p.workspace_bytes, " bytes");
+                " Dv=", d.Dv, " -> ", p.query->name, ", ", p.key->name, ", workspace ", p.workspace_bytes, " bytes");
 }
 
 }  // namespace fastdl

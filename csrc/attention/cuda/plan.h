@@ -14,17 +14,16 @@ enum class CudaAttentionKind : std::uint8_t {
   kTile,       // 64 or 128 query rows a block
   kDecode,     // up to 16, the warps share the keys
   kQueryGrad,  // dQ, and the gradient of the mask
-  kKeyGrad,    // dK and dV, together or one after the other
+  kKeyGrad,    // dK and dV
 };
 
 struct CudaAttentionKernel {
   const char* name;
   DType dtype;
   CudaAttentionKind kind;
-  int depth;       // D and Dv at most
-  int rows, cols;  // that stay in a block, that stream by
-  bool both;       // dK and dV in one pass
-  int split;       // warps that share the keys of a tile
+  int depth;                      // D and Dv at most
+  int rows, cols;                 // that stay in a block, that stream by
+  int split;                      // warps that share the keys of a tile
   int shared_bytes, stage_bytes;  // with one stage, each further one
   void (*forward)(const CudaAttentionArgs&, int blocks, int shared_bytes, const Stream&);
   void (*grad)(const CudaAttentionGradArgs&, int blocks, int shared_bytes, const Stream&);
@@ -32,10 +31,11 @@ struct CudaAttentionKernel {
 
 struct CudaAttentionPlan {
   const CudaAttentionKernel* kernel;
-  int tiles;   // of rows, of one head: of packed sequences at most so many
-  int pack;    // query heads side by side in a tile
-  int chunks;  // of keys
-  int slots;   // pieces of a row that are combined: chunks, times warps in decode
+  int tiles;    // of rows, of one head: of packed sequences at most so many
+  int pack;     // query heads side by side in a tile
+  int chunks;   // of keys
+  int columns;  // pieces of the columns of O, a block each
+  int slots;    // pieces of a row that are combined: chunks, times warps in decode
   i64 blocks;
   i64 workspace_bytes;
   const char* why;
@@ -67,8 +67,7 @@ struct CudaSequences {
 void cuda_attention_run(const AttentionDesc& desc, const CudaAttentionPlan& plan, const AttentionArgs& args,
                         const CudaSequences& sequences, void* workspace, const Stream& stream);
 void cuda_attention_backward_run(const AttentionDesc& desc, const CudaAttentionBackwardPlan& plan,
-                                 const AttentionArgs& args, const AttentionGrads& grads,
-                                 const i64 (&dmask_sizes)[4], const CudaSequences& sequences, void* workspace,
-                                 const Stream& stream);
+                                 const AttentionArgs& args, const AttentionGrads& grads, const i64 (&dmask_sizes)[4],
+                                 const CudaSequences& sequences, void* workspace, const Stream& stream);
 
 }  // namespace fastdl

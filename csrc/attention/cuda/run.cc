@@ -6,8 +6,8 @@
 
 namespace fastdl {
 
-#define ATTENTION_DECLARE(dtype)                                                        \
-  void attention_combine_##dtype(const CudaAttentionArgs&, int blocks, const Stream&);  \
+#define ATTENTION_DECLARE(dtype)                                                       \
+  void attention_combine_##dtype(const CudaAttentionArgs&, int blocks, const Stream&); \
   void attention_delta_##dtype(const CudaAttentionDeltaArgs&, int blocks, const Stream&);
 ATTENTION_DECLARE(bf16)
 ATTENTION_DECLARE(f16)
@@ -30,8 +30,8 @@ CudaAttentionProblem problem_of(const AttentionDesc& d, const AttentionArgs& arg
   CudaAttentionProblem p = {};
   p.q = args.q, p.k = args.k, p.v = args.v, p.mask = args.mask;
   p.seq_q = sequences.q, p.seq_k = sequences.k, p.sequences = static_cast<int>(d.sequences);
-  p.q_step = d.q, p.k_step = d.k, p.v_step = d.v, 
-  p.B = static_cast<int>(d.B), p.H = static_cast<int>(d.H), p.Hkv = static_cast<int>(std::max<i64>(1, d.Hkv));
+  p.q_step = d.q, p.k_step = d.k, p.v_step = d.v, p.B = static_cast<int>(d.B), p.H = static_cast<int>(d.H),
+  p.Hkv = static_cast<int>(std::max<i64>(1, d.Hkv));
   p.Lq = static_cast<int>(d.Lq), p.Lk = static_cast<int>(d.Lk), p.D = static_cast<int>(d.D);
   p.Dv = static_cast<int>(d.Dv);
   p.lo = static_cast<int>(std::clamp(d.lo, -kFar, kFar)), p.hi = static_cast<int>(std::clamp(d.hi, -kFar, kFar));
@@ -62,6 +62,7 @@ void cuda_attention_run(const AttentionDesc& d, const CudaAttentionPlan& plan, c
   a.p = problem_of(d, args, sequences);
   a.out = args.out, a.out_step = d.out, a.lse = args.lse, a.parts = static_cast<float*>(workspace);
   a.tiles = plan.tiles, a.chunks = plan.chunks, a.slots = plan.slots, a.pack = plan.pack;
+  a.columns = plan.columns;
   plan.kernel->forward(a, static_cast<int>(plan.blocks), plan.kernel->shared_bytes, stream);
   if (plan.slots == 1) return;
   const auto combine = d.dtype == DType::bf16  ? attention_combine_bf16
@@ -71,9 +72,8 @@ void cuda_attention_run(const AttentionDesc& d, const CudaAttentionPlan& plan, c
 }
 
 void cuda_attention_backward_run(const AttentionDesc& d, const CudaAttentionBackwardPlan& plan,
-                                 const AttentionArgs& args, const AttentionGrads& grads,
-                                 const i64 (&dmask_sizes)[4], const CudaSequences& sequences, void* workspace,
-                                 const Stream& stream) {
+                                 const AttentionArgs& args, const AttentionGrads& grads, const i64 (&dmask_sizes)[4],
+                                 const CudaSequences& sequences, void* workspace, const Stream& stream) {
   float* const delta = static_cast<float*>(workspace);
   if (d.B * d.H * d.Lq > 0) {
     const CudaAttentionDeltaArgs a = {grads.dout,
@@ -98,33 +98,26 @@ void cuda_attention_backward_run(const AttentionDesc& d, const CudaAttentionBack
     const i64 tiles = d.sequences > 0 ? length / k.rows + d.sequences : ceil_div(length, k.rows);
     if (tiles * heads * d.B == 0) return;
     a.tiles = static_cast<int>(tiles), a.stages = stages;
-    k.grad(a, static_cast<int>(tiles * heads * d.B), k.shared_bytes + (stages - 1) * k.stage_bytes, stream);
+    a.parts = static_cast<int>(
+        ceil_div(std::max(d.D, d.Dv), attention_sum_columns(k.depth, kItemSize[static_cast<int>(d.dtype)])));
+    k.grad(a, static_cast<int>(tiles * heads * d.B * a.parts), k.shared_bytes + (stages - 1) * k.stage_bytes, stream);
   };
   if (grads.dq) {
     a.first = grads.dq, a.first_step = grads.dq_step;
     pass(*plan.query, plan.query_stages, d.Lq, d.H);
   }
-  a.second_step = grads.dv_step, a.first_step = grads.dk_step;
-  if (plan.key->both) {
-    a.first = grads.dk, a.second = grads.dv;
-    if (grads.dk || grads.dv) pass(*plan.key, plan.key_stages, d.Lk, d.Hkv);
-  } else {
-    a.first = grads.dk;
-    if (grads.dk) pass(*plan.key, plan.key_stages, d.Lk, d.Hkv);
-    a.first = nullptr, a.second = grads.dv;
-    if (grads.dv) pass(*plan.key, plan.key_stages, d.Lk, d.Hkv);
-  }
+  a.first = grads.dk, a.first_step = grads.dk_step, a.second = grads.dv, a.second_step = grads.dv_step;
+  if (grads.dk || grads.dv) pass(*plan.key, plan.key_stages, d.Lk, d.Hkv);
   if (grads.dmask) {
     const CudaAttentionKernel& k = *plan.query;
     a.dmask = grads.dmask, a.dmask_step = grads.dmask_step;
     a.mask_B = static_cast<int>(dmask_sizes[0]), a.mask_H = static_cast<int>(dmask_sizes[1]);
     a.mask_Lq = static_cast<int>(dmask_sizes[2]), a.mask_Lk = static_cast<int>(dmask_sizes[3]);
-    const i64 blocks = dmask_sizes[0] * dmask_sizes[1] * ceil_div(dmask_sizes[2], k.rows) *
-                       ceil_div(dmask_sizes[3], k.cols);
+    const i64 blocks =
+        dmask_sizes[0] * dmask_sizes[1] * ceil_div(dmask_sizes[2], k.rows) * ceil_div(dmask_sizes[3], k.cols);
     if (blocks >= i64{1} << 31) fail("fastdl.scaled_dot_product_attention: argument 'mask': too many tiles, ", blocks);
     a.stages = plan.query_stages;
-    if (blocks > 0)
-      k.grad(a, static_cast<int>(blocks), k.shared_bytes + (a.stages - 1) * k.stage_bytes, stream);
+    if (blocks > 0) k.grad(a, static_cast<int>(blocks), k.shared_bytes + (a.stages - 1) * k.stage_bytes, stream);
   }
 }
 
