@@ -44,15 +44,15 @@ MUTATIONS = [
     Mutation(
         "the sums of a block of channels lost",
         DENSE,
-        "t.accumulate = started_;",
-        "t.accumulate = false;",
+        "t.c_row = sum_row_, t.accumulate = started_;",
+        "t.c_row = sum_row_, t.accumulate = false;",
         f"{TESTS} -k 'test_blocks_of and f32'",
     ),
     Mutation(
         "a short last product of a run",
         DENSE,
-        "std::min(piece, run - k)",
-        "piece",
+        "          tiles(position + r0 * run + k, runs, r1 - r0, std::min(piece, run - k));",
+        "          tiles(position + r0 * run + k, runs, r1 - r0, piece);",
         f"{TESTS} -k 'test_blocks_of and f32'",
     ),
     Mutation(

@@ -269,7 +269,7 @@ MUTATIONS = [
     ),
     Mutation(
         "strides of the transposed problem left as they were",
-        GEMM,
+        "csrc/gemm/problem.cc",
         "    std::swap(d->a_col, d->b_row);\n",
         "",
         f"{STRIDES} -k test_every_pair_of_layouts",
@@ -346,7 +346,7 @@ MUTATIONS = [
     ),
     Mutation(
         "torch's switch ignored",
-        "csrc/bind/gemm_problem.cc",
+        "csrc/bind/gemm_choice.cc",
         '"tf32") == 0) return Precision::tf32;',
         '"tf32") == 0) return Precision::ieee;',
         f"{SPLIT} -k test_torch_switch",
