@@ -4,7 +4,6 @@ from mutation import Mutation
 
 RUN = "csrc/gemm/cpu/run.cc"
 KERNEL = "csrc/gemm/cpu/kernel.h"
-GEMM = "csrc/gemm/gemm.cc"
 PAIRS = "csrc/gemm/cpu/kernel_pairs.h"
 TILES = "csrc/gemm/cpu/kernel_amx.h"
 EXACT = "tests/test_gemm_exact.py"
