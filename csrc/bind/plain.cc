@@ -244,8 +244,8 @@ py::object cell_output(PyObject* const* args) {
   d.T = 1, d.B = x.size(0), d.H = d.P = PyLong_AsLongLongAndOverflow(args[1], &overflow), d.dtype = x.dtype;
   const i64 gates = kGates[static_cast<int>(d.cell)] * d.H;
   i64 shape[kMaxBatchDims + 2];
-  if (d.H < 1 || w.ndim != 2 || w.size(1) != d.H || !linear_shape(x, w_ih, t[5], shape) || shape[1] != gates || !is_matrix(w, gates, d.H, d.dtype) ||
-      !is_matrix(h, d.B, d.H, d.dtype) || !has_rows(h))
+  if (d.H < 1 || w.ndim != 2 || w.size(1) != d.H || !linear_shape(x, w_ih, t[5], shape) || shape[1] != gates ||
+      !is_matrix(w, gates, d.H, d.dtype) || !is_matrix(h, d.B, d.H, d.dtype) || !has_rows(h))
     return {};
   if (t[6] != Py_None) {
     const TensorView b = view(t[6], op, "bias_hh");
