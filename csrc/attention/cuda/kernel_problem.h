@@ -78,7 +78,7 @@ constexpr int attention_stream_rows(int item, int depth) { return item == 4 && d
 // Columns whose sums a block keeps: 64 registers, and as many for dV. Depth 256 is two blocks that compute the same
 // scores (float32: four): 6 products of a tile instead of 4 for dK and dV, but registers do not spill.
 constexpr int attention_sum_columns(int depth, int item) {
-  return depth < 128 ? depth : item == 4 && depth == 256 ? 64 : 128;  // float32 has parts in registers besides
+  return depth < 128 ? depth : item == 4 ? 64 : 128;  // float32 has parts in registers besides
 }
 // Of O, in the forward pass.
 constexpr int attention_out_columns(int depth, int item) {
