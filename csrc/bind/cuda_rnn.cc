@@ -28,15 +28,24 @@ const CudaRnnKernel* forced_row(const std::string& name, const char* op) {
   return name.empty() ? nullptr : &cuda_rnn_kernel(name, op);
 }
 
+// A GPU as if it had fewer multiprocessors; 0: all.
+Gpu limited(Gpu gpu, int multiprocessors, const char* op) {
+  if (multiprocessors < 0 || multiprocessors > gpu.multiprocessors)
+    fail(op, ": argument 'multiprocessors': expected 0 to ", gpu.multiprocessors, ", got ", multiprocessors);
+  if (multiprocessors > 0) gpu.multiprocessors = multiprocessors;
+  return gpu;
+}
+
 class Call : public RnnCall {
  public:
   using RnnCall::RnnCall;
 
-  void run(py::handle workspace, const std::string& precision, const std::string& kernel) {
+  void run(py::handle workspace, const std::string& precision, const std::string& kernel, int multiprocessors) {
     check_outputs(nullptr);
     desc.precision = precision_named(precision, op_);
     const DeviceBytes memory = device_bytes(workspace, &device_, op_, "workspace");
-    const CudaRnnPlan plan = cuda_rnn_plan(desc, gpu_info(device_), forced_row(kernel, op_));
+    const CudaRnnPlan plan =
+        cuda_rnn_plan(desc, limited(gpu_info(device_), multiprocessors, op_), forced_row(kernel, op_));
     if (memory.bytes < plan.workspace_bytes() || reinterpret_cast<std::uintptr_t>(memory.data) % 16 != 0)
       fail(op_, ": argument 'workspace': expected ", plan.workspace_bytes(), " bytes, aligned to 16, got ",
            memory.bytes);
@@ -62,21 +71,21 @@ class Call : public RnnCall {
 void run_forward(py::handle y, py::handle h_n, py::handle c_n, py::handle saved, py::handle x_gates, py::handle h0,
                  py::handle c0, py::handle w_hh, py::handle b_hh, py::handle w_hr, py::handle workspace,
                  const std::string& mode, py::handle batch_sizes, bool reverse, const std::string& precision,
-                 const std::string& kernel) {
+                 const std::string& kernel, int multiprocessors) {
   Call c("fastdl.rnn", mode);
   c.forward_arguments(y, h_n, c_n, saved, x_gates, h0, c0, w_hh, b_hh, w_hr, batch_sizes, reverse);
-  c.run(workspace, precision, kernel);
+  c.run(workspace, precision, kernel, multiprocessors);
 }
 
 void run_backward(py::handle d_gates, py::handle dh0, py::handle dc0, py::handle dy, py::handle dh_n, py::handle dc_n,
                   py::handle saved, py::handle y, py::handle h0, py::handle c0, py::handle w_hh, py::handle b_hh,
                   py::handle w_hr, py::handle workspace, const std::string& mode, py::handle batch_sizes, bool reverse,
                   py::handle d_recurrent, py::handle d_hidden, py::handle hidden, const std::string& precision,
-                  const std::string& kernel) {
+                  const std::string& kernel, int multiprocessors) {
   Call c("fastdl.rnn_backward", mode);
   c.backward_arguments(d_gates, dh0, dc0, dy, dh_n, dc_n, saved, y, h0, c0, w_hh, b_hh, w_hr, batch_sizes, reverse,
                        d_recurrent, d_hidden, hidden);
-  c.run(workspace, precision, kernel);
+  c.run(workspace, precision, kernel, multiprocessors);
 }
 
 void states_before(py::handle out, py::handle y, py::handle h0, py::handle batch_sizes, bool reverse) {
@@ -92,7 +101,8 @@ py::tuple saved_shape(const std::string& mode, i64 rows, i64, i64 H, i64) {
 }
 
 py::dict plan_shape(i64 T, i64 B, i64 H, i64 P, const std::string& mode, bool backward, const std::string& dtype,
-                    const std::string& precision, const std::string& gpu, int device, const std::string& kernel) {
+                    const std::string& precision, const std::string& gpu, int device, const std::string& kernel,
+                    int multiprocessors) {
   const char* op = "fastdl.rnn_plan";
   if (T < 0 || B < 0 || H < 1 || P < 0)
     fail(op, ": expected T and B of at least 0 and H of at least 1, got T=", T, " B=", B, " H=", H, " P=", P);
@@ -103,7 +113,7 @@ py::dict plan_shape(i64 T, i64 B, i64 H, i64 P, const std::string& mode, bool ba
     fail(op, ": argument 'P': expected 0, projections belong to lstm, got ", P);
   d.dtype = dtype_named(dtype, op);
   d.precision = precision_named(precision, op);
-  const Gpu on = gpu.empty() ? gpu_info(device) : gpu_named(gpu);
+  const Gpu on = limited(gpu.empty() ? gpu_info(device) : gpu_named(gpu), multiprocessors, op);
   const CudaRnnPlan p = cuda_rnn_plan(d, on, forced_row(kernel, op));
   py::dict out;
   out["op"] = "rnn";
@@ -148,15 +158,16 @@ void bind_cuda_rnn(py::module_& m) {
   add_kernel_rows("rnn", kernel_rows);
   m.def("rnn", run_forward, "y"_a, "h_n"_a, "c_n"_a, "saved"_a, "x_gates"_a, "h0"_a, "c0"_a, "w_hh"_a, "b_hh"_a,
         "w_hr"_a, "workspace"_a, py::kw_only(), "mode"_a, "batch_sizes"_a = py::none(), "reverse"_a = false,
-        "precision"_a = "ieee", "kernel"_a = "");
+        "precision"_a = "ieee", "kernel"_a = "", "multiprocessors"_a = 0);
   m.def("rnn_backward", run_backward, "d_gates"_a, "dh0"_a, "dc0"_a, "dy"_a, "dh_n"_a, "dc_n"_a, "saved"_a, "y"_a,
         "h0"_a, "c0"_a, "w_hh"_a, "b_hh"_a, "w_hr"_a, "workspace"_a, py::kw_only(), "mode"_a,
         "batch_sizes"_a = py::none(), "reverse"_a = false, "d_recurrent"_a = py::none(), "d_hidden"_a = py::none(),
-        "hidden"_a = py::none(), "precision"_a = "ieee", "kernel"_a = "");
+        "hidden"_a = py::none(), "precision"_a = "ieee", "kernel"_a = "", "multiprocessors"_a = 0);
   m.def("rnn_states_before", states_before, "out"_a, "y"_a, "h0"_a, "batch_sizes"_a, "reverse"_a = false);
   m.def("rnn_saved_shape", saved_shape, "mode"_a, "rows"_a, "B"_a, "H"_a, "P"_a);
   m.def("rnn_plan", plan_shape, "T"_a, "B"_a, "H"_a, "P"_a = 0, py::kw_only(), "mode"_a = "lstm", "backward"_a = false,
-        "dtype"_a = "float32", "precision"_a = "ieee", "gpu"_a = "", "device"_a = 0, "kernel"_a = "");
+        "dtype"_a = "float32", "precision"_a = "ieee", "gpu"_a = "", "device"_a = 0, "kernel"_a = "",
+        "multiprocessors"_a = 0);
 }
 
 }  // namespace fastdl

@@ -97,6 +97,7 @@ def rnn(
     reverse: bool = False,
     precision: str = "ieee",
     kernel: str = "",
+    multiprocessors: int = 0,  # > 0: of these at most
 ) -> None:
     """`_C.rnn` on a GPU; batch_sizes stays on the CPU. workspace: uint8, of rnn_plan()'s workspace_bytes."""
 
@@ -124,6 +125,7 @@ def rnn_backward(
     hidden: Tensor | None = None,
     precision: str = "ieee",
     kernel: str = "",
+    multiprocessors: int = 0,  # > 0: of these at most
 ) -> None:
     """`_C.rnn_backward` on a GPU; workspace as for rnn(), of a plan with backward=True."""
 
@@ -144,6 +146,7 @@ def rnn_plan(
     gpu: str = "",
     device: int = 0,
     kernel: str = "",
+    multiprocessors: int = 0,  # > 0: of these at most
 ) -> dict[str, Any]:
     """The plan for these sizes (P > 0: projected) on a GPU named sm80 or sm90, or ("") on that of this index: kernel,
     resident, the grid, tile_rows, shared_bytes, workspace_bytes, why, text, candidates.
