@@ -304,7 +304,7 @@ void bind_cuda_attention(py::module_& m) {
   m.def("attention_plan", plan_attention, "query"_a, "key"_a, "value"_a, "mask"_a = py::none(), py::kw_only(),
         "scale"_a = 1.0, FASTDL_ATTENTION_OPTIONS, "kernel"_a = "", "backward"_a = false, "gpu"_a = "");
 #undef FASTDL_ATTENTION_OPTIONS
-  m.def("attention_kernels", kernel_rows, "Rows of the kernel table.");
+  add_kernel_rows("attention", kernel_rows);
 }
 
 }  // namespace fastdl

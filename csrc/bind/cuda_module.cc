@@ -73,17 +73,10 @@ PYBIND11_MODULE(FASTDL_CUDA_MODULE, m, py::mod_gil_not_used()) {
 #if FASTDL_TWIN
   fastdl::bind_twin(m);
 #endif
-  fastdl::bind_cuda_attention(m);
-  fastdl::bind_cuda_conv(m);
-  m.def(
-      "kernels",
-      [](const std::string& op) {
-        if (op == "rnn") return fastdl::cuda_rnn_kernel_rows();
-        fastdl::fail("fastdl.kernels: argument 'op': expected rnn, got '", op, "'");
-      },
-      py::arg("op"), "The kernel table of an operation.");
   m.def("kernels", &fastdl::kernels, py::arg("op"), "The rows of an operation's kernel table.");
   fastdl::bind_cuda_probe(m);
   fastdl::bind_cuda_gemm(m);
+  fastdl::bind_cuda_attention(m);
+  fastdl::bind_cuda_conv(m);
   fastdl::bind_cuda_rnn(m);
 }

@@ -14,7 +14,7 @@ from fastdl.testing import QUALITY_FACTOR, UNIT_ROUNDOFF, GuardedOutput
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MODULE = cuda.load("_twin")[0] or cuda.load("_cuda")[0]
-ROWS = [row for row in MODULE.attention_kernels() if row["kind"] in ("tile", "decode")] if MODULE else []
+ROWS = [row for row in MODULE.kernels("attention") if row["kind"] in ("tile", "decode")] if MODULE else []
 
 
 def rows(**wanted):
@@ -353,9 +353,9 @@ def test_plans(gpu_name):
 
 @needs_module
 def test_kernels_fit_the_smallest_gpu():
-    names = [row["name"] for row in MODULE.attention_kernels()]
+    names = [row["name"] for row in MODULE.kernels("attention")]
     assert len(set(names)) == len(names)
-    for row in MODULE.attention_kernels():
+    for row in MODULE.kernels("attention"):
         assert row["shared_bytes"] <= MODULE.gpu_named("sm80")["shared_bytes"], row["name"]
 
 
