@@ -102,7 +102,9 @@ def test_more_than_one_tile_of_sequences(row, mode, gpu):
 def test_blocks_with_several_groups_and_tiles(row, mode, gpu):
     """On few multiprocessors a block has more than one group of units, and more than one tile of sequences."""
     H, B, options = 2 * row["units"] + 3, 34, {"gpu": gpu, "kernel": row["name"], "multiprocessors": 2}
-    for seed in gpu.orders(2):
+    for seed in (0, 1000, 1001, 1002) if gpu.is_twin else (0,):  # warps run far ahead of each other
+        if gpu.is_twin:
+            gpu.module.set_seed(seed)
         check(GpuProblem(mode, 2, B, H, dtype=DTYPES[row["dtype"]], seed=seed, **options))
 
 

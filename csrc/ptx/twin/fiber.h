@@ -25,7 +25,8 @@ const Thread& current();
 void run(const int (&grid)[3], int threads, std::size_t shared_bytes, bool cooperative,
          const std::function<void()>& body);
 
-// The order of the fibers; 0: each runs until it waits, in turn. Else random, from this seed.
+// The order of the fibers; 0: each runs until it waits, in turn. Else random, from this seed; from
+// 1000 on, warps run far ahead of each other.
 void set_seed(std::uint64_t seed);
 
 // Waits until `threads` threads of the block have come to barrier `id`.
