@@ -165,7 +165,7 @@ ProductsAhead strip_values(const Head& h, const AttentionKernel& kernel, const S
   const i64 before = (y.count - 1) * nr;
   if (x.v) {
     t.b = x.v + steps(kernel, begin) * nr, t.b_row = nr, y.b_step = steps(kernel, h.p.key_block) * nr;
-    y.last_n = static_cast<int>(o_row - before);
+    y.last_n = static_cast<int>(std::min(nr, o_row - before));
   } else {
     t.b = static_cast<const float*>(h.v) + (x.key + begin) * d.v.row, t.b_row = d.v.row, y.b_step = nr;
     y.last_n = static_cast<int>(d.Dv - before);
