@@ -1,9 +1,9 @@
 // The tile product on tensor cores: C += A * B, A [16s,16], B [16,8s], out of shared memory, one warp.
 //
-//   SharedTile<T, rows, cols>     a tile in shared memory, its 16-byte chunks swizzled so that no reader below
-//   conflicts load_a, load_a_transposed     the 16x16 of A at (m, k) of a tile stored [M][K], [K][M] load_b,
-//   load_b_transposed     the 16x16 of B at (k, n) of a tile stored [N][K], [K][N] WarpTile<T, parts, kM, kN>    the
-//   sums of a warp, and the products that add to them
+//   SharedTile<T, rows, cols>        a tile in shared memory, swizzled: no reader below meets bank conflicts
+//   load_a, load_a_transposed        the 16x16 of A at (m, k) of a tile stored [M][K], [K][M]
+//   load_b, load_b_transposed        the 16x16 of B at (k, n) of a tile stored [N][K], [K][N]
+//   WarpTile<T, parts, kM, kN>       the sums of a warp, and the products that add to them
 //
 // float tiles become one, two or three bfloat16 parts in registers: each part is what the ones before leave, rounded,
 // so that three hold a float32 exactly; float products are then sums of products of parts (Products1, 3, 6).
