@@ -379,7 +379,7 @@ def test_plan_of_nothing_and_of_strangers():
         plan(5, 5, 5, gpu="sm70")
     with pytest.raises(RuntimeError, match="argument 'precision': expected fma, ieee, tf32 or bf16, got 'high'"):
         plan(5, 5, 5, precision="high")
-    with pytest.raises(RuntimeError, match="expected one of gemm"):
+    with pytest.raises(RuntimeError, match="expected one of attention, conv, gemm, rnn"):
         ANY.kernels("conv3")
 
 
