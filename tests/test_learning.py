@@ -13,6 +13,11 @@ from fastdl.ops import calls
 from models import CharacterModel, resnet
 
 
+@pytest.fixture(autouse=True)
+def fresh_record():
+    calls.handbacks.clear()
+
+
 def text():
     """The Zen of Python, which the standard library keeps in rot13."""
     return "".join(this.d.get(c, c) for c in this.s)

@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "attention/attention.h"
+#include "attention/schedule.h"
 
 namespace fastdl {
 
@@ -13,9 +14,6 @@ inline const void* at(const void* p, i64 elements, DType dtype) {
 inline void* at(void* p, i64 elements, DType dtype) {
   return static_cast<char*>(p) + elements * kItemSize[static_cast<int>(dtype)];
 }
-
-inline i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
-inline i64 round_up(i64 a, i64 b) { return ceil_div(a, b) * b; }
 
 // Floats of the running values of a strip: whole vectors at any level.
 inline i64 row_slots(const AttentionKernel& k) { return round_up(k.mr, 16); }
@@ -42,10 +40,6 @@ inline bool is_tiny(const float* peak, i64 n) {
   return std::any_of(peak, peak + n, [](float x) { return x > 0 && x < kTinyPeak; });
 }
 
-// Where nothing but a positive scale comes between product and exp, the scale waits until exp is taken.
-inline bool plain(const AttentionDesc& d) {
-  return d.mask == MaskKind::none && !(d.softcap > 0) && d.scale > 1e-30f && d.scale < 1e30f;
-}
 // From the unit that running maxima are in to that of the scores.
 inline float max_unit(const AttentionDesc& d) { return plain(d) ? d.scale : 1.0f; }
 // lse from the running maximum and sum of a row. The two are added without a loss: rounding is known exactly from what
@@ -95,10 +89,6 @@ inline SoftmaxArgs softmax_args(const AttentionDesc& d, const AttentionArgs& arg
   }
   f.dropout = {d.seed, sequence, head, row, key, dropout_threshold(d.dropout_p)};
   return f;
-}
-
-inline float dropout_factor(const AttentionDesc& d) {
-  return d.dropout_p < 1 ? static_cast<float>(1 / (1 - d.dropout_p)) : 0.0f;
 }
 
 // A[m, depth] against the columns of packed panels (columns.begin a multiple of nr), `depth` floats a line.

@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "attention/cpu/schedule.h"
+#include "attention/schedule.h"
 #include "base/check.h"
 
 namespace fastdl {

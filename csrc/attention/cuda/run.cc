@@ -1,7 +1,7 @@
 #include <algorithm>
 
-#include "attention/cpu/schedule.h"
 #include "attention/cuda/plan.h"
+#include "attention/schedule.h"
 #include "base/check.h"
 
 namespace fastdl {

@@ -2,11 +2,9 @@
 // data only. Gates stand in torch's order: lstm i f g o, gru r z n.
 #pragma once
 #include "gemm/cpu/kernel_args.h"
+#include "rnn/kernel_cell.h"
 
 namespace fastdl {
-
-enum class RnnCell : std::uint8_t { lstm, gru, plain };
-constexpr int kGates[] = {4, 3, 1};  // by RnnCell
 
 // The state h between steps lies in the form that the products read: float32, or bf16 for products of pairs. Products
 // of bf16 parts read those, which lie behind the float32 row that they are the sum of.

@@ -7,7 +7,7 @@
 // the lanes of a row of fragments take 8 neighbours each, since h is read from memory as it lies, 16 bytes a lane.
 //   packed[group][block of K][part][tile][step of 16][lane][4 registers][2 elements]
 #pragma once
-#include "rnn/cpu/kernel_args.h"
+#include "rnn/kernel_cell.h"
 
 namespace fastdl {
 

@@ -1,0 +1,19 @@
+// What the schedules of the CPU and of GPUs share.
+#pragma once
+#include "attention/attention.h"
+
+namespace fastdl {
+
+inline i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
+inline i64 round_up(i64 a, i64 b) { return ceil_div(a, b) * b; }
+
+// Where nothing but a positive scale comes between product and exp, the scale waits until exp is taken.
+inline bool plain(const AttentionDesc& d) {
+  return d.mask == MaskKind::none && !(d.softcap > 0) && d.scale > 1e-30f && d.scale < 1e30f;
+}
+
+inline float dropout_factor(const AttentionDesc& d) {
+  return d.dropout_p < 1 ? static_cast<float>(1 / (1 - d.dropout_p)) : 0.0f;
+}
+
+}  // namespace fastdl
