@@ -312,8 +312,13 @@ def attention_plan(
     kernel: str = "",
     threads: int = 0,
     backward: bool = False,
+    isa: str = "",
+    precision: str = "",
 ) -> dict[str, Any]:
-    """What `attention` would run: kernel, strips, key_block, keep_k, pack_v, threads, workspace_bytes, why, ..."""
+    """What `attention` would run: kernel, strips, key_block, keep_k, pack_v, threads, workspace_bytes, why, ...
+
+    isa, precision: those of another machine and setting; "" as they are now.
+    """
 
 def attention_keep(out: Tensor, *, dropout_p: float, seed: int) -> None:
     """Fill out[B, H, Lq, Lk], bool and contiguous, with the elements that dropout keeps under this seed."""

@@ -78,6 +78,80 @@ def sum_rows(x: Tensor, out: Tensor) -> None:
 def tile_probe(a: Tensor, b: Tensor, out: Tensor, a_transposed: bool, b_transposed: bool, precision: str) -> None:
     """out[16,32] = a b by one warp, and the largest magnitudes of the rows of a and the columns of b."""
 
+# --- attention --------------------------------------------------------------------------------------------------
+def attention(
+    out: Tensor,
+    lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    *,
+    scale: float,
+    lo: int = ...,
+    hi: int = ...,
+    softcap: float = 0.0,
+    dropout_p: float = 0.0,
+    seed: int = 0,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    align_end: bool = False,
+    workspace: Tensor | None = None,
+    kernel: str = "",
+) -> None:
+    """Fill out[B, H, Lq, Dv] and lse[B, H, Lq, 2], float32, from query[B, H, Lq, D], key and value [B, Hkv, Lk, D, Dv].
+
+    As `_C.attention`; variable-length batches are [total, H, D] with int32 cu_seqlens on the GPU. workspace: uint8, of
+    attention_plan()'s workspace_bytes.
+    """
+
+def attention_backward(
+    dq: Tensor | None,
+    dk: Tensor | None,
+    dv: Tensor | None,
+    dmask: Tensor | None,
+    dout: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: Tensor | None = None,
+    *,
+    scale: float,
+    lo: int = ...,
+    hi: int = ...,
+    softcap: float = 0.0,
+    dropout_p: float = 0.0,
+    seed: int = 0,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    align_end: bool = False,
+    workspace: Tensor | None = None,
+) -> None:
+    """Fill the gradients that are not None, from what `attention` took and gave; dmask is float32."""
+
+def attention_plan(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    lo: int = ...,
+    hi: int = ...,
+    softcap: float = 0.0,
+    dropout_p: float = 0.0,
+    seed: int = 0,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    align_end: bool = False,
+    kernel: str = "",
+    backward: bool = False,
+    gpu: str = "",
+) -> dict[str, Any]:
+    """What `attention` would do with tensors like these, on a GPU named sm80 or sm90; "": the first here."""
+
 # --- recurrent layers -------------------------------------------------------------------------------------------
 def rnn(
     y: Tensor,
