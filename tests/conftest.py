@@ -157,9 +157,9 @@ class GpuUnderTest:
     def is_twin(self) -> bool:
         return self.name == "twin"
 
-    def orders(self, count: int = 3) -> Iterator[int]:
+    def orders(self) -> Iterator[int]:
         """Runs of one call that must agree bit for bit: the twin's scheduler gets another seed for each."""
-        for seed in range(count):
+        for seed in (0, 1, 2, 1000, 1001):  # from 1000 on, warps run far ahead of each other
             if self.is_twin:
                 self.module.set_seed(seed)
             yield seed

@@ -114,7 +114,7 @@ def test_aligned_operands_without_conflicts(gpu, row, a_transposed, b_transposed
     out = check_exact(gpu, row, a, b, out=GuardedOutput((M, N), row_gap=8, band=64, dtype=dtype))
     if gpu.twin:
         assert gpu.module.take_counts()[0] == 0
-        for seed in (1, 2, 3):
+        for seed in (1, 2, 1000, 1001):
             gpu.module.set_seed(seed)
             assert torch.equal(out, check_exact(gpu, row, a, b)), seed
 
@@ -179,7 +179,7 @@ def test_split_k(gpu, row, splits, generator):
     assert plan["splits"] == splits and plan["workspace_bytes"] >= splits * 2 * 9 * 21 * 4
     noise = torch.randn(K, 21, generator=generator).to(dtype)
     results = []
-    for seed in (0, 4, 5):
+    for seed in (0, 4, 1000):
         if gpu.twin:
             gpu.module.set_seed(seed)
         results.append(gemm(gpu, a[0], noise, torch.empty(9, 21, dtype=dtype), row=row, splits=splits))
