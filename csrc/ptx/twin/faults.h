@@ -1,4 +1,4 @@
-// Kernels with one bug each, of the kinds that the twin is there to catch; tests/cuda/test_twin.py runs them.
+// Kernels with one bug each, of the kinds that the twin is there to catch; tests/cuda/test_cuda_twin.py runs them.
 #pragma once
 #include <string>
 #include <vector>
