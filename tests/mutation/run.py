@@ -1,6 +1,6 @@
 """Plants one bug at a time in a copy of the sources and demands that the tests notice.
 
-usage: python tests/mutation/run.py [--part I/N] [NAME ...]     all bugs of the table (about 30 minutes) or those named,
+usage: python tests/mutation/run.py [--part I/N] [NAME ...]     all bugs of the table (about 40 minutes) or those named,
                                                                 with --part every N-th of them, from the I-th on
 
 The unmutated copy must pass the same tests first. Exits nonzero when a bug survives, when its line is not found exactly
@@ -10,6 +10,7 @@ once (the source has moved on: adapt the table), or when a test selection is emp
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -39,22 +40,42 @@ TESTS_FAILED = 1  # pytest's exit status; 2 and above: interrupted, internal err
 
 OPERATIONS = (attention, conv, conv_direct, conv_python, conv_wgrad, gemm, rnn)
 MUTATIONS = [mutation for operation in OPERATIONS for mutation in operation.MUTATIONS]
+# Modules and the options to build them with.
+MODULES = {
+    "_C": ["-DCMAKE_BUILD_TYPE=Release", "-DFASTDL_CUDA=OFF", "-DFASTDL_EMULATE_AMX=ON"],
+    "_twin": ["-DCMAKE_BUILD_TYPE=None", "-DCMAKE_CXX_FLAGS=-O1", "-DFASTDL_CUDA=OFF", "-DFASTDL_TWIN=ON"],
+}
+
+
+def module_of(mutation: Mutation) -> str:
+    """The module to build with this bug: that of the CPU, or the host twin of the CUDA kernels."""
+    cuda = mutation.file.startswith(("csrc/ptx/", "csrc/bind/cuda_")) or "/cuda/" in mutation.file
+    return "_twin" if cuda else "_C"
 
 
 class Workbench:
-    """A copy of the sources, built and tested in place."""
+    """A copy of the sources, one module of which is built and tested in place."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, module: str) -> None:
         self.source, self.build, self.pristine = folder / "source", folder / "build", folder / "pristine"
-        skip = shutil.ignore_patterns("_C.*.so", "__pycache__", ".git", "build", "dist", ".venv", "*_cache")
+        self.module, self.package = module, self.source / "python" / "fastdl"
+        skip = shutil.ignore_patterns("*.so", "__pycache__", ".git", "build", "dist", ".venv", "*_cache")
         shutil.copytree(ROOT, self.source, ignore=skip)
         cmakedir = self._output(sys.executable, "-m", "pybind11", "--cmakedir").strip()
         self._output(
-            *("cmake", "-S", self.source, "-B", self.build, "-DCMAKE_BUILD_TYPE=Release", "-DFASTDL_EMULATE_AMX=ON"),
+            *("cmake", "-S", self.source, "-B", self.build, *MODULES[module]),
             *(f"-Dpybind11_DIR={cmakedir}", f"-DPython_EXECUTABLE={sys.executable}"),
         )
+        if module != "_C":
+            self._take_installed("_C")
         self.make()
         shutil.copytree(self.build, self.pristine)
+
+    def _take_installed(self, module: str) -> None:
+        spec = importlib.util.find_spec(f"fastdl.{module}")
+        if spec is None or spec.origin is None:
+            sys.exit(f"fastdl.{module}: install fastdl first, this part of the table builds another module")
+        shutil.copy(spec.origin, self.package)
 
     def _output(self, *command: object) -> str:
         done = subprocess.run([*map(str, command)], capture_output=True, text=True)
@@ -63,9 +84,9 @@ class Workbench:
         return done.stdout
 
     def make(self) -> None:
-        self._output("cmake", "--build", self.build, "--target", "_C", "--parallel", os.cpu_count() or 1)
-        for module in self.build.glob("_C.*.so"):
-            target = self.source / "python" / "fastdl" / module.name
+        self._output("cmake", "--build", self.build, "--target", self.module, "--parallel", os.cpu_count() or 1)
+        for module in self.build.rglob(f"{self.module}.*.so"):
+            target = self.package / module.name
             target.unlink(missing_ok=True)  # a running process keeps the old file
             shutil.copy(module, target)
 
@@ -122,9 +143,9 @@ def choose(arguments: list[str]) -> list[Mutation]:
     return [m for m in MUTATIONS if not options.names or m.name in options.names][part::parts]
 
 
-def main(arguments: list[str]) -> int:
-    chosen = choose(arguments)
-    survivors = []
+def survivors(module: str, chosen: list[Mutation]) -> list[str]:
+    """Names of the bugs that no test noticed."""
+    found = []
     width = max(len(m.name) for m in chosen)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         pool = ThreadPoolExecutor(BENCHES)
@@ -139,22 +160,31 @@ def main(arguments: list[str]) -> int:
             finally:
                 free.put(bench)
 
-        for bench in pool.map(lambda i: Workbench(Path(folder) / str(i)), range(BENCHES)):
+        for bench in pool.map(lambda i: Workbench(Path(folder) / str(i), module), range(BENCHES)):
             free.put(bench)
         selections = list(dict.fromkeys(m.tests for m in chosen))
         tested = pool.map(lambda tests: on_a_bench(lambda bench: bench.test(tests)), selections)
         for tests, (result, _) in zip(selections, tested, strict=True):
             if result != "passed":
                 sys.exit(f"the unmutated sources: {tests}: {result}")
-        print(f"unmutated: {len(selections)} selections pass", flush=True)
+        print(f"{module}, unmutated: {len(selections)} selections pass", flush=True)
         planted = pool.map(lambda mutation: on_a_bench(lambda bench: bench.plant(mutation)), chosen)
         for mutation, (result, seconds) in zip(chosen, planted, strict=True):
             if result == "passed":
-                survivors.append(mutation.name)
+                found.append(mutation.name)
             verdict = "SURVIVED" if result == "passed" else f"caught ({result})"
             print(f"{mutation.name:{width}}  {verdict:16}  {seconds:4.0f} s  {mutation.tests}", flush=True)
-    print(f"{len(chosen) - len(survivors)} of {len(chosen)} planted bugs caught")
-    return 1 if survivors else 0
+    return found
+
+
+def main(arguments: list[str]) -> int:
+    chosen = choose(arguments)
+    survived = []
+    for module in MODULES:
+        if those := [mutation for mutation in chosen if module_of(mutation) == module]:
+            survived += survivors(module, those)
+    print(f"{len(chosen) - len(survived)} of {len(chosen)} planted bugs caught")
+    return 1 if survived else 0
 
 
 if __name__ == "__main__":
