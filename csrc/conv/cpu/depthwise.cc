@@ -96,6 +96,7 @@ void gather(const Problem& x) {
   const bool plain = split || (bare && d.dtype == DType::f32);
   const bool in_place = split || (d.dtype == DType::f32 && (in.c_step == 1 || d.C == 1));
   const auto strip = split ? ops.strip_split : ops.strip;
+  const auto slide = split ? ops.slide_split : ops.slide;
   const i64 width = in_place ? q.place_channels : q.channels;
   const GemmHelpers& helpers = *gemm_pack_kernel(x.p.kernel->isa, d.dtype).helpers;
   std::vector<ConvAxis> axes[3];
@@ -154,7 +155,8 @@ void gather(const Problem& x) {
                 aw.tap_first + c * aw.tap_inc) *
                width;
       };
-      i64 row_step = 0, lo = w0, hi = w1;
+      const bool sliding = aw.tap_step * aw.tap_step == 1 && slides(aw.taps, aw.in_step);
+      i64 row_step = 0, lo = w0, hi = w1, extent[3] = {};
       const void* base = nullptr;
       if (in_place) {
         interior(aw, s.in[2], &lo, &hi);
@@ -165,13 +167,13 @@ void gather(const Problem& x) {
         const i64 first[3] = {od * ad.in_step + leftmost(ad), h0 * ah.in_step + leftmost(ah),
                               w0 * aw.in_step + leftmost(aw)};
         const i64 step_d = std::max(ad.tap_step, -ad.tap_step);
-        const i64 extent[3] = {ad.taps, (h1 - h0 - 1) * ah.in_step + reach(ah) + 1,
-                               (w1 - w0 - 1) * aw.in_step + reach(aw) + 1};
+        extent[0] = ad.taps, extent[1] = (h1 - h0 - 1) * ah.in_step + reach(ah) + 1;
+        extent[2] = (w1 - w0 - 1) * aw.in_step + reach(aw) + 1;
         copy_image(ops, in, origin, d.dtype, s.in, first, step_d, extent, channels, image, width);
         t.x_col = aw.in_step * width;
         row_step = ah.in_step * extent[2] * width;
         base = image;
-        for (i64 a = 0; a < ad.taps; ++a) {
+        for (i64 a = 0; !sliding && a < ad.taps; ++a) {
           for (i64 b = 0; b < ah.taps; ++b) {
             for (i64 c = 0; c < aw.taps; ++c) {
               const i64 z = ad.tap_step < 0 ? ad.taps - 1 - a : a;
@@ -187,6 +189,29 @@ void gather(const Problem& x) {
         t.bias = bias;
         if (split) t.bias = direct_at(static_cast<void*>(image), x.taps * width, d.dtype);
       }
+      SlideArgs u = {};
+      if (sliding) {
+        const i64 left = w0 * aw.in_step + leftmost(aw);  // of the first output's window, in the image
+        u.x = base, u.x_col = in_place ? in.step[2] : width;
+        u.lo = in_place ? -left : 0, u.hi = in_place ? s.in[2] - left : extent[2];
+        u.w = t.w, u.w_col = aw.tap_inc * width * aw.tap_step, u.off = lists, u.w_off = lists + x.taps;
+        u.bias = t.bias, u.width = aw.taps, u.stride = aw.in_step, u.cols = w1 - w0, u.channels = channels;
+      }
+      // Rows of taps that are inside the image of output row h.
+      const auto clip_rows = [&](i64 h) {
+        u.rows = 0;
+        for (i64 a = 0; a < ad.taps; ++a) {
+          const i64 id = od * ad.in_step + ad.first + a * ad.tap_step;
+          for (i64 b = 0; b < ah.taps; ++b) {
+            const i64 ih = h * ah.in_step + ah.first + b * ah.tap_step;
+            if (in_place && (id < 0 || id >= s.in[0] || ih < 0 || ih >= s.in[1])) continue;
+            const i64 z = ad.tap_step < 0 ? ad.taps - 1 - a : a, y = ah.first + b * ah.tap_step - leftmost(ah);
+            lists[u.rows] = in_place ? id * in.step[0] + ih * in.step[1] - u.lo * in.step[2]
+                                     : ((z * extent[1] + y + (h - h0) * ah.in_step) * extent[2]) * width;
+            lists[x.taps + u.rows++] = w_at(a, b, aw.tap_step < 0 ? aw.taps - 1 : 0);
+          }
+        }
+      };
       for (i64 h = h0; h < h1; ++h) {
         const i64 y_at = n * out.n_step + c0 * out.c_step + (od * ad.out_step + ad.out_first) * out.step[0] +
                          (h * ah.out_step + ah.out_first) * out.step[1] +
@@ -216,7 +241,11 @@ void gather(const Problem& x) {
           t.y = direct_at(y, (j - w0) * t.y_col, split ? DType::bf16 : DType::f32), t.cols = cols;
           strip(t);
         };
-        if (in_place) {
+        if (sliding) {
+          clip_rows(h);
+          u.y = y, u.y_col = t.y_col;
+          slide(u);
+        } else if (in_place) {
           for (i64 j = w0; j < w1; ++j) {
             if (j == lo && lo < hi) {
               clip(&all, lo);

@@ -3,6 +3,7 @@
 #include "conv/cpu/kernel_args.h"
 #include "conv/cpu/kernel_depthwise.h"
 #include "conv/cpu/kernel_grouped.h"
+#include "conv/cpu/kernel_slide.h"
 
 namespace fastdl {
 namespace {
@@ -17,6 +18,8 @@ constexpr DirectOps direct_ops = {
     copy_block<L, T>,
     run_strip<L>,
     StripSplit<L, T>::run,
+    run_slide<L>,
+    SlideSplit<L, T>::run,
     run_strip_grad<L>,
     run_plane<L>,
     run_plane_grad<L>,
@@ -61,6 +64,8 @@ constexpr DirectOps direct_ops_pairs = {
     copy_block<Plain, bf16>,
     copy_block<Plain, float>,
     copy_pairs<L, Plain>,
+    nullptr,
+    nullptr,
     nullptr,
     nullptr,
     nullptr,

@@ -17,6 +17,26 @@ struct StripArgs {
   i64 taps, cols, channels;
 };
 
+// The same by rows of taps, `width` columns side by side each; slides() says which there are.
+// y(j,c) = sum_{r,e} x(j*stride + e, c + off_r) w(e, c + w_off_r) [+ bias(c)], columns of x outside lo..hi-1 left out.
+struct SlideArgs {
+  const void* x;  // x(i,c) = x[i*x_col + c]; all float, of slide_split all bf16
+  i64 x_col, lo, hi;
+  const i64* off;  // [rows]
+  const void* w;   // w(e,c) = w[e*w_col + c]
+  i64 w_col;
+  const i64* w_off;  // [rows]
+  void* y;           // y(j,c) = y[j*y_col + c]
+  i64 y_col;
+  const void* bias;  // or null
+  i64 width, stride, rows, cols, channels;
+};
+constexpr int kSlideWidth = 7;  // the widest
+constexpr bool slides(i64 width, i64 stride) {
+  return stride == 1 ? width == 1 || width == 2 || width == 3 || width == 5 || width == 7
+                     : stride == 2 && (width == 3 || width == 5);
+}
+
 // Its weight gradient: dw(t,c) += sum_{i,j} dy(i,j,c) x(i,j,c + off_t), i < rows, j < cols, c < channels.
 struct StripGradArgs {
   const float* x;  // x(i,j,c) = x[i*x_row + j*x_col + c]
@@ -68,6 +88,8 @@ struct DirectOps {
   CopyFunction* image;  // as copy; of pairs: those of src[2*i*i_step + j*j_step] and i_step behind it
   void (*strip)(const StripArgs&);
   void (*strip_split)(const StripArgs&);  // channels: a multiple of two vectors; or null
+  void (*slide)(const SlideArgs&);
+  void (*slide_split)(const SlideArgs&);  // as strip_split
   void (*strip_grad)(const StripGradArgs&);
   void (*plane)(const PlaneArgs&);
   void (*plane_grad)(const PlaneGradArgs&);

@@ -1,0 +1,137 @@
+// Depthwise along a row of short windows: y(j,c) = sum_{r,e} x(j*stride + e, c + off_r) w(e, c + w_off_r), e < width.
+//
+// Each input column is loaded once a row of taps and multiplied into all the outputs whose windows hold it, the row's
+// weights being in registers: COLS*stride + width loads for COLS*width products, where one load a product (`strip`)
+// would bound the loop. Columns outside the image are left out one by one, so edges need no copy and no zeros.
+#pragma once
+#include "conv/cpu/kernel_direct_args.h"
+#include "simd/vec.h"
+
+namespace fastdl {
+namespace {
+
+// Vectors as they lie in memory: a register of floats, or one of bfloat16 taken apart into two, channels 0, 2, 4.. and
+// 1, 3, 5... `vectors` of them a step.
+template <class L, int NV, bool kMasked>
+struct SlideFloats {
+  using T = float;
+  static constexpr int registers = NV, channels = NV * L::width;
+  typename L::M mask;
+  explicit SlideFloats(i64 left) : mask(L::first(!kMasked ? 0 : left < L::width ? static_cast<int>(left) : L::width)) {}
+  FASTDL_INLINE void load(const float* p, typename L::V* to) const {
+    for (int v = 0; v < NV; ++v) to[v] = kMasked ? L::load(p, mask) : L::load(p + v * L::width);
+  }
+  FASTDL_INLINE void store(float* p, const typename L::V* from) const {
+    for (int v = 0; v < NV; ++v) {
+      if (kMasked) {
+        L::store(p, from[v], mask);
+      } else {
+        L::store(p + v * L::width, from[v]);
+      }
+    }
+  }
+};
+template <class L>
+struct SlidePairs {
+  using T = bf16;
+  static constexpr int registers = 2, channels = 2 * L::width;
+  explicit SlidePairs(i64) {}
+  FASTDL_INLINE void load(const bf16* p, typename L::V* to) const { L::split(p, to, to + 1); }
+  FASTDL_INLINE void store(bf16* p, const typename L::V* from) const { L::join(p, from[0], from[1]); }
+};
+
+// avx512: 7x2 sums + width x 2 weights + 2 columns, at most 30 of 32; avx2, scalar: 7 + width + 1, at most 15 of 16;
+// pairs of avx2: 3x2 + 3x2 + 2, more for windows above 3, whose weights the compiler keeps on the stack.
+template <class L, class Lanes, int COLS, int WIDTH, int STRIDE>
+void slide(const SlideArgs& a, i64 j0, i64 cols, i64 c0) {
+  using T = typename Lanes::T;
+  constexpr int R = Lanes::registers;
+  const Lanes lanes(a.channels - c0);
+  typename L::V acc[COLS][R];
+#pragma GCC unroll 7
+  for (int j = 0; j < COLS; ++j)
+#pragma GCC unroll 2
+    for (int v = 0; v < R; ++v) acc[j][v] = L::zero();
+
+  const i64 first = j0 * STRIDE, inputs = (cols - 1) * STRIDE + WIDTH;
+  const i64 lo = a.lo - first > 0 ? a.lo - first : 0, hi = a.hi - first < inputs ? a.hi - first : inputs;
+  const unsigned inside = hi > lo ? (1u << hi) - (1u << lo) : 0;  // columns: bit i is that of first + i
+  for (i64 r = 0; r < a.rows; ++r) {
+    const T* const w = static_cast<const T*>(a.w) + a.w_off[r] + c0;
+    typename L::V wv[WIDTH][R];
+#pragma GCC unroll 7
+    for (int e = 0; e < WIDTH; ++e) lanes.load(w + e * a.w_col, wv[e]);
+    const i64 at = a.off[r] + first * a.x_col + c0;
+#pragma GCC unroll 20
+    for (int i = 0; i < (COLS - 1) * STRIDE + WIDTH; ++i) {
+      if (!(inside >> i & 1)) continue;
+      typename L::V x[R];
+      lanes.load(static_cast<const T*>(a.x) + (at + i * a.x_col), x);
+#pragma GCC unroll 7
+      for (int e = 0; e < WIDTH; ++e) {
+        if ((i - e) % STRIDE != 0 || i < e || (i - e) / STRIDE >= COLS) continue;
+#pragma GCC unroll 2
+        for (int v = 0; v < R; ++v) acc[(i - e) / STRIDE][v] = L::fma(x[v], wv[e][v], acc[(i - e) / STRIDE][v]);
+      }
+    }
+  }
+  if (a.bias) {
+    typename L::V b[R];
+    lanes.load(static_cast<const T*>(a.bias) + c0, b);
+#pragma GCC unroll 7
+    for (int j = 0; j < COLS; ++j)
+#pragma GCC unroll 2
+      for (int v = 0; v < R; ++v) acc[j][v] = L::add(acc[j][v], b[v]);
+  }
+  T* const y = static_cast<T*>(a.y) + j0 * a.y_col + c0;
+#pragma GCC unroll 7
+  for (int j = 0; j < COLS; ++j)
+    if (j < cols) lanes.store(y + j * a.y_col, acc[j]);
+}
+
+using SlideFunction = void(const SlideArgs&, i64, i64, i64);
+
+template <class L, class Lanes, int COLS>
+constexpr SlideFunction* kSlides[2][kSlideWidth] = {
+    {slide<L, Lanes, COLS, 1, 1>, slide<L, Lanes, COLS, 2, 1>, slide<L, Lanes, COLS, 3, 1>, nullptr,
+     slide<L, Lanes, COLS, 5, 1>, nullptr, slide<L, Lanes, COLS, 7, 1>},
+    {nullptr, nullptr, slide<L, Lanes, COLS, 3, 2>, nullptr, slide<L, Lanes, COLS, 5, 2>, nullptr, nullptr},
+};
+
+// All columns of the channels from c on that whole steps of Lanes hold, or of the one step begun. Returns the rest's
+// first.
+template <class L, class Lanes, int COLS, bool kLast>
+i64 slide_all(const SlideArgs& a, i64 c) {
+  const auto run = kSlides<L, Lanes, COLS>[a.stride - 1][a.width - 1];
+  const i64 strips = (a.cols + COLS - 1) / COLS;
+  for (; kLast ? c < a.channels : c + Lanes::channels <= a.channels; c += Lanes::channels)
+    for (i64 s = 0; s < strips; ++s) {  // cut evenly
+      const i64 j = a.cols * s / strips;
+      run(a, j, a.cols * (s + 1) / strips - j, c);
+    }
+  return c;
+}
+
+template <class L>
+void run_slide(const SlideArgs& a) {
+  constexpr int NV = L::width == 16 ? 2 : 1;
+  const i64 c = slide_all<L, SlideFloats<L, NV, false>, 7, false>(a, 0);
+  slide_all<L, SlideFloats<L, 1, true>, 7, true>(a, c);
+}
+
+// Of bfloat16, where a level takes such vectors apart; channels: a multiple of two vectors.
+template <class L, class T, class = void>
+struct SlideSplit {
+  static constexpr void (*run)(const SlideArgs&) = nullptr;
+};
+template <class L>
+void run_slide_split(const SlideArgs& a) {
+  slide_all<L, SlidePairs<L>, L::width == 16 ? 7 : 3, false>(a, 0);
+}
+template <class L>
+struct SlideSplit<L, bf16, decltype(L::split(nullptr, nullptr, nullptr))> {
+  static constexpr void (*run)(const SlideArgs&) = run_slide_split<L>;
+};
+
+}  // namespace
+}  // namespace fastdl
