@@ -141,7 +141,22 @@ def test_tails_of_vectors_and_strips(row):
         (2, W - 1, W, W + 1, 2 * W, 4 * W + 3, 6 * W), (1, 5, 6, 7, 13, W + 1, 3 * W), strict=True
     ):
         ran |= check_exact(Problem(2, *groups_of(row, groups, 2, 4), (3, width), 3, 1, 1, dtype=dtype), row)
+        ran |= check_exact(Problem(1, *groups_of(row, groups, 2, 4), (3, width), 3, 1, 2, 2, dtype=dtype), row)
         ran |= check_exact(Problem(1, *groups_of(row, groups, 2, 1), (width + 1,), 2, dtype=dtype), row)
+    assert {"y", "dx"} <= ran
+
+
+@pytest.mark.parametrize("row", [r for r in ROWS if r["kind"] == "depthwise"], ids=lambda r: r["name"])
+@pytest.mark.parametrize("width, stride", [(1, 1), (2, 1), (3, 1), (5, 1), (7, 1), (3, 2), (5, 2), (4, 1), (7, 2)])
+def test_windows_that_slide(row, width, stride):
+    """Around the strips of 7 (and 3) columns, with and without edges, and widths that do not slide."""
+    dtype, W = DTYPES[row["dtype"]], VECTOR_WIDTH[row["isa"]]
+    ran = set()
+    for columns, padding in ((1, width // 2), (6, 0), (7, width - 1), (8, width // 2), (15, width // 2), (22, width)):
+        size = max(1, (columns - 1) * stride + width - 2 * padding)
+        for channels in (2 * W + 3, 4 * W):
+            problem = Problem(2, channels, 1, 1, (3, size), (2, width), stride, (1, padding), dtype=dtype)
+            ran |= check_exact(problem, row)
     assert {"y", "dx"} <= ran
 
 

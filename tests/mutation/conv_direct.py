@@ -6,7 +6,44 @@ TESTS = "tests/test_conv_direct.py"
 DEPTHWISE = "csrc/conv/cpu/depthwise.cc"
 GROUPED = "csrc/conv/cpu/grouped.cc"
 
+SLIDE = "csrc/conv/cpu/kernel_slide.h"
+
 MUTATIONS = [
+    Mutation(
+        "a column behind a row's end in a window that slides",
+        SLIDE,
+        "lo = lo > 0 ? lo : 0, hi = hi < count ? hi : count;",
+        "lo = lo > 0 ? lo : 0, hi = hi < count ? hi + 1 : count;",
+        f"{TESTS} -k 'test_windows_that_slide and depthwise_f32'",
+    ),
+    Mutation(
+        "weights of a mirrored window in the order of the image",
+        DEPTHWISE,
+        "w_at(a, b, aw.tap_step < 0 ? aw.taps - 1 : 0)",
+        "w_at(a, b, 0)",
+        f"{TESTS} -k 'test_windows_that_slide and depthwise_f32'",
+    ),
+    Mutation(
+        "columns of dy behind a strip's end in a weight gradient that slides",
+        SLIDE,
+        "    if (j < cols) lanes.load(dy + j * a.dy_col, g[j]);",
+        "    lanes.load(dy + j * a.dy_col, g[j]);",
+        f"{TESTS} -k 'test_windows_that_slide and depthwise_f32'",
+    ),
+    Mutation(
+        "a row above the image in a weight gradient read in place",
+        DEPTHWISE,
+        "if (reads_x && (id < 0 || id >= d.in[0] || ih < 0 || ih >= d.in[1])) continue;",
+        "if (reads_x && (id < 0 || id >= d.in[0] || ih >= d.in[1])) continue;",
+        f"{TESTS} -k 'test_windows_that_slide and depthwise_f32'",
+    ),
+    Mutation(
+        "the last channels of a window that slides with all their lanes",
+        SLIDE,
+        "left < L::width ? static_cast<int>(left) : L::width",
+        "L::width",
+        f"{TESTS} -k 'test_windows_that_slide and depthwise_f32 or test_nothing_outside'",
+    ),
     Mutation(
         "a column of the interior read past the edge of the image",
         DEPTHWISE,

@@ -281,6 +281,8 @@ void gradient(const Problem& x) {
   const ConvTensor &in = x.args.x, &dy = x.args.y;
   const ConvAxis a[3] = {conv_axis(d, 0, 0), conv_axis(d, 1, 0), conv_axis(d, 2, 0)};
   const bool in_place = d.dtype == DType::f32 && (dy.c_step == 1 || d.C == 1);
+  const bool sliding = a[2].tap_step == 1 && slides(a[2].taps, a[2].in_step);
+  const bool reads_x = sliding && d.dtype == DType::f32 && (in.c_step == 1 || d.C == 1);  // in place
   const i64 bundles = blocks_of(d.C, q.channels), taps = x.taps;
   const i64 row_blocks = blocks_of(a[1].count, q.block[1]), col_blocks = blocks_of(a[2].count, q.block[2]);
   ArenaLease scratch(x.p.workspace_bytes());
@@ -304,17 +306,9 @@ void gradient(const Problem& x) {
                               w0 * a[2].in_step + a[2].first};
         const i64 extent[3] = {a[0].taps, (rows - 1) * a[1].in_step + reach(a[1]) + 1,
                                (cols - 1) * a[2].in_step + reach(a[2]) + 1};
-        copy_image(ops, in, direct_at(in.data, n * in.n_step + c0 * in.c_step, d.dtype), d.dtype, d.in, first,
-                   a[0].tap_step, extent, channels, image, row);
-        i64 t = 0;
-        for (i64 z = 0; z < a[0].taps; ++z)
-          for (i64 y = 0; y < a[1].taps; ++y)
-            for (i64 e = 0; e < a[2].taps; ++e)
-              off[t++] = ((z * extent[1] + y * a[1].tap_step) * extent[2] + e * a[2].tap_step) * row;
+        const void* const origin = direct_at(in.data, n * in.n_step + c0 * in.c_step, d.dtype);
+        if (!reads_x) copy_image(ops, in, origin, d.dtype, d.in, first, a[0].tap_step, extent, channels, image, row);
         StripGradArgs g = {};
-        g.x = image, g.x_row = a[1].in_step * extent[2] * row, g.x_col = a[2].in_step * row;
-        g.off = off, g.taps = taps, g.rows = rows, g.cols = cols, g.channels = channels;
-        g.dw = dw, g.dw_tap = row;
         const i64 at = n * dy.n_step + c0 * dy.c_step + od * dy.step[0] + h0 * dy.step[1] + w0 * dy.step[2];
         if (in_place) {
           g.dy = static_cast<const float*>(dy.data) + at, g.dy_row = dy.step[1], g.dy_col = dy.step[2];
@@ -324,6 +318,36 @@ void gradient(const Problem& x) {
             ops.copy(direct_at(dy.data, at + y * dy.step[1], d.dtype), dy.step[2], dy.c_step, cols, channels,
                      grads + y * g.dy_row, row);
         }
+        if (sliding) {
+          SlideGradArgs u = {};
+          u.x = reads_x ? static_cast<const float*>(origin) : image, u.x_col = reads_x ? in.step[2] : row;
+          u.lo = reads_x ? -first[2] : 0, u.hi = reads_x ? d.in[2] - first[2] : extent[2];
+          u.dy_col = g.dy_col, u.dw = dw, u.dw_col = row, u.off = off, u.dw_off = off + taps;
+          u.width = a[2].taps, u.stride = a[2].in_step, u.cols = cols, u.channels = channels;
+          for (i64 h = 0; h < rows; ++h) {
+            u.dy = g.dy + h * g.dy_row, u.rows = 0;
+            for (i64 z = 0; z < a[0].taps; ++z) {
+              const i64 id = first[0] + z * a[0].tap_step;
+              for (i64 y = 0; y < a[1].taps; ++y) {
+                const i64 down = h * a[1].in_step + y * a[1].tap_step, ih = first[1] + down;
+                if (reads_x && (id < 0 || id >= d.in[0] || ih < 0 || ih >= d.in[1])) continue;
+                off[u.rows] = reads_x ? id * in.step[0] + ih * in.step[1] + first[2] * in.step[2]
+                                      : (z * extent[1] + down) * extent[2] * row;
+                off[taps + u.rows++] = (z * a[1].taps + y) * a[2].taps * row;
+              }
+            }
+            ops.slide_grad(u);
+          }
+          continue;
+        }
+        i64 t = 0;
+        for (i64 z = 0; z < a[0].taps; ++z)
+          for (i64 y = 0; y < a[1].taps; ++y)
+            for (i64 e = 0; e < a[2].taps; ++e)
+              off[t++] = ((z * extent[1] + y * a[1].tap_step) * extent[2] + e * a[2].tap_step) * row;
+        g.x = image, g.x_row = a[1].in_step * extent[2] * row, g.x_col = a[2].in_step * row;
+        g.off = off, g.taps = taps, g.rows = rows, g.cols = cols, g.channels = channels;
+        g.dw = dw, g.dw_tap = row;
         ops.strip_grad(g);
       }
       ops.copy_f32(dw, 1, row, channels, taps, partial + (chunk * d.C + c0) * taps, taps);

@@ -49,6 +49,19 @@ struct StripGradArgs {
   i64 taps, rows, cols, channels;
 };
 
+// The same by rows of taps: dw(e, c + dw_off_r) += sum_j dy(j,c) x(j*stride + e, c + off_r), e < width.
+struct SlideGradArgs {
+  const float* x;  // x, x_col, lo, hi, off: as of SlideArgs
+  i64 x_col, lo, hi;
+  const i64* off;
+  const float* dy;
+  i64 dy_col;
+  float* dw;  // dw(e,c) = dw[e*dw_col + c]
+  i64 dw_col;
+  const i64* dw_off;  // [rows]
+  i64 width, stride, rows, cols, channels;
+};
+
 // Grouped, vectors over pixels: y(o,i) = [y(o,i) +] sum_t w(t,o) x(i + off_t) [+ bias(o)], i < count, o < outputs.
 // Reads and writes whole vectors: up to one past the last.
 struct PlaneArgs {
@@ -91,6 +104,7 @@ struct DirectOps {
   void (*slide)(const SlideArgs&);
   void (*slide_split)(const SlideArgs&);  // as strip_split
   void (*strip_grad)(const StripGradArgs&);
+  void (*slide_grad)(const SlideGradArgs&);
   void (*plane)(const PlaneArgs&);
   void (*plane_grad)(const PlaneGradArgs&);
 };

@@ -40,6 +40,12 @@ struct SlidePairs {
   FASTDL_INLINE void store(bf16* p, const typename L::V* from) const { L::join(p, from[0], from[1]); }
 };
 
+// Bit i: whether column i of the first `count` is one of lo..hi-1.
+FASTDL_INLINE unsigned columns_inside(i64 lo, i64 hi, i64 count) {
+  lo = lo > 0 ? lo : 0, hi = hi < count ? hi : count;
+  return hi > lo ? (1u << hi) - (1u << lo) : 0;
+}
+
 // avx512: 7x2 sums + width x 2 weights + 2 columns, at most 30 of 32; avx2, scalar: 7 + width + 1, at most 15 of 16;
 // pairs of avx2: 3x2 + 3x2 + 2, more for windows above 3, whose weights the compiler keeps on the stack.
 template <class L, class Lanes, int COLS, int WIDTH, int STRIDE>
@@ -53,9 +59,8 @@ void slide(const SlideArgs& a, i64 j0, i64 cols, i64 c0) {
 #pragma GCC unroll 2
     for (int v = 0; v < R; ++v) acc[j][v] = L::zero();
 
-  const i64 first = j0 * STRIDE, inputs = (cols - 1) * STRIDE + WIDTH;
-  const i64 lo = a.lo - first > 0 ? a.lo - first : 0, hi = a.hi - first < inputs ? a.hi - first : inputs;
-  const unsigned inside = hi > lo ? (1u << hi) - (1u << lo) : 0;  // columns: bit i is that of first + i
+  const i64 first = j0 * STRIDE;
+  const unsigned inside = columns_inside(a.lo - first, a.hi - first, (cols - 1) * STRIDE + WIDTH);
   for (i64 r = 0; r < a.rows; ++r) {
     const T* const w = static_cast<const T*>(a.w) + a.w_off[r] + c0;
     typename L::V wv[WIDTH][R];
@@ -89,20 +94,71 @@ void slide(const SlideArgs& a, i64 j0, i64 cols, i64 c0) {
     if (j < cols) lanes.store(y + j * a.y_col, acc[j]);
 }
 
-using SlideFunction = void(const SlideArgs&, i64, i64, i64);
+// Its weight gradient, the other way about: COLS columns of dy stay in registers while the sums of a row of taps pass.
+template <class L, class Lanes, int COLS, int WIDTH, int STRIDE>
+void slide_grad(const SlideGradArgs& a, i64 j0, i64 cols, i64 c0) {
+  constexpr int R = Lanes::registers;
+  const Lanes lanes(a.channels - c0);
+  typename L::V g[COLS][R];
+  const float* const dy = a.dy + j0 * a.dy_col + c0;
+#pragma GCC unroll 7
+  for (int j = 0; j < COLS; ++j) {
+#pragma GCC unroll 2
+    for (int v = 0; v < R; ++v) g[j][v] = L::zero();
+    if (j < cols) lanes.load(dy + j * a.dy_col, g[j]);
+  }
+  const i64 first = j0 * STRIDE;
+  const unsigned inside = columns_inside(a.lo - first, a.hi - first, (cols - 1) * STRIDE + WIDTH);
+  for (i64 r = 0; r < a.rows; ++r) {
+    float* const dw = a.dw + a.dw_off[r] + c0;
+    typename L::V acc[WIDTH][R];
+#pragma GCC unroll 7
+    for (int e = 0; e < WIDTH; ++e) lanes.load(dw + e * a.dw_col, acc[e]);
+    const i64 at = a.off[r] + first * a.x_col + c0;
+#pragma GCC unroll 20
+    for (int i = 0; i < (COLS - 1) * STRIDE + WIDTH; ++i) {
+      if (!(inside >> i & 1)) continue;
+      typename L::V x[R];
+      lanes.load(a.x + (at + i * a.x_col), x);
+#pragma GCC unroll 7
+      for (int e = 0; e < WIDTH; ++e) {
+        if ((i - e) % STRIDE != 0 || i < e || (i - e) / STRIDE >= COLS) continue;
+#pragma GCC unroll 2
+        for (int v = 0; v < R; ++v) acc[e][v] = L::fma(x[v], g[(i - e) / STRIDE][v], acc[e][v]);
+      }
+    }
+#pragma GCC unroll 7
+    for (int e = 0; e < WIDTH; ++e) lanes.store(dw + e * a.dw_col, acc[e]);
+  }
+}
+
+template <class Args>
+using SlideFunction = void(const Args&, i64, i64, i64);
 
 template <class L, class Lanes, int COLS>
-constexpr SlideFunction* kSlides[2][kSlideWidth] = {
-    {slide<L, Lanes, COLS, 1, 1>, slide<L, Lanes, COLS, 2, 1>, slide<L, Lanes, COLS, 3, 1>, nullptr,
-     slide<L, Lanes, COLS, 5, 1>, nullptr, slide<L, Lanes, COLS, 7, 1>},
-    {nullptr, nullptr, slide<L, Lanes, COLS, 3, 2>, nullptr, slide<L, Lanes, COLS, 5, 2>, nullptr, nullptr},
-};
+constexpr SlideFunction<SlideArgs>* slide_of(const SlideArgs& a) {
+  constexpr SlideFunction<SlideArgs>* table[2][kSlideWidth] = {
+      {slide<L, Lanes, COLS, 1, 1>, slide<L, Lanes, COLS, 2, 1>, slide<L, Lanes, COLS, 3, 1>, nullptr,
+       slide<L, Lanes, COLS, 5, 1>, nullptr, slide<L, Lanes, COLS, 7, 1>},
+      {nullptr, nullptr, slide<L, Lanes, COLS, 3, 2>, nullptr, slide<L, Lanes, COLS, 5, 2>, nullptr, nullptr},
+  };
+  return table[a.stride - 1][a.width - 1];
+}
+template <class L, class Lanes, int COLS>
+constexpr SlideFunction<SlideGradArgs>* slide_of(const SlideGradArgs& a) {
+  constexpr SlideFunction<SlideGradArgs>* table[2][kSlideWidth] = {
+      {slide_grad<L, Lanes, COLS, 1, 1>, slide_grad<L, Lanes, COLS, 2, 1>, slide_grad<L, Lanes, COLS, 3, 1>, nullptr,
+       slide_grad<L, Lanes, COLS, 5, 1>, nullptr, slide_grad<L, Lanes, COLS, 7, 1>},
+      {nullptr, nullptr, slide_grad<L, Lanes, COLS, 3, 2>, nullptr, slide_grad<L, Lanes, COLS, 5, 2>, nullptr, nullptr},
+  };
+  return table[a.stride - 1][a.width - 1];
+}
 
 // All columns of the channels from c on that whole steps of Lanes hold, or of the one step begun. Returns the rest's
 // first.
-template <class L, class Lanes, int COLS, bool kLast>
-i64 slide_all(const SlideArgs& a, i64 c) {
-  const auto run = kSlides<L, Lanes, COLS>[a.stride - 1][a.width - 1];
+template <class L, class Lanes, int COLS, bool kLast, class Args>
+i64 slide_all(const Args& a, i64 c) {
+  const auto run = slide_of<L, Lanes, COLS>(a);
   const i64 strips = (a.cols + COLS - 1) / COLS;
   for (; kLast ? c < a.channels : c + Lanes::channels <= a.channels; c += Lanes::channels)
     for (i64 s = 0; s < strips; ++s) {  // cut evenly
@@ -112,8 +168,8 @@ i64 slide_all(const SlideArgs& a, i64 c) {
   return c;
 }
 
-template <class L>
-void run_slide(const SlideArgs& a) {
+template <class L, class Args>
+void run_slide(const Args& a) {
   constexpr int NV = L::width == 16 ? 2 : 1;
   const i64 c = slide_all<L, SlideFloats<L, NV, false>, 7, false>(a, 0);
   slide_all<L, SlideFloats<L, 1, true>, 7, true>(a, c);
