@@ -17,10 +17,10 @@ MUTATIONS = [
         f"{TESTS} -k 'test_windows_that_slide and depthwise_f32'",
     ),
     Mutation(
-        "weights of a mirrored window in the order of the image",
+        "weights of a window's taps without the step of a phase",
         DEPTHWISE,
-        "w_at(a, b, aw.tap_step < 0 ? aw.taps - 1 : 0)",
-        "w_at(a, b, 0)",
+        "u.w_col = aw.tap_inc * width,",
+        "u.w_col = width,",
         f"{TESTS} -k 'test_windows_that_slide and depthwise_f32'",
     ),
     Mutation(

@@ -18,12 +18,11 @@ constexpr i64 kChunks = 32;              // wgrad: parts to aim for
 i64 blocks_of(i64 n, i64 block) { return (n + block - 1) / block; }
 
 // Pixels between the first and the last that the taps of an axis meet.
-i64 reach(const ConvAxis& a) { return a.taps ? (a.taps - 1) * std::max(a.tap_step, -a.tap_step) : 0; }
-i64 leftmost(const ConvAxis& a) { return a.first + (a.tap_step < 0 && a.taps ? (a.taps - 1) * a.tap_step : 0); }
+i64 reach(const ConvAxis& a) { return a.taps ? (a.taps - 1) * a.tap_step : 0; }
 
 // The outputs lo..hi-1 all of whose taps are inside an image of `size`.
 void interior(const ConvAxis& a, i64 size, i64* lo, i64* hi) {
-  const i64 left = leftmost(a), right = left + reach(a);
+  const i64 left = a.first, right = left + reach(a);
   *lo = left < 0 ? std::min(a.count, (-left + a.in_step - 1) / a.in_step) : 0;
   *hi = right < size ? std::min(a.count, (size - right + a.in_step - 1) / a.in_step) : 0;
   *hi = std::max(*lo, *hi);
@@ -155,7 +154,7 @@ void gather(const Problem& x) {
                 aw.tap_first + c * aw.tap_inc) *
                width;
       };
-      const bool sliding = aw.tap_step * aw.tap_step == 1 && slides(aw.taps, aw.in_step);
+      const bool sliding = aw.tap_step == 1 && slides(aw.taps, aw.in_step);
       i64 row_step = 0, lo = w0, hi = w1, extent[3] = {};
       const void* base = nullptr;
       if (in_place) {
@@ -164,21 +163,17 @@ void gather(const Problem& x) {
         t.x_col = aw.in_step * in.step[2];
         base = origin;
       } else if (taps) {
-        const i64 first[3] = {od * ad.in_step + leftmost(ad), h0 * ah.in_step + leftmost(ah),
-                              w0 * aw.in_step + leftmost(aw)};
-        const i64 step_d = std::max(ad.tap_step, -ad.tap_step);
+        const i64 first[3] = {od * ad.in_step + ad.first, h0 * ah.in_step + ah.first, w0 * aw.in_step + aw.first};
         extent[0] = ad.taps, extent[1] = (h1 - h0 - 1) * ah.in_step + reach(ah) + 1;
         extent[2] = (w1 - w0 - 1) * aw.in_step + reach(aw) + 1;
-        copy_image(ops, in, origin, d.dtype, s.in, first, step_d, extent, channels, image, width);
+        copy_image(ops, in, origin, d.dtype, s.in, first, ad.tap_step, extent, channels, image, width);
         t.x_col = aw.in_step * width;
         row_step = ah.in_step * extent[2] * width;
         base = image;
         for (i64 a = 0; !sliding && a < ad.taps; ++a) {
           for (i64 b = 0; b < ah.taps; ++b) {
             for (i64 c = 0; c < aw.taps; ++c) {
-              const i64 z = ad.tap_step < 0 ? ad.taps - 1 - a : a;
-              const i64 y = ah.first + b * ah.tap_step - leftmost(ah), e = aw.first + c * aw.tap_step - leftmost(aw);
-              all.off[all.count] = ((z * extent[1] + y) * extent[2] + e) * width;
+              all.off[all.count] = ((a * extent[1] + b * ah.tap_step) * extent[2] + c * aw.tap_step) * width;
               all.w[all.count++] = w_at(a, b, c);
             }
           }
@@ -191,10 +186,10 @@ void gather(const Problem& x) {
       }
       SlideArgs u = {};
       if (sliding) {
-        const i64 left = w0 * aw.in_step + leftmost(aw);  // of the first output's window, in the image
+        const i64 left = w0 * aw.in_step + aw.first;  // of the first output's window, in the image
         u.x = base, u.x_col = in_place ? in.step[2] : width;
         u.lo = in_place ? -left : 0, u.hi = in_place ? s.in[2] - left : extent[2];
-        u.w = t.w, u.w_col = aw.tap_inc * width * aw.tap_step, u.off = lists, u.w_off = lists + x.taps;
+        u.w = t.w, u.w_col = aw.tap_inc * width, u.off = lists, u.w_off = lists + x.taps;
         u.bias = t.bias, u.width = aw.taps, u.stride = aw.in_step, u.cols = w1 - w0, u.channels = channels;
       }
       // Rows of taps that are inside the image of output row h.
@@ -205,10 +200,10 @@ void gather(const Problem& x) {
           for (i64 b = 0; b < ah.taps; ++b) {
             const i64 ih = h * ah.in_step + ah.first + b * ah.tap_step;
             if (in_place && (id < 0 || id >= s.in[0] || ih < 0 || ih >= s.in[1])) continue;
-            const i64 z = ad.tap_step < 0 ? ad.taps - 1 - a : a, y = ah.first + b * ah.tap_step - leftmost(ah);
+            const i64 down = (h - h0) * ah.in_step + b * ah.tap_step;  // in the copied image
             lists[u.rows] = in_place ? id * in.step[0] + ih * in.step[1] - u.lo * in.step[2]
-                                     : ((z * extent[1] + y + (h - h0) * ah.in_step) * extent[2]) * width;
-            lists[x.taps + u.rows++] = w_at(a, b, aw.tap_step < 0 ? aw.taps - 1 : 0);
+                                     : (a * extent[1] + down) * extent[2] * width;
+            lists[x.taps + u.rows++] = w_at(a, b, 0);
           }
         }
       };
