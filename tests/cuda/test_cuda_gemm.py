@@ -33,10 +33,17 @@ ANY = next((m for m in MODULES.values() if m), None)
 if ANY is None:
     pytest.skip("built without CUDA kernels and without FASTDL_TWIN", allow_module_level=True)
 ROWS = ANY.kernels("gemm")
-every_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row["name"])
-split_rows = pytest.mark.parametrize(
-    "row", [r for r in ROWS if r["dtype"] == "float32" and r["precision"] != "fma"], ids=lambda row: row["name"]
-)
+
+
+def rows_where(condition):
+    return pytest.mark.parametrize("row", [r for r in ROWS if condition(r)], ids=lambda row: row["name"])
+
+
+every_row = rows_where(lambda row: True)
+tile_rows = rows_where(lambda row: row["kind"] == "tile")
+dot_rows = rows_where(lambda row: row["kind"] == "dot")
+quick_rows = rows_where(lambda row: row["tile"] != (128, 128))
+split_rows = rows_where(lambda row: row["dtype"] == "float32" and row["precision"] != "fma")
 
 
 @pytest.fixture(params=MODULES)
@@ -64,13 +71,19 @@ def dtype_of(row):
 
 
 def gemm(gpu, a, b, out, *, row=None, splits=0, precision="ieee", **options):
-    """out = a @ b with a workspace full of NaN."""
+    """out = a @ b with a workspace full of NaN; the operands of a dot kernel in an order that it takes."""
+    if row and row["kind"] == "dot":
+        a, b = along_k(a), along_k(b.mT).mT
     kernel = row["name"] if row else ""
     precision = row["precision"] if row else precision
     size = gpu.module.gemm_workspace(a, b, out, precision, kernel, splits)
     workspace = torch.full((size,), 255, dtype=torch.uint8) if size else None
     gpu.module.gemm(a, b, out, workspace=workspace, kernel=kernel, precision=precision, splits=splits, **options)
     return out
+
+
+def along_k(x):
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
 def check_exact(gpu, row, a, b, splits=1, out=None, **options):
@@ -100,7 +113,7 @@ def test_tails_of_tiles(gpu, row, generator):
         check_exact(gpu, row, a, b)
 
 
-@every_row
+@tile_rows
 @pytest.mark.parametrize("a_transposed", [False, True], ids=["", "a_transposed"])
 @pytest.mark.parametrize("b_transposed", [False, True], ids=["", "b_transposed"])
 def test_aligned_operands_without_conflicts(gpu, row, a_transposed, b_transposed, generator):
@@ -135,8 +148,8 @@ def test_aligned_rows_that_end_within_a_chunk(gpu, row, generator):
         check_exact(gpu, row, wide(a.mT).mT if a_transposed else wide(a), wide(b.mT).mT if b_transposed else wide(b))
 
 
+@quick_rows
 @pytest.mark.parametrize("b_layout", LAYOUTS)
-@pytest.mark.parametrize("row", [r for r in ROWS if r["tile"] != (128, 128)], ids=lambda row: row["name"])
 def test_layouts(gpu, row, b_layout, generator):
     """Each layout of B against a layout of A; operands that overlap or repeat included."""
     names = list(LAYOUTS)
@@ -144,6 +157,78 @@ def test_layouts(gpu, row, b_layout, generator):
     M, N, K = 13, 37, row["depth"] + 11
     a, b = (integer_matrix(s, K, generator, dtype_of(row)) for s in ((M, K), (K, N)))
     check_exact(gpu, row, LAYOUTS[a_layout](a), LAYOUTS[b_layout](b))
+
+
+# --- few rows, or few columns -----------------------------------------------------------------------------------------
+@dot_rows
+@pytest.mark.parametrize("turned", [False, True], ids=["rows", "columns"])
+def test_few_rows_by_many_lines(gpu, row, turned, generator):
+    """Each number of the few around the tile, lines and K around theirs; rows that 16-byte loads take, and rows that
+    are one element off or of an odd stride: the same bits."""
+    (m, n), depth, dtype = row["tile"], row["depth"], dtype_of(row)
+    chunk = depth // row["threads"]
+    for few in range(1, m + 2):
+        lines, K = n * 3 + few % n, (depth + chunk * few, depth - few, 5)[few % 3]
+        x, w = (integer_matrix(s, K, generator, dtype) for s in ((few, K), (lines, K)))
+        results = []
+        for gap in (8, 3):
+            wide = [torch.full((t.shape[0], K // 8 * 8 + 8 + gap), NAN, dtype=dtype) for t in (x, w)]
+            for buffer, t in zip(wide, (x, w), strict=True):
+                buffer[:, :K] = t
+            a, b = (buffer[:, :K] for buffer in wide)
+            results.append(check_exact(gpu, row, b, a.mT).mT if turned else check_exact(gpu, row, a, b.mT))
+        assert torch.equal(*results)
+        noise = torch.randn(2, lines, K + 1, generator=generator).to(dtype)
+        a, b = noise[0, :few, :K].contiguous(), noise[1, :, :K].contiguous()
+        off = [torch.full((t.numel() + 1,), NAN, dtype=dtype)[1:].view(t.shape).copy_(t) for t in (a, b)]
+        for splits in (1, 2):
+            aligned, shifted = (
+                gemm(gpu, *((w, x.mT) if turned else (x, w.mT)),
+                     torch.full((lines, few) if turned else (few, lines), NAN, dtype=dtype), row=row, splits=splits)
+                for x, w in ((a, b), off)
+            )  # fmt: skip
+            assert torch.equal(aligned, shifted)
+            testing.assert_gemm_close(aligned.mT if turned else aligned, a, b.mT, precision="fma")
+
+
+@pytest.mark.sanitized
+@dot_rows
+def test_few_rows_in_every_order(gpu, row, generator):
+    dtype, K = dtype_of(row), row["depth"] + 24
+    a, b = (torch.randn(s, generator=generator).to(dtype) for s in ((3, K), (6, K)))
+    results = []
+    for seed in (0, 1, 2, 1000, 1001):
+        if gpu.twin:
+            gpu.module.set_seed(seed)
+        results.append(gemm(gpu, a, b.mT, torch.full((3, 6), NAN, dtype=dtype), row=row, splits=2, activation="silu"))
+    assert all(torch.equal(results[0], other) for other in results)
+
+
+@dot_rows
+@pytest.mark.parametrize("splits", [1, 2])
+def test_epilogue_of_few_columns(gpu, row, splits, generator):
+    """The problem is turned, what is added to it is not: exact on integers, in a C with gaps."""
+    dtype, K = dtype_of(row), row["depth"] + 9
+    a, b, bias, residual, initial = (
+        integer_matrix(s, K, generator, dtype) for s in ((11, K), (5, K), (5,), (11, 5), (11, 5))
+    )
+    out, pre, beside = (GuardedOutput((11, 5), dtype=dtype) for _ in range(3))
+    beside.view.copy_(residual)
+    out.view.copy_(initial)
+    gemm(gpu, a, b.mT, out.view, row=row, splits=splits, bias=bias, residual=beside.view, pre=pre.view,
+         activation="relu", accumulate=True)  # fmt: skip
+    z = initial.double() + a.double() @ b.double().mT + bias.double()
+    assert torch.equal(pre.view, z.to(dtype))
+    assert torch.equal(out.view, (z.relu() + residual.double()).to(dtype))
+    for guarded in (out, pre, beside):
+        guarded.assert_guards_intact()
+
+
+@dot_rows
+def test_few_rows_refuse_another_order(gpu, row):
+    a, b = torch.ones(2, 8, dtype=dtype_of(row)), torch.ones(8, 5, dtype=dtype_of(row))
+    with pytest.raises(RuntimeError, match=r"expected operands contiguous along K, got strides 1 of A and 5 of B"):
+        gpu.module.gemm(a, b, torch.empty(2, 5, dtype=a.dtype), kernel=row["name"], precision=row["precision"])
 
 
 @every_row
@@ -175,7 +260,8 @@ def test_split_k(gpu, row, splits, generator):
     K = splits * depth - 5
     a, b = (integer_matrix(s, K, generator, dtype) for s in ((2, 9, K), (2, K, 21)))
     check_exact(gpu, row, a, b, splits=splits)
-    plan = gpu.module.gemm_plan(a, b, torch.empty(2, 9, 21, dtype=dtype), row["precision"], row["name"], "sm80", splits)
+    c = torch.empty(2, 9, 21, dtype=dtype)
+    plan = gpu.module.gemm_plan(a, b.mT.contiguous().mT, c, row["precision"], row["name"], "sm80", splits)
     assert plan["splits"] == splits and plan["workspace_bytes"] >= splits * 2 * 9 * 21 * 4
     noise = torch.randn(K, 21, generator=generator).to(dtype)
     results = []
@@ -205,7 +291,7 @@ def test_random_operands(gpu, row, generator):
         testing.assert_gemm_close(out, a, b, precision=row["precision"])
 
 
-@pytest.mark.parametrize("row", [r for r in ROWS if r["name"].startswith("gemm_f32_split_64")], ids=lambda r: r["name"])
+@rows_where(lambda row: row["name"].startswith("gemm_f32_split_64"))
 def test_long_sums_are_promoted(gpu, row, generator):
     """Positive terms: sums that tensor cores cut off would drift."""
     a, b = (torch.rand(s, generator=generator) for s in ((16, 3000), (3000, 24)))
@@ -268,7 +354,7 @@ def test_16_bit_special_values(gpu, generator):
 # --- the epilogue -----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("splits", [1, 2])
-@pytest.mark.parametrize("row", [r for r in ROWS if r["tile"] != (128, 128)], ids=lambda row: row["name"])
+@quick_rows
 def test_epilogue(gpu, row, activation, splits, generator):
     """activation(C + a b + bias) + residual, and the argument of the activation; in whole vectors and with gaps."""
     dtype = dtype_of(row)
@@ -337,9 +423,10 @@ def test_sum_rows(gpu, layout, dtype, generator):
 
 
 # --- the plan: any module, no GPU -------------------------------------------------------------------------------------
-def plan(M, N, K, dtype=torch.bfloat16, batch=(), gpu="sm80", **options):
-    a, b, out = (torch.empty(*batch, *s, dtype=dtype, device="meta") for s in ((M, K), (K, N), (M, N)))
-    return ANY.gemm_plan(a, b, out, gpu=gpu, **options)
+def plan(M, N, K, dtype=torch.bfloat16, batch=(), gpu="sm80", linear=False, **options):
+    """linear: b is a weight [N, K], transposed."""
+    a, b, w, out = (torch.empty(*batch, *s, dtype=dtype, device="meta") for s in ((M, K), (K, N), (N, K), (M, N)))
+    return ANY.gemm_plan(a, w.mT if linear else b, out, gpu=gpu, **options)
 
 
 @pytest.mark.parametrize("gpu", ["sm80", "sm90"])
@@ -361,12 +448,32 @@ def test_plans(gpu):
     assert "gemm bf16 1 x 8 x 4096 x 14336" in skinny["text"]
 
 
+@pytest.mark.parametrize("gpu", ["sm80", "sm90"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_plans_of_few_rows(gpu, dtype):
+    """Few rows of a linear layer, or few columns, take the kernels that read the weight once; enough blocks to ask for
+    all of memory; the time is that of the bytes."""
+    name, item = {torch.float32: ("f32", 4), torch.bfloat16: ("bf16", 2), torch.float16: ("f16", 2)}[dtype]
+    bandwidth = {"sm80": 10 * 108, "sm90": 18 * 132}[gpu] * 1400  # bytes a microsecond
+    for M, row in ((1, "2x4"), (2, "2x4"), (4, "8x4")):
+        p = plan(M, 4096, 14336, dtype, gpu=gpu, linear=True)
+        assert p["kernel"] == f"gemm_{name}_dot_{row}_sm80" and p["splits"] == 1, (M, p["text"])
+        least = 4096 * 14336 * item / bandwidth
+        assert least < p["microseconds"] < 1.5 * least + 6, (M, p["text"])
+        assert plan(4096, M, 14336, dtype, gpu=gpu, linear=True)["kernel"] == p["kernel"]
+    assert plan(1, 64, 65536, dtype, gpu=gpu, linear=True)["splits"] > 1  # few lines, much K
+    assert "dot" not in plan(64, 4096, 4096, dtype, gpu=gpu, linear=True)["kernel"]
+    assert "dot" not in plan(1, 4096, 4096, dtype, gpu=gpu)["kernel"]  # b is not contiguous along K
+    assert "dot" in plan(1, 4096, 4096, dtype, gpu=gpu, linear=True, batch=(3,))["kernel"]
+
+
 def test_every_k_is_in_one_split():
-    for K in (1, 31, 32, 33, 1000, 4097):
-        for splits in (1, 2, 5, 32):
-            p = plan(16, 16, K, splits=splits, kernel="gemm_bf16_128x128_sm80")
-            assert (p["splits"] - 1) * p["split_depth"] < K <= p["splits"] * p["split_depth"], (K, splits)
-            assert p["split_depth"] % 32 == 0
+    for kernel, depth in (("gemm_bf16_128x128_sm80", 32), ("gemm_bf16_dot_2x4_sm80", 1024)):
+        for K in (1, depth - 1, depth, depth + 1, 31 * depth + 5, 128 * depth + 1):
+            for splits in (1, 2, 5, 32):
+                p = plan(16, 16, K, linear=True, splits=splits, kernel=kernel)
+                assert (p["splits"] - 1) * p["split_depth"] < K <= p["splits"] * p["split_depth"], (K, splits)
+                assert p["split_depth"] % depth == 0
 
 
 def test_plan_of_nothing_and_of_strangers():
@@ -383,6 +490,6 @@ def test_plan_of_nothing_and_of_strangers():
         ANY.kernels("conv3")
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row["name"])
+@every_row
 def test_shared_memory_fits_a_multiprocessor(row):
     assert row["shared_bytes"] <= 99 << 10  # what a block may have on sm_86 and sm_89, the least of all
