@@ -130,6 +130,7 @@ def test_aligned_operands_without_conflicts(gpu, row, a_transposed, b_transposed
         for seed in (1, 2, 1000, 1001):
             gpu.module.set_seed(seed)
             assert torch.equal(out, check_exact(gpu, row, a, b)), seed
+            check_exact(gpu, row, a[:, :depth], b[:depth])  # one slot: where the sums go when it is used up
 
 
 @every_row
@@ -278,6 +279,20 @@ def test_the_workspace_is_checked(gpu):
         gpu.module.gemm(a, b, out, splits=2)
     with pytest.raises(RuntimeError, match=r"argument .workspace.: expected .* bytes, 16-byte aligned, got 8"):
         gpu.module.gemm(a, b, out, splits=2, workspace=torch.empty(8, dtype=torch.uint8))
+
+
+@pytest.mark.sanitized
+@rows_where(lambda row: row["tile"] != (128, 128) or row["precision"] == "tf32")
+def test_a_small_call(gpu, row, generator):
+    """Operands that end where their allocations do, in two runs of K, with all that may follow on a product."""
+    dtype, K = dtype_of(row), row["depth"] + 11
+    a, b, bias, residual, initial = (
+        integer_matrix(s, K, generator, dtype) for s in ((3, K), (K, 7), (7,), (3, 7), (3, 7))
+    )
+    out, pre = initial.clone(), torch.full((3, 7), NAN, dtype=dtype)
+    gemm(gpu, a, b, out, row=row, splits=2, bias=bias, residual=residual, pre=pre, activation="relu", accumulate=True)
+    z = initial.double() + a.double() @ b.double() + bias.double()
+    assert torch.equal(pre, z.to(dtype)) and torch.equal(out, (z.relu() + residual.double()).to(dtype))
 
 
 # --- accuracy ---------------------------------------------------------------------------------------------------------
@@ -462,7 +477,7 @@ def test_plans_of_few_rows(gpu, dtype):
         assert least < p["microseconds"] < 1.5 * least + 6, (M, p["text"])
         assert plan(4096, M, 14336, dtype, gpu=gpu, linear=True)["kernel"] == p["kernel"]
     assert plan(1, 64, 65536, dtype, gpu=gpu, linear=True)["splits"] > 1  # few lines, much K
-    assert "dot" not in plan(64, 4096, 4096, dtype, gpu=gpu, linear=True)["kernel"]
+    assert "dot" not in plan(9, 9, 32, dtype, gpu=gpu, linear=True)["kernel"]  # more than are taken at a time
     assert "dot" not in plan(1, 4096, 4096, dtype, gpu=gpu)["kernel"]  # b is not contiguous along K
     assert "dot" in plan(1, 4096, 4096, dtype, gpu=gpu, linear=True, batch=(3,))["kernel"]
 

@@ -91,9 +91,16 @@ MUTATIONS = [
     Mutation(
         "CUDA: kernels of few rows take any storage order",
         PLAN,
-        "return !kernel.dot || (d.a_col == 1 && d.b_row == 1);",
+        "return !kernel.dot || along_k(d);",
         "return true;",
         f"{TEST} -k 'test_plans_of_few_rows or test_few_rows_refuse'",
+    ),
+    Mutation(
+        "CUDA: a plan is kept for every GPU",
+        PLAN,
+        "along_k(d), gpu.sm, gpu.multiprocessors,",
+        "along_k(d), 0, 0,",
+        f"{TEST} -k test_plans_of_few_rows",
     ),
     Mutation(
         "CUDA: 16-byte loads of rows that are not aligned to them",

@@ -1,6 +1,7 @@
 #include "gemm/cuda/plan.h"
 
 #include <algorithm>
+#include <tuple>
 
 #include "base/check.h"
 #include "gemm/cuda/kernel_args.h"
@@ -135,7 +136,37 @@ CudaGemmPlan plan_row(const GemmDesc& d, const Gpu& gpu, const CudaGemmKernel& k
   return p;
 }
 
-bool takes(const CudaGemmKernel& kernel, const GemmDesc& d) { return !kernel.dot || (d.a_col == 1 && d.b_row == 1); }
+bool along_k(const GemmDesc& d) { return d.a_col == 1 && d.b_row == 1; }
+bool takes(const CudaGemmKernel& kernel, const GemmDesc& d) { return !kernel.dot || along_k(d); }
+
+CudaGemmPlan best_plan(const GemmDesc& d, const Gpu& gpu, const CudaGemmKernel* forced, int splits) {
+  CudaGemmPlan best = {};
+  for (const CudaGemmKernel& k : cuda_gemm_kernels()) {
+    if (forced ? &k != forced : k.dtype != d.dtype || k.precision > d.precision || !takes(k, d)) continue;
+    if (!forced && k.dot && std::min(d.M, d.N) > k.tile_m) continue;  // the many would be read again
+    const i64 steps = std::max<i64>(1, ceil_div(d.K, k.depth));
+    const int least = std::max(1, splits), most = splits ? splits : static_cast<int>(std::min<i64>(kMostSplits, steps));
+    for (int s = least; s <= most; ++s) {
+      const CudaGemmPlan p = plan_row(d, gpu, k, s);
+      if (!best.kernel || p.microseconds < best.microseconds) best = p;
+    }
+  }
+  best.why = forced ? "forced" : "the least time of all rows and splits";
+  return best;
+}
+
+// All that a plan depends on. A model asks for the same few over and over: each thread keeps what it was last told.
+using PlanKey = std::tuple<i64, i64, i64, i64, DType, Precision, bool, int, int, const CudaGemmKernel*, int>;
+constexpr int kKeptBits = 6;
+struct Kept {
+  PlanKey key;
+  CudaGemmPlan plan = {};  // of no kernel: nothing is kept
+};
+std::size_t kept_at(const GemmDesc& d) {
+  std::uint64_t hash = static_cast<std::uint64_t>(d.dtype);
+  for (i64 x : {d.M, d.N, d.K}) hash = (hash + static_cast<std::uint64_t>(x)) * 0x9e3779b97f4a7c15u;
+  return static_cast<std::size_t>(hash >> (64 - kKeptBits));
+}
 
 }  // namespace
 
@@ -191,17 +222,12 @@ CudaGemmPlan cuda_gemm_plan(const GemmDesc& d, const Gpu& gpu, const CudaGemmKer
   if (forced && !takes(*forced, d))
     fail("fastdl.gemm: kernel '", forced->name, "': expected operands contiguous along K, got strides ", d.a_col,
          " of A and ", d.b_row, " of B");
-  CudaGemmPlan best = {};
-  for (const CudaGemmKernel& k : cuda_gemm_kernels()) {
-    if (forced ? &k != forced : k.dtype != d.dtype || k.precision > d.precision || !takes(k, d)) continue;
-    const i64 steps = std::max<i64>(1, ceil_div(d.K, k.depth));
-    const int least = std::max(1, splits), most = splits ? splits : static_cast<int>(std::min<i64>(kMostSplits, steps));
-    for (int s = least; s <= most; ++s) {
-      const CudaGemmPlan p = plan_row(d, gpu, k, s);
-      if (!best.kernel || p.microseconds < best.microseconds) best = p;
-    }
-  }
-  best.why = forced ? "forced" : "the least time of all rows and splits";
+  thread_local Kept kept[1 << kKeptBits];
+  const PlanKey key = {d.M,    d.N,   d.K, d.batch, d.dtype, d.precision, along_k(d), gpu.sm, gpu.multiprocessors,
+                       forced, splits};
+  Kept& slot = kept[kept_at(d)];
+  if (!slot.plan.kernel || slot.key != key) slot = {key, best_plan(d, gpu, forced, splits)};
+  const CudaGemmPlan& best = slot.plan;
   if (best.blocks(std::max<i64>(1, d.batch)) > 0x7fffffff)
     fail("fastdl.gemm: expected at most 2^31 - 1 tiles, got ", best.blocks(d.batch));
   return best;
