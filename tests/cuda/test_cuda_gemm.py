@@ -349,10 +349,13 @@ def test_tiny_values(gpu, row, splits, generator):
     a[5] *= 2.0**-118
     a[5, 32:], b[40:, 7] = 0, 0  # tiny in the first run of a split K, zeros in the others
     b[:, 7] *= 2.0**-118
+    a[6, :64], b[:64, 8] = 0, 0  # the other way round
+    a[6] *= 2.0**-118
+    b[:, 8] *= 2.0**-118
     out = gemm(gpu, a, b, torch.full((10, 20), NAN), row=row, splits=splits)
     reference = testing.gemm_reference(a, b)
     testing.assert_within_bound(out, reference, precision=row["precision"])
-    lines = [(1,), (2,), (5,), (slice(None), 3), (slice(None), 7)]  # computed again, by multiply-adds
+    lines = [(1,), (2,), (5,), (6,), *((slice(None), j) for j in (3, 7, 8))]  # computed again, by multiply-adds
     tiny, right, scale = ([x[line] for line in lines] for x in (out, reference.expected, reference.scale))
     for x, y, s in zip(tiny, right, scale, strict=True):
         assert bool(((x.double() - y).abs() <= K * 2.0**-24 * s + K * 2.0**-149).all())
@@ -478,7 +481,9 @@ def test_plans_of_few_rows(gpu, dtype):
         assert plan(4096, M, 14336, dtype, gpu=gpu, linear=True)["kernel"] == p["kernel"]
     assert plan(1, 64, 65536, dtype, gpu=gpu, linear=True)["splits"] > 1  # few lines, much K
     assert "dot" not in plan(9, 9, 32, dtype, gpu=gpu, linear=True)["kernel"]  # more than are taken at a time
-    assert "dot" not in plan(1, 4096, 4096, dtype, gpu=gpu)["kernel"]  # b is not contiguous along K
+    other = plan(1, 4096, 4096, dtype, gpu=gpu)
+    assert "dot" not in other["kernel"] and "not contiguous along K" in other["why"]
+    assert "contiguous" not in plan(99, 4096, 4096, dtype, gpu=gpu)["why"]
     assert "dot" in plan(1, 4096, 4096, dtype, gpu=gpu, linear=True, batch=(3,))["kernel"]
 
 

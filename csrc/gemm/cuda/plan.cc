@@ -141,9 +141,14 @@ bool takes(const CudaGemmKernel& kernel, const GemmDesc& d) { return !kernel.dot
 
 CudaGemmPlan best_plan(const GemmDesc& d, const Gpu& gpu, const CudaGemmKernel* forced, int splits) {
   CudaGemmPlan best = {};
+  bool order = true;  // no row is passed over for the storage order alone
   for (const CudaGemmKernel& k : cuda_gemm_kernels()) {
-    if (forced ? &k != forced : k.dtype != d.dtype || k.precision > d.precision || !takes(k, d)) continue;
+    if (forced ? &k != forced : k.dtype != d.dtype || k.precision > d.precision) continue;
     if (!forced && k.dot && std::min(d.M, d.N) > k.tile_m) continue;  // the many would be read again
+    if (!takes(k, d)) {
+      order = false;
+      continue;
+    }
     const i64 steps = std::max<i64>(1, ceil_div(d.K, k.depth));
     const int least = std::max(1, splits), most = splits ? splits : static_cast<int>(std::min<i64>(kMostSplits, steps));
     for (int s = least; s <= most; ++s) {
@@ -151,7 +156,9 @@ CudaGemmPlan best_plan(const GemmDesc& d, const Gpu& gpu, const CudaGemmKernel* 
       if (!best.kernel || p.microseconds < best.microseconds) best = p;
     }
   }
-  best.why = forced ? "forced" : "the least time of all rows and splits";
+  best.why = forced  ? "forced"
+             : order ? "the least time of all rows and splits"
+                     : "few rows or columns, but not contiguous along K: the least time of all tiles and splits";
   return best;
 }
 
