@@ -8,6 +8,7 @@ DOT = "csrc/gemm/cuda/kernel_dot.cuh"
 PLAN = "csrc/gemm/cuda/plan.cc"
 RUN = "csrc/gemm/cuda/run.cu"
 TEST = "tests/cuda/test_cuda_gemm.py"
+PLANS = "tests/cuda/test_cuda_gemm_plan.py"
 ALIGNED = f"{TEST} -k 'test_aligned_operands and bf16_64x64'"
 
 MUTATIONS = [
@@ -93,14 +94,14 @@ MUTATIONS = [
         PLAN,
         "return !kernel.dot || along_k(d);",
         "return true;",
-        f"{TEST} -k 'test_plans_of_few_rows or test_few_rows_refuse'",
+        f"{PLANS} -k test_plans_of_few_rows",
     ),
     Mutation(
         "CUDA: a plan is kept for every GPU",
         PLAN,
         "along_k(d), gpu.sm, gpu.multiprocessors,",
         "along_k(d), 0, 0,",
-        f"{TEST} -k test_plans_of_few_rows",
+        f"{PLANS} -k test_plans_of_few_rows",
     ),
     Mutation(
         "CUDA: 16-byte loads of rows that are not aligned to them",
