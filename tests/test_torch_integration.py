@@ -95,6 +95,8 @@ def operation_samples():
     yield "sum_rows", (randn(4, 5).half(),)
     yield "sum_rows", (randn(4, 5),)
     yield "sum_rows", (randn(5).double(),)
+    yield "activation_grad", (randn(3, 4).mT, randn(4, 3), "gelu_tanh")
+    yield "activation_grad", (randn(3, 4).double().mT, randn(4, 3).double(), "gelu_tanh")
 
 
 @pytest.mark.parametrize(("name", "sample"), list(operation_samples()))

@@ -188,8 +188,9 @@ py::list gemm_rows() {
   py::list rows;
   for (const CudaGemmKernel& k : cuda_gemm_kernels())
     rows.append(py::dict("name"_a = k.name, "isa"_a = "sm80", "dtype"_a = torch_name(k.dtype),
-                         "precision"_a = precision_name(k.precision), "tile"_a = py::make_tuple(k.tile_m, k.tile_n),
-                         "depth"_a = k.depth, "threads"_a = k.threads, "shared_bytes"_a = k.shared_bytes));
+                         "kind"_a = k.dot ? "dot" : "tile", "precision"_a = precision_name(k.precision),
+                         "tile"_a = py::make_tuple(k.tile_m, k.tile_n), "depth"_a = k.depth, "threads"_a = k.threads,
+                         "shared_bytes"_a = k.shared_bytes));
   return rows;
 }
 

@@ -60,6 +60,7 @@ FASTDL_DEVICE float warp_sum(float x) {
   for (int mask = lanes / 2; mask > 0; mask /= 2) x += shuffle_xor(x, mask);
   return x;
 }
+// NaN stays in its lane and is passed over by the others.
 template <int lanes = kWarp>
 FASTDL_DEVICE float warp_max(float x) {
 #pragma unroll
@@ -68,6 +69,27 @@ FASTDL_DEVICE float warp_max(float x) {
     x = y > x ? y : x;
   }
   return x;
+}
+
+template <int half, int mask, int n>
+FASTDL_DEVICE void warp_sums_step(float (&x)[n]) {
+  if constexpr (half > 0) {
+    const bool upper = lane() & mask;
+#pragma unroll
+    for (int i = 0; i < half; ++i) {
+      const float low = x[i], high = x[i + half];
+      x[i] = (upper ? high : low) + shuffle_xor(upper ? low : high, mask);
+    }
+    warp_sums_step<half / 2, mask / 2>(x);
+  }
+}
+// x[0] of lane l becomes the sum over all lanes of x[l / (32 / n)], n a power of two up to 32: each step hands half of
+// the sums to the other half of the lanes. The rest of x is lost.
+template <int n>
+FASTDL_DEVICE void warp_sums(float (&x)[n]) {
+  static_assert(n > 0 && n <= kWarp && (n & (n - 1)) == 0, "a power of two");
+  warp_sums_step<n / 2, kWarp / 2>(x);
+  x[0] = warp_sum<kWarp / n>(x[0]);
 }
 
 }  // namespace fastdl

@@ -232,6 +232,15 @@ def rnn_plan(
 def mma_probe(a: Tensor, b: Tensor, out: Tensor) -> None:
     """out[16,8] = a[16,K] b[8,K]^T by one warp: cp.async, ldmatrix, mma.sync."""
 
+def fragment_probe(a: Tensor, b: Tensor, d: Tensor) -> None:
+    """mma.sync alone: d[lane, register] +=, operands a[32, 4, 2] and b[32, 2, 2] as lanes and registers hold them."""
+
+def matrix_probe(x: Tensor, out: Tensor, transposed: bool) -> None:
+    """ldmatrix alone: out[lane, register, 2] of x[32, 8], of which lane l gives the address of row l."""
+
+def sums_probe(x: Tensor, out: Tensor) -> None:
+    """out[l] = the sum over all lanes of x[lane, l / (32 / n)], x[32, n], n 1, 8 or 32."""
+
 # --- convolution ------------------------------------------------------------------------------------------------
 class ConvRow(TypedDict):
     name: str  # e.g. "conv_bf16_128x128_sm80"

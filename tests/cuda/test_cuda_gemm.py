@@ -33,10 +33,17 @@ ANY = next((m for m in MODULES.values() if m), None)
 if ANY is None:
     pytest.skip("built without CUDA kernels and without FASTDL_TWIN", allow_module_level=True)
 ROWS = ANY.kernels("gemm")
-every_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row["name"])
-split_rows = pytest.mark.parametrize(
-    "row", [r for r in ROWS if r["dtype"] == "float32" and r["precision"] != "fma"], ids=lambda row: row["name"]
-)
+
+
+def rows_where(condition):
+    return pytest.mark.parametrize("row", [r for r in ROWS if condition(r)], ids=lambda row: row["name"])
+
+
+every_row = rows_where(lambda row: True)
+tile_rows = rows_where(lambda row: row["kind"] == "tile")
+dot_rows = rows_where(lambda row: row["kind"] == "dot")
+quick_rows = rows_where(lambda row: row["tile"] != (128, 128))
+split_rows = rows_where(lambda row: row["dtype"] == "float32" and row["precision"] != "fma")
 
 
 @pytest.fixture(params=MODULES)
@@ -64,13 +71,19 @@ def dtype_of(row):
 
 
 def gemm(gpu, a, b, out, *, row=None, splits=0, precision="ieee", **options):
-    """out = a @ b with a workspace full of NaN."""
+    """out = a @ b with a workspace full of NaN; the operands of a dot kernel in an order that it takes."""
+    if row and row["kind"] == "dot":
+        a, b = along_k(a), along_k(b.mT).mT
     kernel = row["name"] if row else ""
     precision = row["precision"] if row else precision
     size = gpu.module.gemm_workspace(a, b, out, precision, kernel, splits)
     workspace = torch.full((size,), 255, dtype=torch.uint8) if size else None
     gpu.module.gemm(a, b, out, workspace=workspace, kernel=kernel, precision=precision, splits=splits, **options)
     return out
+
+
+def along_k(x):
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
 def check_exact(gpu, row, a, b, splits=1, out=None, **options):
@@ -100,7 +113,7 @@ def test_tails_of_tiles(gpu, row, generator):
         check_exact(gpu, row, a, b)
 
 
-@every_row
+@tile_rows
 @pytest.mark.parametrize("a_transposed", [False, True], ids=["", "a_transposed"])
 @pytest.mark.parametrize("b_transposed", [False, True], ids=["", "b_transposed"])
 def test_aligned_operands_without_conflicts(gpu, row, a_transposed, b_transposed, generator):
@@ -117,6 +130,7 @@ def test_aligned_operands_without_conflicts(gpu, row, a_transposed, b_transposed
         for seed in (1, 2, 1000, 1001):
             gpu.module.set_seed(seed)
             assert torch.equal(out, check_exact(gpu, row, a, b)), seed
+            check_exact(gpu, row, a[:, :depth], b[:depth])  # one slot: where the sums go when it is used up
 
 
 @every_row
@@ -135,8 +149,8 @@ def test_aligned_rows_that_end_within_a_chunk(gpu, row, generator):
         check_exact(gpu, row, wide(a.mT).mT if a_transposed else wide(a), wide(b.mT).mT if b_transposed else wide(b))
 
 
+@quick_rows
 @pytest.mark.parametrize("b_layout", LAYOUTS)
-@pytest.mark.parametrize("row", [r for r in ROWS if r["tile"] != (128, 128)], ids=lambda row: row["name"])
 def test_layouts(gpu, row, b_layout, generator):
     """Each layout of B against a layout of A; operands that overlap or repeat included."""
     names = list(LAYOUTS)
@@ -144,6 +158,78 @@ def test_layouts(gpu, row, b_layout, generator):
     M, N, K = 13, 37, row["depth"] + 11
     a, b = (integer_matrix(s, K, generator, dtype_of(row)) for s in ((M, K), (K, N)))
     check_exact(gpu, row, LAYOUTS[a_layout](a), LAYOUTS[b_layout](b))
+
+
+# --- few rows, or few columns -----------------------------------------------------------------------------------------
+@dot_rows
+@pytest.mark.parametrize("turned", [False, True], ids=["rows", "columns"])
+def test_few_rows_by_many_lines(gpu, row, turned, generator):
+    """Each number of the few around the tile, lines and K around theirs; rows that 16-byte loads take, and rows that
+    are one element off or of an odd stride: the same bits."""
+    (m, n), depth, dtype = row["tile"], row["depth"], dtype_of(row)
+    chunk = depth // row["threads"]
+    for few in sorted({1, 2, m - 1, m, m + 1}):
+        lines, K = n * 3 + few % n, (depth + chunk * few, depth - few, 5)[few % 3]
+        x, w = (integer_matrix(s, K, generator, dtype) for s in ((few, K), (lines, K)))
+        results = []
+        for gap in (8, 3):
+            wide = [torch.full((t.shape[0], K // 8 * 8 + 8 + gap), NAN, dtype=dtype) for t in (x, w)]
+            for buffer, t in zip(wide, (x, w), strict=True):
+                buffer[:, :K] = t
+            a, b = (buffer[:, :K] for buffer in wide)
+            results.append(check_exact(gpu, row, b, a.mT).mT if turned else check_exact(gpu, row, a, b.mT))
+        assert torch.equal(*results)
+        noise = torch.randn(2, lines, K + 1, generator=generator).to(dtype)
+        a, b = noise[0, :few, :K].contiguous(), noise[1, :, :K].contiguous()
+        off = [torch.full((t.numel() + 1,), NAN, dtype=dtype)[1:].view(t.shape).copy_(t) for t in (a, b)]
+        for splits in (1, 2):
+            aligned, shifted = (
+                gemm(gpu, *((w, x.mT) if turned else (x, w.mT)),
+                     torch.full((lines, few) if turned else (few, lines), NAN, dtype=dtype), row=row, splits=splits)
+                for x, w in ((a, b), off)
+            )  # fmt: skip
+            assert torch.equal(aligned, shifted)
+            testing.assert_gemm_close(aligned.mT if turned else aligned, a, b.mT, precision="fma")
+
+
+@pytest.mark.sanitized
+@dot_rows
+def test_few_rows_in_every_order(gpu, row, generator):
+    dtype, K = dtype_of(row), row["depth"] + 24
+    a, b = (torch.randn(s, generator=generator).to(dtype) for s in ((3, K), (6, K)))
+    results = []
+    for seed in (0, 1, 2, 1000, 1001):
+        if gpu.twin:
+            gpu.module.set_seed(seed)
+        results.append(gemm(gpu, a, b.mT, torch.full((3, 6), NAN, dtype=dtype), row=row, splits=2, activation="silu"))
+    assert all(torch.equal(results[0], other) for other in results)
+
+
+@dot_rows
+@pytest.mark.parametrize("splits", [1, 2])
+def test_epilogue_of_few_columns(gpu, row, splits, generator):
+    """The problem is turned, what is added to it is not: exact on integers, in a C with gaps."""
+    dtype, K = dtype_of(row), row["depth"] + 9
+    a, b, bias, residual, initial = (
+        integer_matrix(s, K, generator, dtype) for s in ((11, K), (5, K), (5,), (11, 5), (11, 5))
+    )
+    out, pre, beside = (GuardedOutput((11, 5), dtype=dtype) for _ in range(3))
+    beside.view.copy_(residual)
+    out.view.copy_(initial)
+    gemm(gpu, a, b.mT, out.view, row=row, splits=splits, bias=bias, residual=beside.view, pre=pre.view,
+         activation="relu", accumulate=True)  # fmt: skip
+    z = initial.double() + a.double() @ b.double().mT + bias.double()
+    assert torch.equal(pre.view, z.to(dtype))
+    assert torch.equal(out.view, (z.relu() + residual.double()).to(dtype))
+    for guarded in (out, pre, beside):
+        guarded.assert_guards_intact()
+
+
+@dot_rows
+def test_few_rows_refuse_another_order(gpu, row):
+    a, b = torch.ones(2, 8, dtype=dtype_of(row)), torch.ones(8, 5, dtype=dtype_of(row))
+    with pytest.raises(RuntimeError, match=r"expected operands contiguous along K, got strides 1 of A and 5 of B"):
+        gpu.module.gemm(a, b, torch.empty(2, 5, dtype=a.dtype), kernel=row["name"], precision=row["precision"])
 
 
 @every_row
@@ -175,7 +261,8 @@ def test_split_k(gpu, row, splits, generator):
     K = splits * depth - 5
     a, b = (integer_matrix(s, K, generator, dtype) for s in ((2, 9, K), (2, K, 21)))
     check_exact(gpu, row, a, b, splits=splits)
-    plan = gpu.module.gemm_plan(a, b, torch.empty(2, 9, 21, dtype=dtype), row["precision"], row["name"], "sm80", splits)
+    c = torch.empty(2, 9, 21, dtype=dtype)
+    plan = gpu.module.gemm_plan(a, b.mT.contiguous().mT, c, row["precision"], row["name"], "sm80", splits)
     assert plan["splits"] == splits and plan["workspace_bytes"] >= splits * 2 * 9 * 21 * 4
     noise = torch.randn(K, 21, generator=generator).to(dtype)
     results = []
@@ -194,6 +281,20 @@ def test_the_workspace_is_checked(gpu):
         gpu.module.gemm(a, b, out, splits=2, workspace=torch.empty(8, dtype=torch.uint8))
 
 
+@pytest.mark.sanitized
+@rows_where(lambda row: row["tile"] != (128, 128) or row["precision"] == "tf32")
+def test_a_small_call(gpu, row, generator):
+    """Operands that end where their allocations do, in two runs of K, with all that may follow on a product."""
+    dtype, K = dtype_of(row), row["depth"] + 11
+    a, b, bias, residual, initial = (
+        integer_matrix(s, K, generator, dtype) for s in ((3, K), (K, 7), (7,), (3, 7), (3, 7))
+    )
+    out, pre = initial.clone(), torch.full((3, 7), NAN, dtype=dtype)
+    gemm(gpu, a, b, out, row=row, splits=2, bias=bias, residual=residual, pre=pre, activation="relu", accumulate=True)
+    z = initial.double() + a.double() @ b.double() + bias.double()
+    assert torch.equal(pre, z.to(dtype)) and torch.equal(out, (z.relu() + residual.double()).to(dtype))
+
+
 # --- accuracy ---------------------------------------------------------------------------------------------------------
 @every_row
 def test_random_operands(gpu, row, generator):
@@ -205,7 +306,7 @@ def test_random_operands(gpu, row, generator):
         testing.assert_gemm_close(out, a, b, precision=row["precision"])
 
 
-@pytest.mark.parametrize("row", [r for r in ROWS if r["name"].startswith("gemm_f32_split_64")], ids=lambda r: r["name"])
+@rows_where(lambda row: row["name"].startswith("gemm_f32_split_64"))
 def test_long_sums_are_promoted(gpu, row, generator):
     """Positive terms: sums that tensor cores cut off would drift."""
     a, b = (torch.rand(s, generator=generator) for s in ((16, 3000), (3000, 24)))
@@ -248,10 +349,13 @@ def test_tiny_values(gpu, row, splits, generator):
     a[5] *= 2.0**-118
     a[5, 32:], b[40:, 7] = 0, 0  # tiny in the first run of a split K, zeros in the others
     b[:, 7] *= 2.0**-118
+    a[6, :64], b[:64, 8] = 0, 0  # the other way round
+    a[6] *= 2.0**-118
+    b[:, 8] *= 2.0**-118
     out = gemm(gpu, a, b, torch.full((10, 20), NAN), row=row, splits=splits)
     reference = testing.gemm_reference(a, b)
     testing.assert_within_bound(out, reference, precision=row["precision"])
-    lines = [(1,), (2,), (5,), (slice(None), 3), (slice(None), 7)]  # computed again, by multiply-adds
+    lines = [(1,), (2,), (5,), (6,), *((slice(None), j) for j in (3, 7, 8))]  # computed again, by multiply-adds
     tiny, right, scale = ([x[line] for line in lines] for x in (out, reference.expected, reference.scale))
     for x, y, s in zip(tiny, right, scale, strict=True):
         assert bool(((x.double() - y).abs() <= K * 2.0**-24 * s + K * 2.0**-149).all())
@@ -268,7 +372,7 @@ def test_16_bit_special_values(gpu, generator):
 # --- the epilogue -----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("splits", [1, 2])
-@pytest.mark.parametrize("row", [r for r in ROWS if r["tile"] != (128, 128)], ids=lambda row: row["name"])
+@rows_where(lambda row: row["tile"] not in ((128, 128), (8, 4)))  # an epilogue is of a dtype and a kind
 def test_epilogue(gpu, row, activation, splits, generator):
     """activation(C + a b + bias) + residual, and the argument of the activation; in whole vectors and with gaps."""
     dtype = dtype_of(row)
@@ -334,55 +438,3 @@ def test_sum_rows(gpu, layout, dtype, generator):
     empty = torch.full((3,), NAN, dtype=dtype)
     gpu.module.sum_rows(torch.empty(0, 3, dtype=dtype), empty)
     assert torch.equal(empty, torch.zeros(3, dtype=dtype))
-
-
-# --- the plan: any module, no GPU -------------------------------------------------------------------------------------
-def plan(M, N, K, dtype=torch.bfloat16, batch=(), gpu="sm80", **options):
-    a, b, out = (torch.empty(*batch, *s, dtype=dtype, device="meta") for s in ((M, K), (K, N), (M, N)))
-    return ANY.gemm_plan(a, b, out, gpu=gpu, **options)
-
-
-@pytest.mark.parametrize("gpu", ["sm80", "sm90"])
-def test_plans(gpu):
-    large = plan(4096, 4096, 4096, gpu=gpu)
-    assert large["kernel"] == "gemm_bf16_128x128_sm80" and large["splits"] == 1 and large["workspace_bytes"] == 0
-    skinny = plan(8, 4096, 14336, gpu=gpu)
-    assert skinny["kernel"] == "gemm_bf16_16x64_sm80" and skinny["splits"] > 1
-    assert skinny["workspace_bytes"] == skinny["splits"] * 8 * 4096 * 4
-    deep = plan(256, 256, 65536, gpu=gpu)  # a weight gradient: few tiles, much K
-    assert deep["splits"] > 4
-    assert plan(64, 64, 64, gpu=gpu)["splits"] == 1
-    assert plan(4096, 4096, 4096, torch.float32, gpu=gpu)["kernel"] == "gemm_f32_split_128x128_sm80"
-    assert plan(4096, 4096, 4096, torch.float32, gpu=gpu, precision="tf32")["kernel"] == "gemm_f32_high_128x128_sm80"
-    assert plan(4096, 4096, 4096, torch.float32, gpu=gpu, precision="bf16")["kernel"] == "gemm_f32_medium_128x128_sm80"
-    assert "fma" in plan(4096, 4096, 4096, torch.float32, gpu=gpu, precision="fma")["kernel"]
-    few = plan(4, 4096, 4096, torch.float32, gpu=gpu)
-    assert few["kernel"] == "gemm_f32_split_32x64_sm80" and few["splits"] > 1
-    assert "gemm bf16 1 x 8 x 4096 x 14336" in skinny["text"]
-
-
-def test_every_k_is_in_one_split():
-    for K in (1, 31, 32, 33, 1000, 4097):
-        for splits in (1, 2, 5, 32):
-            p = plan(16, 16, K, splits=splits, kernel="gemm_bf16_128x128_sm80")
-            assert (p["splits"] - 1) * p["split_depth"] < K <= p["splits"] * p["split_depth"], (K, splits)
-            assert p["split_depth"] % 32 == 0
-
-
-def test_plan_of_nothing_and_of_strangers():
-    assert plan(0, 5, 3)["blocks"] == 0 and plan(5, 5, 0)["splits"] == 1
-    with pytest.raises(RuntimeError, match=r"argument 'kernel': expected one of .*gemm_bf16_128x128_sm80"):
-        plan(5, 5, 5, kernel="gemm")
-    with pytest.raises(RuntimeError, match="expected f32 operands, got bf16"):
-        plan(5, 5, 5, kernel="gemm_f32_fma_64x64_sm80")
-    with pytest.raises(RuntimeError, match="no GPU named"):
-        plan(5, 5, 5, gpu="sm70")
-    with pytest.raises(RuntimeError, match="argument 'precision': expected fma, ieee, tf32 or bf16, got 'high'"):
-        plan(5, 5, 5, precision="high")
-    with pytest.raises(RuntimeError, match="expected one of attention, conv, gemm, rnn"):
-        ANY.kernels("conv3")
-
-
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row["name"])
-def test_shared_memory_fits_a_multiprocessor(row):
-    assert row["shared_bytes"] <= 99 << 10  # what a block may have on sm_86 and sm_89, the least of all

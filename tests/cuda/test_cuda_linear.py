@@ -3,6 +3,7 @@ gradients, epilogues, strides, empty shapes, and nn.Linear through optimize().""
 
 import pytest
 import torch
+from torch.library import opcheck
 from torch.nn import functional as F
 
 import fastdl
@@ -36,6 +37,7 @@ def exact(a, b, *terms):
     return sum((t.double() for t in terms), a.double() @ b.double()).to(a.dtype)
 
 
+@pytest.mark.sanitized
 @every_dtype
 def test_linear_and_its_gradients_are_exact(integers, dtype):
     M, N, K = 19, 21, 35
@@ -66,7 +68,9 @@ def test_every_order_gives_the_same_bits(gpu, normals):
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
-@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu", None])
+@pytest.mark.parametrize(
+    "activation", [pytest.param("gelu", marks=pytest.mark.sanitized), "relu", "gelu_tanh", "silu", None]
+)
 def test_epilogues_and_their_gradients(normals, activation):
     """Against float64; gradients of gradients too."""
     functions = {
@@ -149,9 +153,89 @@ def test_empty_shapes(normals, sizes):
     assert torch.equal(matmul(x, w.mT), torch.matmul(x, w.mT))
 
 
-def test_double_precision_runs_the_reference(normals):
-    x, w = normals(3, 4).double().requires_grad_(), normals(5, 4).double().requires_grad_()
-    assert torch.autograd.gradcheck(linear, (x, w))
+@pytest.mark.parametrize("activation", [None, "relu", "gelu", "gelu_tanh", "silu"])
+def test_double_precision_runs_the_reference(normals, activation):
+    x, w, b, r = (normals(*s).double().requires_grad_() for s in ((3, 4), (5, 4), (5,), (3, 5)))
+    residual = None if activation is None else r
+    function = lambda *args: linear(*args, activation=activation, residual=residual)  # noqa: E731
+    assert torch.autograd.gradcheck(function, (x, w, b), fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, (x, w, b), fast_mode=True)
+    assert torch.autograd.gradcheck(matmul, (x, normals(2, 4, 3).double().requires_grad_()), fast_mode=True)
+
+
+def registered_samples(dtype):
+    """Arguments of every operation of this family as torch.library knows it, in strides that a model makes."""
+
+    def randn(*shape):
+        return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+
+    pack = torch.zeros(40)  # of the CPU's kernels: not read
+    yield "linear", (randn(4, 8), randn(5, 8), randn(5))
+    yield "linear", (randn(3, 2, 8).transpose(0, 1), randn(5, 8), None)
+    yield "linear", (randn(8), randn(5, 8), randn(5), pack)
+    for activation, save in (("gelu", True), ("relu", False), (None, True)):
+        yield "linear_fused", (randn(2, 3, 8), randn(5, 8), randn(5), randn(2, 3, 5), activation, save)
+    yield "linear_fused", (randn(4, 8), randn(5, 8), None, None, "silu", True, pack)
+    yield "activation_grad", (randn(3, 4).mT, randn(4, 3), "silu")
+    yield "matmul", (randn(2, 1, 4, 8), randn(3, 8, 3))
+    yield "matmul", (randn(8), randn(8))
+    yield "matmul", (randn(4, 8), randn(8))
+    yield "linear_wgrad", (randn(2, 3, 5).transpose(0, 1), randn(3, 2, 8))
+    yield "sum_rows", (randn(2, 4, 5),)
+    yield "sum_rows", (randn(0, 5),)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=lambda dtype: str(dtype)[6:])
+def test_opcheck(gpu, dtype):
+    """Schemas, fakes and autograd keys of torch.ops.fastdl.* hold for what the CUDA implementations return."""
+    for name, sample in registered_samples(dtype):
+        sample = [x.to(gpu.device) if isinstance(x, torch.Tensor) else x for x in sample]
+        opcheck(getattr(torch.ops.fastdl, name).default, sample)
+
+
+@every_dtype
+def test_negative_views_are_resolved(integers, dtype):
+    """The minus that torch keeps as a bit does not cross the border."""
+    x, w, b = integers(12, 4, 12, dtype=dtype), integers(12, 6, 12, dtype=dtype), integers(12, 6, dtype=dtype)
+    negative = [torch._neg_view(t) for t in (x, w, b)]
+    assert torch.equal(linear(*negative), exact(x, w.mT, -b))
+    assert torch.equal(linear(*negative, activation="relu"), exact(x, w.mT, -b).relu())
+    assert torch.equal(matmul(negative[0], w.mT), exact(-x, w.mT))
+
+
+# --- frozen -----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("check", [False, True], ids=["", "checked"])
+@every_dtype
+def test_packs_of_the_cpu_are_not_read(gpu, integers, dtype, check, monkeypatch):
+    """A frozen model gives what it gave, forward and backward: a pack holding anything else would show."""
+    monkeypatch.setenv("FASTDL_CHECK_FROZEN", str(int(check)))
+    model = torch.nn.Sequential(torch.nn.Linear(12, 9), torch.nn.ReLU(), torch.nn.Linear(9, 5)).to(dtype)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(integers(64, *p.shape, dtype=dtype).cpu() % 4)
+    model, x = fastdl.optimize(model).to(gpu.device), (integers(64, 3, 12, dtype=dtype) % 4).requires_grad_()
+    leaves = [x, *model.parameters()]
+
+    def results():
+        y = model(x)
+        return y, *torch.autograd.grad(y, leaves, torch.ones_like(y)), model[0](x, activation="relu", residual=None)
+
+    expected = results()
+    if gpu.is_twin:
+        fastdl.freeze(model)
+        packs = [m._pack.packed for m in (model[0], model[2])]
+        if not check:
+            for pack in packs:
+                pack.fill_(float("nan"))
+        assert not [row for row in fastdl.explain(model, x.detach()).rows if not row.status.startswith("fastdl")]
+    else:
+        with pytest.warns(
+            UserWarning, match=r"left unfrozen: 0: expected a .* weight on cpu, got Parameter .* on cuda"
+        ):
+            fastdl.freeze(model)
+        assert model[0]._pack is None
+    for actual, wanted in zip(results(), expected, strict=True):
+        assert torch.equal(actual, wanted)
 
 
 @every_dtype

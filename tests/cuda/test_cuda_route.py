@@ -12,6 +12,7 @@ from torch._subclasses import FakeTensorMode
 import fastdl
 from fastdl.functional import linear, matmul, scaled_dot_product_attention
 from fastdl.ops import calls, cuda
+from fastdl.ops.packed import PackedWeight
 from fastdl.testing import twin
 
 NO_TWIN = cuda.load("_twin")[1]
@@ -101,6 +102,22 @@ def test_on_each_gpu_that_can(two_gpus):
         assert cuda.runs(x) == (not expected)
         assert linear(x, w).device == x.device
         assert reasons() == expected
+
+
+@pytest.mark.parametrize("check", [False, True], ids=["", "checked"])
+def test_a_frozen_weight_that_went_to_a_gpu(two_gpus, check):
+    """Moved by its data, so that the layer did not notice: its pack, on the CPU, is left alone."""
+    layer = module_on_gpu()
+    layer._pack = PackedWeight(layer.weight, None, "a row of the CPU's", "layer", check)  # None: nothing may touch it
+    assert layer(on_gpu(2, 3)).shape == (2, 4) and layer(on_gpu(2, 3), activation="relu").shape == (2, 4)
+    assert not reasons()
+
+
+def test_freeze_leaves_layers_on_a_gpu_alone(two_gpus):
+    layer = module_on_gpu()
+    with pytest.warns(UserWarning, match=r"left unfrozen: .*: expected a .* weight on cpu, got .* on cuda:0"):
+        fastdl.freeze(torch.nn.Sequential(layer))
+    assert layer._pack is None and layer(on_gpu(2, 3)).shape == (2, 4)
 
 
 def test_devices_that_differ_are_named(two_gpus):

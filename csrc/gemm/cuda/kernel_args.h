@@ -28,6 +28,7 @@ struct CudaGemmArgs {
   i64 bias_step;
   const void* residual;
   void* pre;
+  bool turned;  // dot kernels: columns are few rather than rows, B takes A's place
   Activation activation;
   bool accumulate;
   bool c_vector;  // four elements of c, residual and pre lie aligned to their size
@@ -44,6 +45,10 @@ constexpr TilePlace tile_place(i64 id, i64 tiles_m, i64 tiles_n) {
   const i64 rows = left < kTileGroup ? left : kTileGroup, within = id - group * kTileGroup * tiles_n;
   return {group * kTileGroup + within % rows, within / rows};
 }
+
+// Of dot kernels: threads of a block, blocks that fit a multiprocessor, and a block's lines of the operand that has
+// many.
+constexpr int kDotThreads = 128, kDotBlocks = 4, kDotColumns = 4;
 
 struct BatchPlace {
   i64 a, b, c;

@@ -18,14 +18,16 @@ struct CudaGemmKernel {
   const char* name;
   DType dtype;
   Precision precision;
+  bool dot;   // of few rows, or few columns, by operands that are contiguous along K: reads the other one once
   int parts;  // bfloat16 parts of float operands; 0: multiply-adds of float32
-  int tile_m, tile_n, depth, threads, shared_bytes;
-  int blocks;  // that fit a multiprocessor
+  int tile_m, tile_n, depth, threads, shared_bytes;  // dot: m of the few, n of the many
+  int blocks;                                        // that fit a multiprocessor
   void (*launch)(const CudaGemmArgs& args, i64 blocks, const Stream& stream);
 };
 
 struct CudaGemmPlan {
   const CudaGemmKernel* kernel;
+  bool turned;  // dot: columns are the few
   i64 tiles_m, tiles_n;
   int splits;       // K is cut into as many runs, each a block of its own; their sums meet in the workspace
   i64 split_depth;  // of K in a run

@@ -19,14 +19,15 @@ sum_splits_kernel(FASTDL_PARAM CudaGemmArgs p) {
   const i64 row = id / chunks, j = id % chunks * kFinish;  // of all rows of the batch
   const i64 batch = row / p.M, i = row % p.M;
   const i64 step = p.batches * p.M * p.partial_row;
+  const int count = p.N - j < kFinish ? static_cast<int>(p.N - j) : kFinish;
   float x[kFinish] = {};
 #pragma unroll 1
   for (i64 s = 0; s < p.splits; ++s) {
-    const auto part = *reinterpret_cast<const Pack<float, kFinish>*>(p.partial + s * step + row * p.partial_row + j);
+    float part[kFinish];
+    load_floats(part, p.partial + s * step + row * p.partial_row + j, count == kFinish, count);
 #pragma unroll
-    for (int e = 0; e < kFinish; ++e) x[e] += part.x[e];
+    for (int e = 0; e < kFinish; ++e) x[e] += part[e];
   }
-  const int count = p.N - j < kFinish ? static_cast<int>(p.N - j) : kFinish;
   const BatchPlace at = batch_place(p.batch, batch);
   if constexpr (sizeof(T) == 4) {
     if (p.peaks) {
@@ -55,12 +56,15 @@ sum_splits_kernel(FASTDL_PARAM CudaGemmArgs p) {
 bool aligned(const void* p, i64 bytes) { return reinterpret_cast<std::uintptr_t>(p) % static_cast<u64>(bytes) == 0; }
 
 // How an operand goes to shared memory: along the contiguous one of its dimensions, if there is one.
-CudaOperand operand(const void* data, i64 line_step, i64 k_step, DType dtype, const GemmBatch& batch,
+CudaOperand operand(const void* data, i64 lines, i64 line_step, i64 k_step, DType dtype, const GemmBatch& batch,
                     const i64 (&steps)[kMaxBatchDims]) {
   CudaOperand o = {data, line_step, k_step, line_step == 1 && k_step != 1, false};
   const i64 chunk = 16 / kItemSize[static_cast<int>(dtype)];
-  o.vector =
-      (o.transposed ? line_step : k_step) == 1 && (o.transposed ? k_step : line_step) % chunk == 0 && aligned(data, 16);
+  if (o.transposed)
+    o.vector = k_step % chunk == 0;
+  else
+    o.vector = k_step == 1 && (lines == 1 || line_step % chunk == 0);
+  o.vector = o.vector && aligned(data, 16);
   for (int i = 0; i < batch.dims; ++i) o.vector = o.vector && steps[i] % chunk == 0;
   return o;
 }
@@ -73,8 +77,9 @@ void cuda_gemm_run(const GemmDesc& d, const CudaGemmPlan& plan, const GemmArgs& 
   CudaGemmArgs p = {};
   p.M = d.M, p.N = d.N, p.K = d.K;
   p.batch = args.batch, p.batches = d.batch;
-  p.a = operand(args.a, d.a_row, d.a_col, d.dtype, args.batch, args.batch.a);
-  p.b = operand(args.b, d.b_col, d.b_row, d.dtype, args.batch, args.batch.b);
+  p.a = operand(args.a, d.M, d.a_row, d.a_col, d.dtype, args.batch, args.batch.a);
+  p.b = operand(args.b, d.N, d.b_col, d.b_row, d.dtype, args.batch, args.batch.b);
+  p.turned = plan.turned;
   p.tiles_m = plan.tiles_m, p.tiles_n = plan.tiles_n;
   p.splits = plan.splits, p.split_depth = plan.split_depth;
   if (plan.splits > 1) {

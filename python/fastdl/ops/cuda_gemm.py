@@ -56,7 +56,7 @@ def linear_fused(
 def activation_grad(grad: Tensor, pre: Tensor, activation: str) -> Tensor:
     """grad * activation'(pre), elementwise; of one shape."""
     if grad.dtype is torch.float64:
-        return reference.activation_grad(grad, pre, activation)
+        return reference.activation_grad(grad.contiguous(), pre.contiguous(), activation)
     out = pre.new_empty(pre.shape)
     if out.numel():
         cuda.require("activation_grad", pre).activation_grad(grad.contiguous(), pre.contiguous(), out, activation)

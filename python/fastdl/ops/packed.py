@@ -73,11 +73,12 @@ def linear_packed(
     """`linear`, reading the pack in place of the weight wherever fastdl runs the call.
 
     input [..., K], weight [N, K], bias [N] or None -> [..., N]. Gradients are those of `linear`, from the weight
-    itself. A weight that is not the object packed (put in by torch.func.functional_call, say) is used as it is.
+    itself. A weight that is not the object packed (put in by torch.func.functional_call, say), or that has gone to a
+    GPU since, whose kernels read no packs, is used as it is.
     RuntimeError when FASTDL_CHECK_FROZEN=1 finds the pack stale; compiled code cannot compare and, under that
     setting, reads the weight instead.
     """
-    if pack.weight is not weight or (pack.check and is_compiling()):
+    if pack.weight is not weight or not weight.is_cpu or (pack.check and is_compiling()):
         return linear(input, weight, bias, activation=activation, residual=residual)
     if pack.check:
         pack.require_fresh()
