@@ -40,6 +40,7 @@ CudaAttentionProblem problem_of(const AttentionDesc& d, const AttentionArgs& arg
                 : d.mask == MaskKind::boolean ? 1
                 : d.mask == MaskKind::f32     ? 4
                                               : kItemSize[static_cast<int>(d.dtype)];
+  p.parts = d.precision == Precision::tf32 ? 2 : d.precision == Precision::bf16 ? 1 : 3;
   const AttentionStrides& m = d.mask_step;
   p.mask_step = {m.batch * p.mask_item, m.head * p.mask_item, m.row * p.mask_item, m.col * p.mask_item};
   p.vector_q = is_vector(p.q, d.q, d.dtype), p.vector_k = is_vector(p.k, d.k, d.dtype);
