@@ -101,6 +101,21 @@ def test_scale_zero_gives_the_mean(gpu, row, Lk):
     assert torch.equal(lse[..., 0], torch.full_like(lse[..., 0], math.log(Lk)))
 
 
+@pytest.mark.sanitized
+@every_row
+def test_odd_sizes_and_strides(gpu, row):
+    """Small, and with sanitizers too: nothing is read or written beside the operands."""
+    dtype = DTYPES[row["dtype"]]
+    for D, Dv in ((9, 5), (row["depth"], 8)):
+        q, k, v = operands(dtype, H=2, Hkv=1, Lq=3, Lk=row["cols"] + 3, D=D, Dv=Dv)
+        guarded = GuardedOutput((1, 2, 3, Dv), dtype=dtype)
+        mask = torch.randn(1, 2, 1, k.shape[2])
+        out, lse = attention(gpu, q, k, v, mask, row=row, out=guarded.view, dropout_p=0.2, seed=3)
+        keep = keep_of((1, 2, 3, k.shape[2]), 0.2, 3)
+        assert_forward_close(out, lse, q, k, v, mask, keep=keep, p=0.2)
+        guarded.assert_guards_intact()
+
+
 # --- tails --------------------------------------------------------------------------------------------------------
 @every_row
 def test_tails_of_rows_and_keys(gpu, row):
@@ -174,10 +189,11 @@ def test_every_mask_with_every_option(gpu, row, options):
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("group", [1, 3, 20])
-def test_grouped_queries_in_pieces(gpu, dtype, group):
+@pytest.mark.parametrize("group, D", [(1, 16), (3, 16), (20, 16), (3, 136)])
+def test_grouped_queries_in_pieces(gpu, dtype, group, D):
     """Decode: heads that share keys lie in one tile, keys are cut into chunks."""
-    q, k, v = operands(dtype, B=2, H=2 * group, Hkv=2, Lq=3, Lk=700, D=16)
+    q, k, v = operands(dtype, B=2, H=2 * group, Hkv=2, Lq=3, Lk=700, D=D)
+    assert gpu.module.attention_plan(on(gpu, q), on(gpu, k), on(gpu, v))["kind"] == "decode"
     assert gpu.module.attention_plan(on(gpu, q), on(gpu, k), on(gpu, v))["chunks"] > 1
     check(gpu, q, k, v)
     check(gpu, q, k, v, hi=0, align_end=True)
@@ -344,6 +360,10 @@ def test_plans(gpu_name):
     assert decode["chunks"] == 16 and decode["blocks"] == 8 * 16
     assert decode["workspace_bytes"] == 16 * 4 * 32 * 130 * 4
     assert plan(torch.float32, Lq=100, Lk=100, D=200)["kernel"] == "attention_f32_64x32_d256_sm80"
+    for name, dtype in DTYPES.items():
+        for D in (1, 128, 129, 256):  # decode takes everything
+            few = plan(dtype, H=4, Hkv=1, Lq=2, Lk=900, D=D, Dv=min(D, 40))
+            assert few["kind"] == "decode" and few["chunks"] > 1 and few["blocks"] == few["chunks"], (name, D)
     for dtype in DTYPES.values():
         for D in (64, 100, 256):
             back = plan(dtype, backward=True, H=3, Lq=70, Lk=90, D=D)
