@@ -328,6 +328,20 @@ def test_bits_do_not_depend_on_the_order(gpu, row):
         assert torch.equal(out, results[0][0]) and torch.equal(lse, results[0][1])
 
 
+@rows(dtype="float32")
+def test_mended_sums_do_not_depend_on_the_order(gpu, row):
+    """Inf in V: P goes through shared memory, a warp's own, anew for every tile of keys."""
+    q, k, v = operands(torch.float32, Lq=20, Lk=2 * row["cols"] + 5, D=40)
+    v[0, 0, 3, 7], v[0, 0, row["cols"] + 1, 7], v[0, 0, 2 * row["cols"], 33] = math.inf, math.inf, -math.inf
+    expected, _, S, _ = forward_reference(q, k, v)
+    for _ in gpu.orders():
+        out, _ = attention(gpu, q, k, v, row=row)
+        assert torch.equal(out.isinf(), expected.isinf()) and not out.isnan().any()
+        finite = expected.isfinite()
+        assert torch.equal(out[~finite].double(), expected[~finite])
+        assert ((out.double() - expected)[finite] / S[finite]).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("Lq, D", [(3, 64), (70, 64), (70, 160)])
 def test_no_worse_than_torch(gpu, dtype, Lq, D):
