@@ -145,6 +145,8 @@ def test_no_queries_or_keys(gpu, row):
     assert torch.equal(out, torch.zeros_like(out)) and (lse[..., 0] == -math.inf).all()
     for sizes in ({"Lq": 0, "Lk": 3}, {"B": 0, "Lq": 2, "Lk": 3}):
         assert attention(gpu, *operands(dtype, D=4, **sizes), row=row)[0].numel() == 0
+    packed = {"cu_seqlens_q": [0, 0, 0], "cu_seqlens_k": [0, 2, 3]}
+    assert attention(gpu, *operands(dtype, D=4, Lq=0, Lk=3), row=row, **packed)[0].numel() == 0
 
 
 # --- options ------------------------------------------------------------------------------------------------------
@@ -262,6 +264,25 @@ def test_packed_sequences_are_as_each_alone(gpu, row, options):
             drop = {"keep": keep[s : s + 1, :, : lengths_q[s], : lengths_k[s]], "p": p} if p else {}
             rest = {key: value for key, value in options.items() if key != "dropout_p"}
             assert_forward_close(out[:, :, at_q], lse[:, :, at_q], *part, **rest, **drop)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_packed_sequences_of_one_query_are_decoded(gpu, dtype):
+    lengths_q, lengths_k = [1, 1, 0, 1, 1, 1], [1000, 5, 7, 0, 2100, 64]
+    cu_q, cu_k = ([0, *itertools.accumulate(x)] for x in (lengths_q, lengths_k))
+    q, k, v = operands(dtype, H=4, Hkv=2, Lq=cu_q[-1], Lk=cu_k[-1], D=24, Dv=17)
+    packed = {
+        name: torch.tensor(cu, dtype=torch.int32, device=gpu.device)
+        for name, cu in (("cu_seqlens_q", cu_q), ("cu_seqlens_k", cu_k))
+    }
+    plan = gpu.module.attention_plan(on(gpu, q), on(gpu, k), on(gpu, v), **packed)
+    assert plan["kind"] == "decode" and plan["pack"] == 2 and plan["chunks"] == 2
+    out, lse = attention(gpu, q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, hi=0, align_end=True)
+    for s in range(len(lengths_q)):
+        at_q, at_k = slice(cu_q[s], cu_q[s + 1]), slice(cu_k[s], cu_k[s + 1])
+        if lengths_q[s]:
+            part = [q[:, :, at_q], k[:, :, at_k], v[:, :, at_k]]
+            assert_forward_close(out[:, :, at_q], lse[:, :, at_q], *part, hi=0, align_end=True)
 
 
 def test_many_sequences_are_all_found(gpu):

@@ -154,7 +154,9 @@ CudaAttentionPlan cuda_attention_plan(const AttentionDesc& d, const Gpu& gpu, co
   constexpr i64 kMaxChunks = 64;
   check_sizes(d);
   const i64 group = d.Hkv ? d.H / d.Hkv : 1;
-  const bool few = !packed(d) && d.Lq * group <= kFewRows;
+  // Of packed sequences the GPU alone knows the lengths: one query each, on average, is taken for decoding.
+  const i64 queries = packed(d) && d.Lq <= d.sequences ? 1 : d.Lq, keys = packed(d) ? d.Lk / d.sequences : d.Lk;
+  const bool few = queries * group <= kFewRows && (!packed(d) || queries <= 1);
   CudaAttentionPlan plan = {};
   plan.kernel = forced ? forced : &row_for(d, few ? CudaAttentionKind::kDecode : CudaAttentionKind::kTile);
   const CudaAttentionKernel& k = *plan.kernel;
@@ -171,7 +173,7 @@ CudaAttentionPlan cuda_attention_plan(const AttentionDesc& d, const Gpu& gpu, co
   i64 chunks = 1;
   if (blocks > 0 && blocks < gpu.multiprocessors)  // else the GPU is full without
     chunks = std::clamp<i64>(gpu.multiprocessors * per_sm / blocks, 1,
-                             std::clamp<i64>(d.Lk / (kTilesOfChunk * k.cols), 1, kMaxChunks));
+                             std::clamp<i64>(keys / (kTilesOfChunk * k.cols), 1, kMaxChunks));
   plan.chunks = static_cast<int>(chunks);
   plan.slots = plan.chunks * k.split;
   plan.columns = static_cast<int>(ceil_div(d.Dv, attention_out_columns(k.depth, kItemSize[static_cast<int>(d.dtype)])));

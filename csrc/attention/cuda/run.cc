@@ -65,7 +65,7 @@ void cuda_attention_run(const AttentionDesc& d, const CudaAttentionPlan& plan, c
   a.tiles = plan.tiles, a.chunks = plan.chunks, a.slots = plan.slots, a.pack = plan.pack;
   a.columns = plan.columns;
   plan.kernel->forward(a, static_cast<int>(plan.blocks), plan.kernel->shared_bytes, stream);
-  if (plan.slots == 1) return;
+  if (plan.slots == 1 || blocks_of_rows(d) == 0) return;  // packed sequences have blocks without rows, too
   const auto combine = d.dtype == DType::bf16  ? attention_combine_bf16
                        : d.dtype == DType::f16 ? attention_combine_f16
                                                : attention_combine_f32;
