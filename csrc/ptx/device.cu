@@ -9,7 +9,8 @@ namespace fastdl {
 Gpu gpu_named(const std::string& name) {
   if (name == "sm80") return {80, 108, 163 << 10, 164 << 10, 65536, i64{40} << 20};
   if (name == "sm90") return {90, 132, 227 << 10, 228 << 10, 65536, i64{50} << 20};
-  fail("gpu: no GPU named '", name, "'; expected sm80 or sm90");
+  if (name == "sm86") return {86, 84, 99 << 10, 100 << 10, 65536, i64{6} << 20};
+  fail("gpu: no GPU named '", name, "'; expected sm80, sm86 or sm90");
 }
 
 #if FASTDL_TWIN

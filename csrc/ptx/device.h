@@ -15,7 +15,7 @@ struct Gpu {
   i64 l2_bytes = 40 << 20;
 };
 
-// sm80, sm90: what published data sheets say.
+// sm80, sm86, sm90: what published data sheets say.
 Gpu gpu_named(const std::string& name);  // throws Error naming the ones there are
 
 int gpu_count();           // 0 where there is no GPU or no driver

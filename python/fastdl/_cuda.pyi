@@ -96,13 +96,14 @@ def attention(
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     align_end: bool = False,
+    precision: str = "ieee",
     workspace: Tensor | None = None,
     kernel: str = "",
 ) -> None:
     """Fill out[B, H, Lq, Dv] and lse[B, H, Lq, 2], float32, from query[B, H, Lq, D], key and value [B, Hkv, Lk, D, Dv].
 
-    As `_C.attention`; variable-length batches are [total, H, D] with int32 cu_seqlens on the GPU. workspace: uint8, of
-    attention_plan()'s workspace_bytes.
+    As `_C.attention`; cu_seqlens are int32, on the GPU. precision: of products of float32, fma or ieee (all
+    three parts), tf32 or bf16. workspace: uint8, of attention_plan()'s workspace_bytes.
     """
 
 def attention_backward(
@@ -127,6 +128,7 @@ def attention_backward(
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     align_end: bool = False,
+    precision: str = "ieee",
     workspace: Tensor | None = None,
 ) -> None:
     """Fill the gradients that are not None, from what `attention` took and gave; dmask is float32."""
@@ -146,11 +148,15 @@ def attention_plan(
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     align_end: bool = False,
+    precision: str = "ieee",
     kernel: str = "",
     backward: bool = False,
     gpu: str = "",
 ) -> dict[str, Any]:
-    """What `attention` would do with tensors like these, on a GPU named sm80 or sm90; "": the first here."""
+    """What `attention` would do with tensors like these, on a GPU named sm80, sm86 or sm90; "": the first here."""
+
+def attention_refusal(*, D: int, Dv: int, dtype: str = "float32", device: int = 0, gpu: str = "") -> str:
+    """Why these head dimensions have no kernel on that GPU, or ""."""
 
 # --- recurrent layers -------------------------------------------------------------------------------------------
 def rnn(

@@ -101,6 +101,21 @@ def test_scale_zero_gives_the_mean(gpu, row, Lk):
     assert torch.equal(lse[..., 0], torch.full_like(lse[..., 0], math.log(Lk)))
 
 
+@pytest.mark.sanitized
+@every_row
+def test_odd_sizes_and_strides(gpu, row):
+    """Small, and with sanitizers too: nothing is read or written beside the operands."""
+    dtype = DTYPES[row["dtype"]]
+    for D, Dv in ((9, 5), (row["depth"], 8)):
+        q, k, v = operands(dtype, H=2, Hkv=1, Lq=3, Lk=row["cols"] + 3, D=D, Dv=Dv)
+        guarded = GuardedOutput((1, 2, 3, Dv), dtype=dtype)
+        mask = torch.randn(1, 2, 1, k.shape[2])
+        out, lse = attention(gpu, q, k, v, mask, row=row, out=guarded.view, dropout_p=0.2, seed=3)
+        keep = keep_of((1, 2, 3, k.shape[2]), 0.2, 3)
+        assert_forward_close(out, lse, q, k, v, mask, keep=keep, p=0.2)
+        guarded.assert_guards_intact()
+
+
 # --- tails --------------------------------------------------------------------------------------------------------
 @every_row
 def test_tails_of_rows_and_keys(gpu, row):
@@ -130,6 +145,8 @@ def test_no_queries_or_keys(gpu, row):
     assert torch.equal(out, torch.zeros_like(out)) and (lse[..., 0] == -math.inf).all()
     for sizes in ({"Lq": 0, "Lk": 3}, {"B": 0, "Lq": 2, "Lk": 3}):
         assert attention(gpu, *operands(dtype, D=4, **sizes), row=row)[0].numel() == 0
+    packed = {"cu_seqlens_q": [0, 0, 0], "cu_seqlens_k": [0, 2, 3]}
+    assert attention(gpu, *operands(dtype, D=4, Lq=0, Lk=3), row=row, **packed)[0].numel() == 0
 
 
 # --- options ------------------------------------------------------------------------------------------------------
@@ -174,10 +191,11 @@ def test_every_mask_with_every_option(gpu, row, options):
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("group", [1, 3, 20])
-def test_grouped_queries_in_pieces(gpu, dtype, group):
+@pytest.mark.parametrize("group, D", [(1, 16), (3, 16), (20, 16), (3, 136)])
+def test_grouped_queries_in_pieces(gpu, dtype, group, D):
     """Decode: heads that share keys lie in one tile, keys are cut into chunks."""
-    q, k, v = operands(dtype, B=2, H=2 * group, Hkv=2, Lq=3, Lk=700, D=16)
+    q, k, v = operands(dtype, B=2, H=2 * group, Hkv=2, Lq=3, Lk=700, D=D)
+    assert gpu.module.attention_plan(on(gpu, q), on(gpu, k), on(gpu, v))["kind"] == "decode"
     assert gpu.module.attention_plan(on(gpu, q), on(gpu, k), on(gpu, v))["chunks"] > 1
     check(gpu, q, k, v)
     check(gpu, q, k, v, hi=0, align_end=True)
@@ -248,6 +266,25 @@ def test_packed_sequences_are_as_each_alone(gpu, row, options):
             assert_forward_close(out[:, :, at_q], lse[:, :, at_q], *part, **rest, **drop)
 
 
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_packed_sequences_of_one_query_are_decoded(gpu, dtype):
+    lengths_q, lengths_k = [1, 1, 0, 1, 1, 1], [1000, 5, 7, 0, 2100, 64]
+    cu_q, cu_k = ([0, *itertools.accumulate(x)] for x in (lengths_q, lengths_k))
+    q, k, v = operands(dtype, H=4, Hkv=2, Lq=cu_q[-1], Lk=cu_k[-1], D=24, Dv=17)
+    packed = {
+        name: torch.tensor(cu, dtype=torch.int32, device=gpu.device)
+        for name, cu in (("cu_seqlens_q", cu_q), ("cu_seqlens_k", cu_k))
+    }
+    plan = gpu.module.attention_plan(on(gpu, q), on(gpu, k), on(gpu, v), **packed)
+    assert plan["kind"] == "decode" and plan["pack"] == 2 and plan["chunks"] == 2
+    out, lse = attention(gpu, q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, hi=0, align_end=True)
+    for s in range(len(lengths_q)):
+        at_q, at_k = slice(cu_q[s], cu_q[s + 1]), slice(cu_k[s], cu_k[s + 1])
+        if lengths_q[s]:
+            part = [q[:, :, at_q], k[:, :, at_k], v[:, :, at_k]]
+            assert_forward_close(out[:, :, at_q], lse[:, :, at_q], *part, hi=0, align_end=True)
+
+
 def test_many_sequences_are_all_found(gpu):
     lengths = [(7 * s) % 4 for s in range(75)]
     cu = [0, *itertools.accumulate(lengths)]
@@ -312,6 +349,20 @@ def test_bits_do_not_depend_on_the_order(gpu, row):
         assert torch.equal(out, results[0][0]) and torch.equal(lse, results[0][1])
 
 
+@rows(dtype="float32")
+def test_mended_sums_do_not_depend_on_the_order(gpu, row):
+    """Inf in V: P goes through shared memory, a warp's own, anew for every tile of keys."""
+    q, k, v = operands(torch.float32, Lq=20, Lk=2 * row["cols"] + 5, D=40)
+    v[0, 0, 3, 7], v[0, 0, row["cols"] + 1, 7], v[0, 0, 2 * row["cols"], 33] = math.inf, math.inf, -math.inf
+    expected, _, S, _ = forward_reference(q, k, v)
+    for _ in gpu.orders():
+        out, _ = attention(gpu, q, k, v, row=row)
+        assert torch.equal(out.isinf(), expected.isinf()) and not out.isnan().any()
+        finite = expected.isfinite()
+        assert torch.equal(out[~finite].double(), expected[~finite])
+        assert ((out.double() - expected)[finite] / S[finite]).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("Lq, D", [(3, 64), (70, 64), (70, 160)])
 def test_no_worse_than_torch(gpu, dtype, Lq, D):
@@ -344,6 +395,10 @@ def test_plans(gpu_name):
     assert decode["chunks"] == 16 and decode["blocks"] == 8 * 16
     assert decode["workspace_bytes"] == 16 * 4 * 32 * 130 * 4
     assert plan(torch.float32, Lq=100, Lk=100, D=200)["kernel"] == "attention_f32_64x32_d256_sm80"
+    for name, dtype in DTYPES.items():
+        for D in (1, 128, 129, 256):  # decode takes everything
+            few = plan(dtype, H=4, Hkv=1, Lq=2, Lk=900, D=D, Dv=min(D, 40))
+            assert few["kind"] == "decode" and few["chunks"] > 1 and few["blocks"] == few["chunks"], (name, D)
     for dtype in DTYPES.values():
         for D in (64, 100, 256):
             back = plan(dtype, backward=True, H=3, Lq=70, Lk=90, D=D)

@@ -77,6 +77,16 @@ def test_equal_weights_give_the_mean_of_dout(gpu, dtype, D):
     assert not dq.any() and not dk.any()
 
 
+@pytest.mark.sanitized
+@every_dtype
+@every_depth
+def test_odd_sizes_and_strides(gpu, dtype, D):
+    """Small, and with sanitizers too: nothing is read or written beside the operands."""
+    x = operands(dtype, H=2, Hkv=1, Lq=5, Lk=35, D=D, Dv=7)
+    mask = torch.randn(1, 2, 1, 35)
+    check(gpu, *x, mask, dmask=mask.shape, dropout_p=0.2, seed=3)
+
+
 # --- tails ----------------------------------------------------------------------------------------------------------
 @every_dtype
 @every_depth
@@ -141,6 +151,23 @@ def test_dropout_of_everything(gpu, dtype):
     assert not any(g.any() for g in grads[:3])
 
 
+@every_dtype
+@every_depth
+def test_a_key_that_infinity_hides(gpu, dtype, D):
+    """-Inf in K where Q is positive: P is 0 there, and only dQ's sum over that column meets 0 * Inf."""
+    q, k, v, do = operands(dtype, Lq=9, Lk=35, D=D)
+    q, k = q.abs() + 0.1, k * 0.5
+    k[0, 0, 17, 3] = -math.inf
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    P = torch.softmax(leaves[0] @ leaves[1].mT * D**-0.5, -1)
+    wanted = torch.autograd.grad(P @ leaves[2], leaves, do.double())
+    assert wanted[0].isnan().sum() == 9 and not any(x.isnan().any() for x in wanted[1:])
+    for actual, expected in zip(backward(gpu, q, k, v, do), wanted, strict=False):
+        assert torch.equal(actual.isnan(), expected.isnan()) and actual.isinf().sum() == 0
+        there = ~expected.isnan()
+        assert (actual.double() - expected)[there].abs().max() < (1e-4 if dtype == torch.float32 else 0.1)
+
+
 LAYOUTS = {
     "BSHD": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
     "column-major": lambda x: x.mT.contiguous().mT,
@@ -173,10 +200,15 @@ def test_packed_sequences_are_as_each_alone(gpu, dtype):
                 assert not any(g.any() for g in mine)
 
 
+def test_wrong_offsets_touch_nothing_outside(gpu):
+    for cu in ([0, 30, 20], [0, -5, 20], [5, 2, 1000], [-9, 40, 3]):
+        backward(gpu, *operands(torch.bfloat16, H=1, Lq=20, Lk=20), cu_seqlens_q=cu, cu_seqlens_k=cu)
+
+
 @every_dtype
 @every_depth
 def test_bits_do_not_depend_on_the_order(gpu, dtype, D):
-    x = operands(dtype, H=2, Hkv=1, Lq=70, Lk=80, D=D)
+    x = operands(dtype, H=2, Hkv=1, Lq=70 if D < 128 else 20, Lk=80, D=D)
     mask = torch.randn(1, 1, 1, 80)
     results = [backward(gpu, *x, mask, dmask=mask.shape) for _ in gpu.orders()]
     for grads in results[1:]:

@@ -1,13 +1,17 @@
 // Backward: a block keeps 64 rows of one side and the other side streams by, a tile of it at a time; each warp has 16
 // rows, scores and their gradients stay in its registers, where they are the A operands of the sums.
 //
-//   rows are queries: dQ += dS K                     rows are keys: dK += dS^T Q, dV += P'^T dO (scores come
-//   transposed) P = exp(S - lse)    P' = P .* keep / (1 - p)    dP = dO V^T .* keep / (1 - p)    dS = P .* (dP - delta)
-//   * scale
+//   rows are queries: dQ += dS K
+//   rows are keys: dK += dS^T Q, dV += P'^T dO (scores come transposed)
+//   P = exp(S - lse)    P' = P .* keep / (1 - p)    dP = dO V^T .* keep / (1 - p)    dS = P .* (dP - delta) * scale
 //
 // Two passes, 4 + 3 products of a tile where one pass has 5: one pass would add to dQ in global memory for each tile of
 // keys, in their order: 64 x 128 floats read and written a tile are 64 KB, 1.5 us of a multiprocessor's share of an
 // H100's L2, for 1.7 us of products, and blocks would wait for each other. Two passes write each gradient once.
+//
+// Inf among the operands of float32: scores and dP are mended as in the forward pass (repair_scores), so that keys
+// which it hides have no part in anything. Sums over keys or queries are not: their products of parts give NaN where
+// the sum is Inf. To mend those takes P and dS back from the other lanes, in twice the code of the loop.
 //
 // The gradient of a mask is the first pass without the product: dS is summed over what the mask is broadcast along.
 #pragma once
@@ -43,7 +47,7 @@ struct GradShape {
 // `scale` of the product.
 template <class T, int kN, int kBlocks, class Tile>
 FASTDL_DEVICE void add_product(float (&sums)[kBlocks][4], const Fragment<kPartsOf<T>> (&a)[kN], const Tile& b,
-                               int width, int begin, float scale) {
+                               int width, int begin, float scale, int wanted) {
 #pragma unroll
   for (int d = 0; d < 8 * kBlocks; d += 16) {
     if (begin + d >= width) break;
@@ -53,7 +57,7 @@ FASTDL_DEVICE void add_product(float (&sums)[kBlocks][4], const Fragment<kPartsO
     for (int j = 0; j < kN; ++j) {
       Fragment<kPartsOf<T>> y;
       load_b_transposed(&y, b, hide + 16 * j, begin + d);
-      multiply_add<T>(x[0], x[1], a[j], y);
+      multiply_add<T>(x[0], x[1], a[j], y, wanted);
     }
 #pragma unroll
     for (int r = 0; r < 8; ++r) {
@@ -194,7 +198,7 @@ attention_grad_kernel(FASTDL_PARAM CudaAttentionGradArgs args) {
           }
         };
 
-        block_sync(kAttentionThreads);  // of another tile of rows nobody reads any more
+        // Of another tile of rows nobody reads any more: its last step ended with a barrier.
         QuerySide own[2] = {};
         if constexpr (kKeys) {
           load_tile<kRows>(a1, rows_from(k_base, p.k_step.row, row0, rows), p.D, p.k_step.col, p.vector_k);
@@ -221,8 +225,12 @@ attention_grad_kernel(FASTDL_PARAM CudaAttentionGradArgs args) {
             const int q_head = kKeys ? head * group + step / per_head : head;
             const Stream b1 = stream(stage, 0), b2 = stream(stage, 1);
             float s[1][2 * kN][4], ds[1][2 * kN][4];
-            score_product<T>(s, a1, m0, b1, 0, p.D);
-            score_product<T>(ds, a2, m0, b2, 0, p.Dv);
+            score_product<T>(s, a1, m0, b1, 0, p.D, p.parts);
+            score_product<T>(ds, a2, m0, b2, 0, p.Dv, p.parts);
+            if constexpr (sizeof(T) == 4) {
+              repair_scores(s, a1, m0, b1, 0, p.D);
+              repair_scores(ds, a2, m0, b2, 0, p.Dv);
+            }
 
             const bool edge = kKeys ? is_edge(p, span, col0, col0 + kCols - 1, row0, row0 + kRows)
                                     : is_edge(p, span, row0, row0 + kRows - 1, col0, col0 + kCols);
@@ -279,27 +287,26 @@ attention_grad_kernel(FASTDL_PARAM CudaAttentionGradArgs args) {
               Fragment<parts> f[kN];
               fragments_of<T, kN>(f, ds[0]);
               const float back = bits_float((254u << 23) - float_bits(lift));  // 2^-k of 2^k
-              add_product<T>(first, f, b1, p.D, columns, back);
+              add_product<T>(first, f, b1, p.D, columns, back, p.parts);
             }
             if constexpr (kKeys) {
               Fragment<parts> f[kN];
               fragments_of<T, kN>(f, s[0]);
-              add_product<T>(second, f, b2, p.Dv, columns, 1);
+              add_product<T>(second, f, b2, p.Dv, columns, 1, p.parts);
             }
-            block_sync(kAttentionThreads);
+            block_sync(kAttentionThreads);  // of this stage nobody reads any more
           }
           if (step + args.stages < steps) issue(step + args.stages);
           copy_commit();
         }
-        copy_wait<0>();
+        // Nothing is in flight: the groups after that of the last step are empty.
       }
 
   if (of_mask) {
     if constexpr (!kKeys) {
       // dS [64, kCols] of this block's elements, summed over what is broadcast along rows or columns.
       float* const out = args.dmask + batch_begin * args.dmask_step.batch + head_begin * args.dmask_step.head;
-      float* const memory = shared_memory<float>();
-      block_sync(kAttentionThreads);
+      float* const memory = shared_memory<float>();  // which nobody reads any more
 #pragma unroll
       for (int n = 0; n < 2 * kN; ++n)
 #pragma unroll

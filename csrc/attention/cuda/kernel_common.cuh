@@ -164,16 +164,24 @@ FASTDL_DEVICE float exact_product(const TileA& a, int m, const TileB& b, int n, 
   return sum;
 }
 
-// multiply(), of which float32's six products are added by an ordinary addition: a long chain of sums that are
-// truncated costs several units in the last place (D = 200: 6 of lse instead of 1), four additions beside twelve mma
-// nothing.
+// multiply(), of float32 the products of its first `wanted` parts: 6, 3 or 1 of them, small ones first. They are added
+// by an ordinary addition: a long chain of sums that are truncated costs several units in the last place (D = 200: 6 of
+// lse instead of 1), four additions beside twelve mma nothing. `wanted` is a value, for one kernel serves all
+// precisions: the parts themselves are made in any case.
 template <class T, int parts>
-FASTDL_DEVICE void multiply_add(float (&d0)[4], float (&d1)[4], const Fragment<parts>& a, const Fragment<parts>& b) {
+FASTDL_DEVICE void multiply_add(float (&d0)[4], float (&d1)[4], const Fragment<parts>& a, const Fragment<parts>& b,
+                                [[maybe_unused]] int wanted) {
   if constexpr (parts == 1) {
     multiply<T>(d0, d1, a, b);
   } else {
     float x0[4] = {}, x1[4] = {};
-    multiply<T>(x0, x1, a, b);
+    const auto product = [&](int i, int j) {
+      mma_16x8x16<bf16>(x0, a.x[i], {b.x[j][0], b.x[j][1]});
+      mma_16x8x16<bf16>(x1, a.x[i], {b.x[j][2], b.x[j][3]});
+    };
+    if (wanted > 2) product(0, 2), product(1, 1), product(2, 0);
+    if (wanted > 1) product(0, 1), product(1, 0);
+    product(0, 0);
 #pragma unroll
     for (int r = 0; r < 4; ++r) d0[r] += x0[r], d1[r] += x1[r];
   }
@@ -181,7 +189,8 @@ FASTDL_DEVICE void multiply_add(float (&d0)[4], float (&d1)[4], const Fragment<p
 
 // S [16 kM, 8 kBlocks] = rows m.. of a times rows n.. of b, over `depth`.
 template <class T, int kM, int kBlocks, class TileA, class TileB>
-FASTDL_DEVICE void score_product(float (&s)[kM][kBlocks][4], const TileA& a, int m, const TileB& b, int n, int depth) {
+FASTDL_DEVICE void score_product(float (&s)[kM][kBlocks][4], const TileA& a, int m, const TileB& b, int n, int depth,
+                                 int wanted) {
   constexpr int parts = kPartsOf<T>, kN = kBlocks / 2;
   [[maybe_unused]] constexpr int kSteps = parts == 1 ? 2 : 1;  // g++ does not read the pragma
 #pragma unroll
@@ -200,8 +209,29 @@ FASTDL_DEVICE void score_product(float (&s)[kM][kBlocks][4], const TileA& a, int
       Fragment<parts> y;
       load_b(&y, b, k, n + 16 * j);
 #pragma unroll
-      for (int i = 0; i < kM; ++i) multiply_add<T>(s[i][2 * j], s[i][2 * j + 1], x[i], y);
+      for (int i = 0; i < kM; ++i) multiply_add<T>(s[i][2 * j], s[i][2 * j + 1], x[i], y, wanted);
     }
+  }
+}
+
+// Products of parts give NaN where an operand is Inf: those scores of float32 are computed again by ordinary
+// multiplications, one of a lane's registers at a time, for code that hardly ever runs is to be of few instructions.
+template <int kBlocks, class TileA, class TileB>
+FASTDL_DEVICE void repair_scores(float (&s)[1][kBlocks][4], const TileA& a, int m, const TileB& b, int n, int depth) {
+  float all = 0;
+#pragma unroll
+  for (int e = 0; e < 4 * kBlocks; ++e) all += s[0][e / 4][e % 4] - s[0][e / 4][e % 4];
+  if (!ballot(all != 0)) return;  // Inf less itself is NaN, and so not 0
+#pragma unroll 1
+  for (int at = 0; at < 4 * kBlocks; ++at) {
+    float x = 0;
+#pragma unroll
+    for (int e = 0; e < 4 * kBlocks; ++e)
+      if (e == at) x = s[0][e / 4][e % 4];
+    if (!(x == x)) x = exact_product(a, m + sum_row(at % 4), b, n + at / 4 * 8 + sum_col(at % 4), depth);
+#pragma unroll
+    for (int e = 0; e < 4 * kBlocks; ++e)
+      if (e == at) s[0][e / 4][e % 4] = x;
   }
 }
 

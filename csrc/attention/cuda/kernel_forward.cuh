@@ -22,41 +22,14 @@ struct ForwardShape {
   static_assert(Q::bytes + 2 * K::bytes <= attention_forward_bytes(kRows, kKeys, kDepth, sizeof(T)));
 };
 
-// Products of parts give NaN where an operand is Inf: those scores, and those sums over V, are computed again by
-// ordinary multiplications. They go by way of shared memory, `memory` [16][keys] of the warp, for code of few
-// instructions.
-template <int kBlocks, class TileA, class TileB>
-FASTDL_DEVICE void repair_scores(float (&s)[1][kBlocks][4], float* memory, const TileA& a, int m, const TileB& b, int n,
-                                 int depth) {
-  float all = 0;
-#pragma unroll
-  for (int j = 0; j < kBlocks; ++j)
-#pragma unroll
-    for (int r = 0; r < 4; ++r) all += s[0][j][r] - s[0][j][r];
-  if (!ballot(all != 0)) return;  // Inf less itself is NaN, and so not 0
-  warp_sync();
-#pragma unroll
-  for (int j = 0; j < kBlocks; ++j)
-#pragma unroll
-    for (int r = 0; r < 4; ++r) memory[sum_row(r) * 8 * kBlocks + 8 * j + sum_col(r)] = s[0][j][r];
-  warp_sync();
-#pragma unroll 1
-  for (int e = lane(); e < 16 * 8 * kBlocks; e += kWarp)
-    if (!(memory[e] == memory[e])) memory[e] = exact_product(a, m + e / (8 * kBlocks), b, n + e % (8 * kBlocks), depth);
-  warp_sync();
-#pragma unroll
-  for (int j = 0; j < kBlocks; ++j)
-#pragma unroll
-    for (int r = 0; r < 4; ++r) s[0][j][r] = memory[sum_row(r) * 8 * kBlocks + 8 * j + sum_col(r)];
-}
-
-// x[16,16] = P V, P [16][keys] in memory.
+// x[16,16] = P V where an operand is Inf, as repair_scores; P [16][keys] in memory, for lanes need each other's.
 template <class Tile>
 FASTDL_DEVICE void repair_values(float (&x)[2][4], const float* memory, int keys, const Tile& v, int key, int col) {
   float all = 0;
 #pragma unroll
   for (int r = 0; r < 8; ++r) all += x[r / 4][r % 4] - x[r / 4][r % 4];
   if (!ballot(all != 0)) return;
+  warp_sync();  // P of the other lanes: a vote orders no memory
 #pragma unroll
   for (int r = 0; r < 8; ++r) x[r / 4][r % 4] = 0;
 #pragma unroll 1
@@ -156,8 +129,8 @@ attention_forward_kernel(FASTDL_PARAM CudaAttentionArgs args) {
     load_keys(v, v_base + columns * p.v_step.col, p.v_step, key, width, p.vector_v);
     copy_commit();
     float s[kM][2 * kN][4];
-    score_product<T>(s, q, m0, k, n0, p.D);
-    if constexpr (sizeof(T) == 4) repair_scores(s, memory, q, m0, k, n0, p.D);
+    score_product<T>(s, q, m0, k, n0, p.D, p.parts);
+    if constexpr (sizeof(T) == 4) repair_scores(s, q, m0, k, n0, p.D);
     copy_wait<0>();
     block_sync(kAttentionThreads);  // V is here, K is free
     if (step + 1 < to) load_keys(k, k_base, p.k_step, key + kKeys, p.D, p.vector_k);
@@ -211,13 +184,11 @@ attention_forward_kernel(FASTDL_PARAM CudaAttentionArgs args) {
         sum[m][h] = fma_rn(sum[m][h], rescale[m][h], total);
       }
 
-    if constexpr (sizeof(T) == 4) {
-      warp_sync();
+    if constexpr (sizeof(T) == 4) {  // the P before was read before the first barrier of this step
 #pragma unroll
       for (int n = 0; n < 2 * kN; ++n)
 #pragma unroll
         for (int r = 0; r < 4; ++r) memory[sum_row(r) * kWarpKeys + 8 * n + sum_col(r)] = s[0][n][r];
-      warp_sync();
     }
     Fragment<parts> pf[kM][kN];
 #pragma unroll
@@ -232,7 +203,7 @@ attention_forward_kernel(FASTDL_PARAM CudaAttentionArgs args) {
         Fragment<parts> y;
         load_b_transposed(&y, v, at + 16 * j, d);
 #pragma unroll
-        for (int m = 0; m < kM; ++m) multiply_add<T>(x[m][0], x[m][1], pf[m][j], y);
+        for (int m = 0; m < kM; ++m) multiply_add<T>(x[m][0], x[m][1], pf[m][j], y, p.parts);
       }
 #pragma unroll
       for (int m = 0; m < kM; ++m) {
@@ -245,7 +216,7 @@ attention_forward_kernel(FASTDL_PARAM CudaAttentionArgs args) {
       }
     }
   }
-  copy_wait<0>();
+  // Nothing is in flight: the last step waited for V, and no K came after it.
 
   const i64 rows = static_cast<i64>(p.B) * p.H * p.Lq;
 #pragma unroll

@@ -18,6 +18,7 @@ struct CudaAttentionProblem {
   bool align_end, plain;
   bool vector_q, vector_k, vector_v, vector_dout;  // 16-byte copies may read it
   int mask_item;  // bytes of an element: 0 none, 1 boolean, 4 float32, 2 as the operands
+  int parts;      // bf16 parts of float32 that are multiplied: 3, with tf32 2, with bf16 1
   float scale, softcap, inverse_softcap;
   float factor;       // from the unit that scores are compared in to the exponent of 2
   float keep_factor;  // 1 / (1 - p)
@@ -80,7 +81,7 @@ constexpr int attention_stream_rows(int item, int depth) { return item == 4 && d
 constexpr int attention_sum_columns(int depth, int item) {
   return depth < 128 ? depth : item == 4 ? 64 : 128;  // float32 has parts in registers besides
 }
-// Of O, in the forward pass.
+// Of O, in the forward pass; decode likewise: 128 columns of float32 take all 255 registers, 256 spill.
 constexpr int attention_out_columns(int depth, int item) {
   return item == 4 ? attention_sum_columns(depth, item) : depth;
 }

@@ -4,6 +4,7 @@
 
 #include "attention/schedule.h"
 #include "base/check.h"
+#include "gemm/gemm.h"
 
 namespace fastdl {
 
@@ -108,24 +109,41 @@ void check_blocks(i64 blocks) {
 }
 
 // The row of that kind for this dtype with the least depth that does.
-const CudaAttentionKernel& row_for(const AttentionDesc& d, CudaAttentionKind kind) {
+const CudaAttentionKernel& row_for(DType dtype, i64 D, i64 Dv, CudaAttentionKind kind) {
   const CudaAttentionKernel* best = nullptr;
   for (const CudaAttentionKernel& k : cuda_attention_kernels())
-    if (k.kind == kind && k.dtype == d.dtype && k.depth >= std::max(d.D, d.Dv) && (!best || k.depth < best->depth))
-      best = &k;
-  if (!best) fail(kOp, ": no kernel for head dimensions ", d.D, " and ", d.Dv);
+    if (k.kind == kind && k.dtype == dtype && k.depth >= std::max(D, Dv) && (!best || k.depth < best->depth)) best = &k;
+  if (!best) fail(kOp, ": no kernel for head dimensions ", D, " and ", Dv);
   return *best;
+}
+const CudaAttentionKernel& row_for(const AttentionDesc& d, CudaAttentionKind kind) {
+  return row_for(d.dtype, d.D, d.Dv, kind);
+}
+
+std::string too_large(const CudaAttentionKernel& k, const Gpu& gpu) {
+  if (k.shared_bytes <= gpu.shared_bytes) return "";
+  return concat("kernel ", k.name, " needs ", k.shared_bytes, " bytes of shared memory, a block has ",
+                gpu.shared_bytes);
+}
+
+// Throws Error where the kernel does not run on this GPU.
+void check_fits(const CudaAttentionKernel& k, const Gpu& gpu) {
+  const std::string why = too_large(k, gpu);
+  if (!why.empty()) fail(kOp, ": ", why);
 }
 
 // A second stage where two blocks of a multiprocessor have room for it, or where there is no room for two anyway.
 int stages_of(const CudaAttentionKernel& k, const Gpu& gpu) {
   const int two = k.shared_bytes + k.stage_bytes;
-  if (k.shared_bytes > gpu.shared_bytes)
-    fail(kOp, ": kernel ", k.name, " needs ", k.shared_bytes, " bytes of shared memory, a block has ",
-         gpu.shared_bytes);
+  check_fits(k, gpu);
   if (two > gpu.shared_bytes) return 1;
   const auto blocks = [&](int bytes) { return gpu.shared_bytes_sm / (bytes + 1024); };
   return blocks(two) >= 2 || blocks(k.shared_bytes) < 2 ? 2 : 1;
+}
+
+// Where products are of fewer parts than all.
+std::string precision_of(const AttentionDesc& d) {
+  return d.dtype == DType::f32 && d.precision != Precision::ieee ? concat(" ", precision_name(d.precision)) : "";
 }
 
 }  // namespace
@@ -136,16 +154,16 @@ CudaAttentionPlan cuda_attention_plan(const AttentionDesc& d, const Gpu& gpu, co
   constexpr i64 kMaxChunks = 64;
   check_sizes(d);
   const i64 group = d.Hkv ? d.H / d.Hkv : 1;
-  const bool few = !packed(d) && d.Lq * group <= kFewRows && std::max(d.D, d.Dv) <= 128;
+  // Of packed sequences the GPU alone knows the lengths: one query each, on average, is taken for decoding.
+  const i64 queries = packed(d) && d.Lq <= d.sequences ? 1 : d.Lq, keys = packed(d) ? d.Lk / d.sequences : d.Lk;
+  const bool few = queries * group <= kFewRows && (!packed(d) || queries <= 1);
   CudaAttentionPlan plan = {};
   plan.kernel = forced ? forced : &row_for(d, few ? CudaAttentionKind::kDecode : CudaAttentionKind::kTile);
   const CudaAttentionKernel& k = *plan.kernel;
   plan.why = forced ? "forced" : few ? "few query rows: keys over warps and blocks" : "tiles of query rows";
   if (!k.forward || k.dtype != d.dtype || k.depth < std::max(d.D, d.Dv))
     fail(kOp, ": argument 'kernel': ", k.name, " does not take this call");
-  if (k.shared_bytes > gpu.shared_bytes)
-    fail(kOp, ": kernel ", k.name, " needs ", k.shared_bytes, " bytes of shared memory, a block has ",
-         gpu.shared_bytes);
+  check_fits(k, gpu);
   plan.pack =
       k.kind == CudaAttentionKind::kDecode && d.Lq * group < kLongest ? static_cast<int>(std::max<i64>(1, group)) : 1;
   const i64 tiles = packed(d) ? d.Lq * plan.pack / k.rows + d.sequences : ceil_div(d.Lq * plan.pack, k.rows);
@@ -155,7 +173,7 @@ CudaAttentionPlan cuda_attention_plan(const AttentionDesc& d, const Gpu& gpu, co
   i64 chunks = 1;
   if (blocks > 0 && blocks < gpu.multiprocessors)  // else the GPU is full without
     chunks = std::clamp<i64>(gpu.multiprocessors * per_sm / blocks, 1,
-                             std::clamp<i64>(d.Lk / (kTilesOfChunk * k.cols), 1, kMaxChunks));
+                             std::clamp<i64>(keys / (kTilesOfChunk * k.cols), 1, kMaxChunks));
   plan.chunks = static_cast<int>(chunks);
   plan.slots = plan.chunks * k.split;
   plan.columns = static_cast<int>(ceil_div(d.Dv, attention_out_columns(k.depth, kItemSize[static_cast<int>(d.dtype)])));
@@ -174,19 +192,30 @@ CudaAttentionBackwardPlan cuda_attention_backward_plan(const AttentionDesc& d, c
   plan.key_stages = stages_of(*plan.key, gpu);
   for (const auto& [length, heads] : {std::pair{d.Lq, d.H}, std::pair{d.Lk, d.Hkv}})
     check_blocks(tiles_of(d, length, kGradRows) * heads * d.B * 4);
+  check_blocks(ceil_div(d.B * d.H * d.Lq, 4));  // of delta
   plan.workspace_bytes = d.B * d.H * d.Lq * 4;
   return plan;
 }
 
+std::string cuda_attention_refusal(DType dtype, i64 D, i64 Dv, const Gpu& gpu) {
+  for (CudaAttentionKind kind : {CudaAttentionKind::kTile, CudaAttentionKind::kDecode, CudaAttentionKind::kQueryGrad,
+                                 CudaAttentionKind::kKeyGrad}) {
+    const std::string why = too_large(row_for(dtype, D, Dv, kind), gpu);
+    if (!why.empty()) return why;
+  }
+  return "";
+}
+
 std::string describe(const AttentionDesc& d, const CudaAttentionPlan& p) {
   return concat("attention B=", d.B, " H=", d.H, " Hkv=", d.Hkv, " Lq=", d.Lq, " Lk=", d.Lk, " D=", d.D, " Dv=", d.Dv,
-                " -> ", p.kernel->name, ", ", p.tiles, " tiles, ", p.chunks, " chunks of keys, ", p.blocks,
-                " blocks, workspace ", p.workspace_bytes, " bytes: ", p.why);
+                precision_of(d), " -> ", p.kernel->name, ", ", p.tiles, " tiles, ", p.chunks, " chunks of keys, ",
+                p.blocks, " blocks, workspace ", p.workspace_bytes, " bytes: ", p.why);
 }
 
 std::string describe(const AttentionDesc& d, const CudaAttentionBackwardPlan& p) {
   return concat("attention_backward B=", d.B, " H=", d.H, " Hkv=", d.Hkv, " Lq=", d.Lq, " Lk=", d.Lk, " D=", d.D,
-                " Dv=", d.Dv, " -> ", p.query->name, ", ", p.key->name, ", workspace ", p.workspace_bytes, " bytes");
+                " Dv=", d.Dv, precision_of(d), " -> ", p.query->name, ", ", p.key->name, ", workspace ",
+                p.workspace_bytes, " bytes");
 }
 
 }  // namespace fastdl

@@ -55,6 +55,9 @@ const CudaAttentionKernel& cuda_attention_kernel(const std::string& name, const 
 // forced: a forward row, or null. Throws Error where it does not take the problem, or nothing does.
 CudaAttentionPlan cuda_attention_plan(const AttentionDesc& desc, const Gpu& gpu, const CudaAttentionKernel* forced);
 CudaAttentionBackwardPlan cuda_attention_backward_plan(const AttentionDesc& desc, const Gpu& gpu);
+// Why kernels for these head dimensions do not run on a GPU, or "": float32's tiles at 256 are 136 KiB and more, of
+// which GPUs of sm_86, 89 and 120 have 99.
+std::string cuda_attention_refusal(DType dtype, i64 D, i64 Dv, const Gpu& gpu);
 std::string describe(const AttentionDesc& desc, const CudaAttentionPlan& plan);
 std::string describe(const AttentionDesc& desc, const CudaAttentionBackwardPlan& plan);
 

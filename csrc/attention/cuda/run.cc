@@ -40,6 +40,7 @@ CudaAttentionProblem problem_of(const AttentionDesc& d, const AttentionArgs& arg
                 : d.mask == MaskKind::boolean ? 1
                 : d.mask == MaskKind::f32     ? 4
                                               : kItemSize[static_cast<int>(d.dtype)];
+  p.parts = d.precision == Precision::tf32 ? 2 : d.precision == Precision::bf16 ? 1 : 3;
   const AttentionStrides& m = d.mask_step;
   p.mask_step = {m.batch * p.mask_item, m.head * p.mask_item, m.row * p.mask_item, m.col * p.mask_item};
   p.vector_q = is_vector(p.q, d.q, d.dtype), p.vector_k = is_vector(p.k, d.k, d.dtype);
@@ -64,7 +65,7 @@ void cuda_attention_run(const AttentionDesc& d, const CudaAttentionPlan& plan, c
   a.tiles = plan.tiles, a.chunks = plan.chunks, a.slots = plan.slots, a.pack = plan.pack;
   a.columns = plan.columns;
   plan.kernel->forward(a, static_cast<int>(plan.blocks), plan.kernel->shared_bytes, stream);
-  if (plan.slots == 1) return;
+  if (plan.slots == 1 || blocks_of_rows(d) == 0) return;  // packed sequences have blocks without rows, too
   const auto combine = d.dtype == DType::bf16  ? attention_combine_bf16
                        : d.dtype == DType::f16 ? attention_combine_f16
                                                : attention_combine_f32;

@@ -52,14 +52,15 @@ def scaled_dot_product_attention(
     dimensions broadcast, any strides, nothing is copied. The result lies in memory as query does, so that what was
     transposed to get here turns back without a copy. float32, bfloat16 and float16 on the CPU run fastdl's kernels,
     with head dimensions 1 to 256; float64 runs a reference; every other call is handed to torch and recorded with the
-    reason. `torch.backends.mkldnn.matmul.fp32_precision` says how exact products of float32 must be, forward and
-    backward. torch.autocast casts as in torch.
+    reason. `torch.backends.mkldnn.matmul.fp32_precision` (CUDA: `torch.backends.cuda.matmul.fp32_precision`) says how
+    exact products of float32 must be, forward and backward. torch.autocast casts as in torch.
 
     Args:
         attn_mask: broadcasts to [..., H, Lq, Lk] without being materialised. bool: True takes part; float32 or
             query's dtype: added to the scores, and differentiable.
         dropout_p: applied whenever it is above 0, as in torch. Drawn from torch's default CPU generator, so
-            torch.manual_seed reproduces it; the backward pass drops the same elements.
+            torch.manual_seed reproduces it; the backward pass drops the same elements. On CUDA too: the seed is drawn
+            when the call is made, so a captured CUDA graph drops the same elements on every replay.
         is_causal: query i sees keys 0 to i, counted from the top left corner also where Lq != Lk.
         scale: of the scores; None: 1 / sqrt(E).
         enable_gqa: key and value may have fewer heads than query, a divisor of them each.
@@ -465,7 +466,7 @@ _ATTENTION = Operation(
     unsupported=_unsupported,
     plan=_plan,
     autocast=True,
-    unsupported_on_cuda=lambda *args: None,
+    unsupported_on_cuda=lambda query, key, value, *_: cuda_attention.unsupported(query, value),
 )
 _VARLEN = Operation(
     name=shapes.VARLEN,
@@ -476,5 +477,5 @@ _VARLEN = Operation(
     unsupported=_varlen_unsupported,
     plan=_varlen_plan,
     autocast=True,
-    unsupported_on_cuda=lambda *args: None,
+    unsupported_on_cuda=lambda query, key, value, *_: cuda_attention.unsupported(query, value),
 )

@@ -2,7 +2,7 @@
 
 The CUDA implementations of torch.ops.fastdl.attention*, with the signatures of `attention_native`. float64 runs the
 reference. Offsets of packed sequences that lie on a GPU are not checked, for reading them would wait for it: wrong ones
-give wrong rows, and touch nothing outside the tensors.
+give wrong rows, and touch nothing outside the tensors. float32 follows torch.backends.cuda.matmul.fp32_precision.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdl.ops import attention_native, cuda
+from fastdl.ops import attention_native, calls, cuda
 from fastdl.ops import attention_shapes as shapes
 from fastdl.ops.attention_native import empty_like, expanded
 from fastdl.ops.attention_reference import Options
@@ -88,6 +88,19 @@ def plan(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *option
     return cuda.require(_OP, query).attention_plan(query, key, value, mask, **values)["kernel"]
 
 
+def unsupported(query: Tensor, value: Tensor) -> str | None:
+    """Why this GPU's kernels do not take these head dimensions, or None."""
+    if query.dtype is not torch.float32:
+        return None
+    return _refusal(int(query.shape[-1]), int(value.shape[-1]), query.device) or None
+
+
+@calls.run_while_tracing
+def _refusal(D: int, Dv: int, device: torch.device) -> str:
+    module = cuda.load("_twin" if device.type == "cpu" else "_cuda")[0]
+    return module.attention_refusal(D=D, Dv=Dv, device=device.index or 0)
+
+
 def _options(
     query: Tensor,
     key: Tensor,
@@ -110,6 +123,7 @@ def _options(
         "seed": 0 if seed is None else int(seed),
         "cu_seqlens_q": _on_device(cu_q, query),
         "cu_seqlens_k": _on_device(cu_k, query),
+        "precision": cuda.precision("matmul"),
     }
 
 
