@@ -77,30 +77,26 @@ FASTDL_DEVICE void multiply(const u32* w, const std::uint16_t* x, i64 plane, int
             b[a][p][n] = load_l2(
                 static_cast<const void*>(from + p * plane + n * 8 * static_cast<i64>(row) + (first + a) * kRnnBlockK));
     float part[tiles][kRnnColumnTiles][4] = {};
+    // All small products first: each instruction truncates, and twice a block is enough at the size of the sum.
 #pragma unroll
-    for (int a = 0; a < kAhead; ++a) {
-      if (first + a >= end) break;
-      const u32* const block = w + static_cast<i64>(first + a) * rnn_block_words(2 * tiles, parts) + lane() * 4;
+    for (int low = parts - 1; low >= 0; --low)
 #pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        Pack<u32, 4> f[parts][tiles];
+      for (int a = 0; a < kAhead; ++a) {
+        if (first + a >= end) break;
+        const u32* const block = w + static_cast<i64>(first + a) * rnn_block_words(2 * tiles, parts) + lane() * 4;
 #pragma unroll
-        for (int p = 0; p < parts; ++p)
-#pragma unroll
-          for (int m = 0; m < tiles; ++m)
-            f[p][m] = *reinterpret_cast<const Pack<u32, 4>*>(block + ((p * tiles + m) * 2 + j) * 128);
-#pragma unroll
-        for (int low = parts - 1; low >= 0; --low)  // small products first
+        for (int j = 0; j < 2; ++j)
 #pragma unroll
           for (int p = 0; p <= low; ++p)
 #pragma unroll
-            for (int m = 0; m < tiles; ++m)
+            for (int m = 0; m < tiles; ++m) {
+              const auto f = *reinterpret_cast<const Pack<u32, 4>*>(block + ((p * tiles + m) * 2 + j) * 128);
 #pragma unroll
               for (int n = 0; n < kRnnColumnTiles; ++n)
                 if (n < column_tiles)
-                  mma_16x8x16<E>(part[m][n], f[p][m].x, {b[a][low - p][n].x[2 * j], b[a][low - p][n].x[2 * j + 1]});
+                  mma_16x8x16<E>(part[m][n], f.x, {b[a][low - p][n].x[2 * j], b[a][low - p][n].x[2 * j + 1]});
+            }
       }
-    }
 #pragma unroll
     for (int m = 0; m < tiles; ++m)
 #pragma unroll
