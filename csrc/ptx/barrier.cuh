@@ -9,9 +9,9 @@ namespace fastdl {
 FASTDL_DEVICE void barrier_sync(int id, int threads) { twin::barrier(id, threads); }
 FASTDL_DEVICE void warp_sync() { twin::warp_collective("bar.warp.sync", nullptr, nullptr, nullptr); }
 FASTDL_DEVICE void fence_grid() {}
-FASTDL_DEVICE u32 load_acquire(const u32* p) { return *p; }
-FASTDL_DEVICE void store_release(u32* p, u32 value) { *p = value; }
-FASTDL_DEVICE u32 add_release(u32* p, u32 value) { return (*p += value) - value; }
+FASTDL_DEVICE u32 load_acquire(const u32* p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
+FASTDL_DEVICE void store_release(u32* p, u32 value) { __atomic_store_n(p, value, __ATOMIC_RELEASE); }
+FASTDL_DEVICE u32 add_release(u32* p, u32 value) { return __atomic_fetch_add(p, value, __ATOMIC_ACQ_REL); }
 FASTDL_DEVICE void spin_pause() { twin::spin(); }
 
 #else
