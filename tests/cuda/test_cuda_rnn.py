@@ -13,6 +13,7 @@ from rnn_reference import MODES
 # Measured: what can be derived, for one step, is in test_cuda_rnn_bounds.py.
 TOLERANCE = {torch.float32: 4e-6, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 TF32 = 2e-4
+EACH_FAMILY = ("lstm_f32_8x32", "lstm_bf16", "gru_f16", "gru_tf32", "rnn_f32_fma")  # both schedules of each
 
 pytestmark = pytest.mark.skipif(not ROWS, reason="neither the host twin nor the CUDA kernels are built")
 
@@ -77,12 +78,12 @@ def test_blocks_with_several_groups_and_tiles(row, mode, gpu):
 
 @some_cases
 def test_k_over_all_warps(row, mode, gpu):
-    """More blocks of K than warps: sums of several blocks, and a warp with fewer."""
+    """More blocks of K than warps, 11: sums of several blocks, a warp with one of them, and warps with none."""
     options = {"dtype": DTYPES[row["dtype"]], "gpu": gpu, "kernel": row["name"]}
     if row["kind"] == "lstm":  # a projection widens K alone
-        check(GpuProblem(mode, 1, 2, 3, 9 * 32 + 3, **options))
+        check(GpuProblem(mode, 1, 2, 3, 10 * 32 + 3, **options))
     else:
-        check(GpuProblem(mode, 1, 2, 9 * 32 + 3, **options))
+        check(GpuProblem(mode, 1, 2, 10 * 32 + 3, **options))
 
 
 @some_cases
@@ -91,6 +92,16 @@ def test_packed(row, mode, reverse, gpu):
     options = {"reverse": reverse, "dtype": DTYPES[row["dtype"]], "gpu": gpu, "kernel": row["name"]}
     check(GpuProblem(mode, 6, 11, row["units"] + 3, batch_sizes=[11, 11, 9, 3, 3, 1], **options))
     check(GpuProblem(mode, 4, 3, 5, **options))
+
+
+@pytest.mark.sanitized
+@pytest.mark.parametrize("row", [r for r in ROWS if r["name"].startswith(EACH_FAMILY)], ids=lambda row: row["name"])
+def test_small_sequences(row, gpu):
+    """Every family of kernels once."""
+    mode, options = MODES_OF[row["kind"]][0], {"dtype": DTYPES[row["dtype"]], "gpu": gpu, "kernel": row["name"]}
+    check(GpuProblem(mode, 2, 9, row["units"] + 1, batch_sizes=[9, 2], **options))
+    if mode == "lstm":
+        check(GpuProblem(mode, 2, 2, 9, 3, **options))
 
 
 @every_row
@@ -241,6 +252,26 @@ def test_many_sizes_take_several_launches(gpu):
     if gpu.is_twin:
         gpu.module.set_seed(1000)
     check(problem)
+
+
+def test_a_graph_replays_sequences(gpu):
+    """Both schedules are captured: a launch whose blocks meet, its counter set to zero on every replay."""
+    if gpu.is_twin:
+        pytest.skip("graphs are a GPU's")
+    module, where = gpu.module, {"device": gpu.device}
+    x, w, y = torch.randn(5, 3, 160, **where), torch.randn(160, 40, **where) / 8, torch.empty(5, 3, 40, **where)
+    for kernel in ("lstm_f32_8x32_resident_sm80", "lstm_f32_8x32_steps_sm80"):
+        bytes = module.rnn_plan(5, 3, 40, mode="lstm", kernel=kernel)["workspace_bytes"]
+        workspace, graph = torch.empty(bytes, dtype=torch.uint8, **where), torch.cuda.CUDAGraph()
+        given = (y, None, None, None, x, None, None, w, None, None, workspace)
+        module.rnn(*given, mode="lstm", kernel=kernel)
+        expected = y.clone()
+        with torch.cuda.graph(graph):
+            module.rnn(*given, mode="lstm", kernel=kernel)
+        for _ in range(3):
+            y.fill_(math.nan), workspace.fill_(0xFF)
+            graph.replay()
+            assert torch.equal(y, expected)
 
 
 def test_arguments_are_checked(gpu):

@@ -128,6 +128,7 @@ def test_inference_gives_the_bits_of_training(cls, gpu):
         assert torch.equal(ours(x)[0], trained)
 
 
+@pytest.mark.sanitized
 def test_states_before_packed_steps(gpu):
     sizes = list(range(70, 0, -3))
     rows, first, batch_sizes = sum(sizes), sizes[0], torch.tensor(sizes)
