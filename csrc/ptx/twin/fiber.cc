@@ -123,6 +123,7 @@ struct Scheduler {
   bool stop = false;
   long long spins = 0;  // since somebody last did something else
   void* thread_sanitizer = nullptr;
+  char finished;  // the address is ThreadSanitizer's
 #if defined(__SANITIZE_ADDRESS__)
   void* fake = nullptr;
   const void* bottom = nullptr;
@@ -148,7 +149,7 @@ void leave() {
 #endif
 #if defined(__SANITIZE_THREAD__)
   if (self->done || _setjmp(self->resume) == 0) {
-    __tsan_switch_to_fiber(g.thread_sanitizer, self->done ? 0 : __tsan_switch_to_fiber_no_sync);
+    __tsan_switch_to_fiber(g.thread_sanitizer, __tsan_switch_to_fiber_no_sync);
     _longjmp(g.home, 1);
   }
 #else
@@ -175,6 +176,7 @@ void enter() {
     g.stop = true;
   }
   g.running->done = true;
+  come(&g.finished);
   leave();
 }
 
@@ -185,7 +187,7 @@ void switch_to(Fiber* fiber) {
 #endif
   if (_setjmp(g.home) == 0) {
 #if defined(__SANITIZE_THREAD__)
-    __tsan_switch_to_fiber(fiber->thread_sanitizer, fiber->started ? __tsan_switch_to_fiber_no_sync : 0);
+    __tsan_switch_to_fiber(fiber->thread_sanitizer, __tsan_switch_to_fiber_no_sync);
 #endif
     if (fiber->started) _longjmp(fiber->resume, 1);
     fiber->started = true;
@@ -280,9 +282,13 @@ void run_blocks(const int (&grid)[3], const std::vector<int>& blocks, int thread
     while (!fiber->done && fiber->started) switch_to(fiber.get());
   g.stop = false;
   g.ready.clear();
-  for (const auto& fiber : fibers) g.stacks.push_back(fiber->stack);
 #if defined(__SANITIZE_THREAD__)
-  for (const auto& fiber : fibers) __tsan_destroy_fiber(fiber->thread_sanitizer);
+  for (const auto& fiber : fibers) {
+    __tsan_destroy_fiber(fiber->thread_sanitizer);
+    munmap(fiber->stack, kStackBytes);  // nothing orders the next block behind this one, who would write there
+  }
+#else
+  for (const auto& fiber : fibers) g.stacks.push_back(fiber->stack);
 #endif
   for (const auto& block : live) std::free(block->shared);
   if (g.error) std::rethrow_exception(std::exchange(g.error, nullptr));
@@ -325,6 +331,7 @@ void run(const int (&grid)[3], int threads, std::size_t shared_bytes, bool coope
   } else {
     for (int block : order) run_blocks(grid, {block}, threads, shared_bytes);
   }
+  go(&g.finished);
 }
 
 void barrier(int id, int threads) {
