@@ -71,15 +71,15 @@ class Problem:
         self.dc_n = draw(B, H) if self.mode == "lstm" else None
         self.sizes = None if self.batch_sizes is None else torch.tensor(self.batch_sizes, dtype=torch.int64)
 
-    def reference(self):
-        """Results and gradients in float64: y, h_n, c_n, then d of x, h0, c0, w, b (of the recurrent side), r."""
-        leaves = [t.double().requires_grad_() for t in (self.x, self.w)]
+    def reference(self, dtype=torch.float64):
+        """y, h_n, c_n, then d of x, h0, c0, w, b (of the recurrent side), r; not in float64: as torch computes them."""
+        leaves = [t.to(dtype).requires_grad_() for t in (self.x, self.w)]
         x, w = leaves
         h0 = torch.zeros(self.B, self.width) if self.h0 is None else self.h0
         c0 = torch.zeros(self.B, self.H) if self.c0 is None else self.c0
-        h0, c0 = h0.double().requires_grad_(), c0.double().requires_grad_()
-        b = None if self.b is None else self.b.double().requires_grad_()
-        r = None if self.r is None else self.r.double().requires_grad_()
+        h0, c0 = h0.to(dtype).requires_grad_(), c0.to(dtype).requires_grad_()
+        b = None if self.b is None else self.b.to(dtype).requires_grad_()
+        r = None if self.r is None else self.r.to(dtype).requires_grad_()
         sizes = self.batch_sizes or [self.B] * self.T
         starts = [sum(sizes[:t]) for t in range(len(sizes))]
         flat, out = x.reshape(self.rows, x.shape[-1]), [None] * len(sizes)
@@ -89,7 +89,7 @@ class Problem:
             hn, cn = cell(self.mode, flat[starts[t] : starts[t] + n], h[:n], c[:n], w, b, r)
             out[t] = hn
             h, c = torch.cat([hn, h[n:]]), torch.cat([cn, c[n:]])
-        y = torch.cat(out) if out else torch.zeros(0, self.width, dtype=torch.float64)
+        y = torch.cat(out) if out else torch.zeros(0, self.width, dtype=dtype)
         y = y.reshape(*self.lead, self.width)
         results = {"y": y, "h_n": h, "c_n": c}
         total = (h * self.dh_n).sum() + (y * self.dy).sum()

@@ -9,9 +9,9 @@ namespace fastdl {
 FASTDL_DEVICE void barrier_sync(int id, int threads) { twin::barrier(id, threads); }
 FASTDL_DEVICE void warp_sync() { twin::warp_collective("bar.warp.sync", nullptr, nullptr, nullptr); }
 FASTDL_DEVICE void fence_grid() {}
-FASTDL_DEVICE u32 load_acquire(const u32* p) { return *p; }
-FASTDL_DEVICE void store_release(u32* p, u32 value) { *p = value; }
-FASTDL_DEVICE u32 add_release(u32* p, u32 value) { return (*p += value) - value; }
+FASTDL_DEVICE u32 load_acquire(const u32* p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
+FASTDL_DEVICE void store_release(u32* p, u32 value) { __atomic_store_n(p, value, __ATOMIC_RELEASE); }
+FASTDL_DEVICE u32 add_release(u32* p, u32 value) { return __atomic_fetch_add(p, value, __ATOMIC_ACQ_REL); }
 FASTDL_DEVICE void spin_pause() { twin::spin(); }
 
 #else
@@ -43,12 +43,15 @@ FASTDL_DEVICE void spin_pause() { __nanosleep(20); }
 // All threads of the block, `threads` in number.
 FASTDL_DEVICE void block_sync(int threads) { barrier_sync(0, threads); }
 
-// All blocks of a cooperative launch; `count` starts at 0 and is the grid's own. `round` counts the calls, from 1.
+// All blocks of a cooperative launch; `count` starts at 0 and is the grid's own. `round` counts the calls, from 1. What
+// any thread wrote before it, all threads read behind it: the block's barrier orders the writes of its threads before
+// thread 0's addition, which releases them to the GPU (release and acquire are cumulative), and the other way round
+// behind the load that acquires.
 FASTDL_DEVICE void grid_sync(u32* count, u32 round, u32 blocks, int threads) {
   block_sync(threads);
   if (thread_x() == 0) {
     add_release(count, 1);
-    while (load_acquire(count) < round * blocks) spin_pause();
+    while (static_cast<std::int32_t>(load_acquire(count) - round * blocks) < 0) spin_pause();  // both wrap around
   }
   block_sync(threads);
 }

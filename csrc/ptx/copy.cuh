@@ -30,6 +30,7 @@ FASTDL_DEVICE void load_matrices(u32 (&r)[4], const void* row) {
   if (static_cast<const char*>(row) < shared ||
       static_cast<const char*>(row) + 16 > shared + twin::current().shared_bytes)
     twin::fail("ldmatrix: the row is not in shared memory");
+  twin::will_read(row, 16);
   twin::warp_collective(
       transposed ? "ldmatrix.trans" : "ldmatrix", row, r, [](const void* const* rows, void* const* out) {
         for (int m = 0; m < 4; ++m) {

@@ -19,8 +19,46 @@
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>
 #endif
+#if defined(__SANITIZE_THREAD__)
+#include <sanitizer/tsan_interface.h>
+extern "C" {
+void AnnotateIgnoreReadsBegin(const char*, int);
+void AnnotateIgnoreReadsEnd(const char*, int);
+void AnnotateIgnoreWritesBegin(const char*, int);
+void AnnotateIgnoreWritesEnd(const char*, int);
+void __tsan_read_range(void*, unsigned long);
+void __tsan_write_range(void*, unsigned long);
+}
+#endif
 
 namespace fastdl::twin {
+
+// ThreadSanitizer takes each fiber for a thread: what two of them touch, one writing, with no barrier and no release
+// and acquire between them, is a race, in whatever order the scheduler ran them. Warp instructions but bar.warp.sync
+// order nothing. The scheduler's own memory is none of its business.
+#if defined(__SANITIZE_THREAD__)
+namespace {
+struct Unseen {
+  Unseen() { AnnotateIgnoreReadsBegin("", 0), AnnotateIgnoreWritesBegin("", 0); }
+  ~Unseen() { AnnotateIgnoreWritesEnd("", 0), AnnotateIgnoreReadsEnd("", 0); }
+};
+void come(void* meeting) { __tsan_release(meeting); }
+void go(void* meeting) { __tsan_acquire(meeting); }
+}  // namespace
+void will_read(const void* p, std::size_t bytes) { __tsan_read_range(const_cast<void*>(p), bytes); }
+void will_write(void* p, std::size_t bytes) { __tsan_write_range(p, bytes); }
+#else
+namespace {
+struct Unseen {
+  ~Unseen() {}  // so that it counts as used
+};
+void come(void*) {}
+void go(void*) {}
+}  // namespace
+void will_read(const void*, std::size_t) {}
+void will_write(void*, std::size_t) {}
+#endif
+
 namespace {
 
 constexpr std::size_t kStackBytes = 128 << 10;
@@ -34,6 +72,8 @@ struct Copy {
 
 struct Barrier {
   int expected = 0;
+  char meeting[2];  // addresses for ThreadSanitizer, of every other round
+  int round = 0;
   std::vector<Fiber*> waiting;
 };
 
@@ -41,6 +81,8 @@ struct Warp {
   const char* name = nullptr;
   WarpBody body = nullptr;
   int arrived = 0;
+  char meeting[2];
+  int round = 0;
   const void* in[kWarp];
   void* out[kWarp];
   std::vector<Fiber*> waiting;
@@ -63,6 +105,7 @@ struct Fiber {
   jmp_buf resume;
   bool started = false, done = false, spinning = false;
   int group = 0;  // of copies, that is being filled
+  void* thread_sanitizer = nullptr;
   std::vector<Copy> copies;
   const char* waits_for = "";
 };
@@ -79,6 +122,8 @@ struct Scheduler {
   std::vector<char*> stacks;  // free ones
   bool stop = false;
   long long spins = 0;  // since somebody last did something else
+  void* thread_sanitizer = nullptr;
+  char finished;  // the address is ThreadSanitizer's
 #if defined(__SANITIZE_ADDRESS__)
   void* fake = nullptr;
   const void* bottom = nullptr;
@@ -102,7 +147,14 @@ void leave() {
   void* fake = nullptr;
   __sanitizer_start_switch_fiber(self->done ? nullptr : &fake, g.bottom, g.size);
 #endif
+#if defined(__SANITIZE_THREAD__)
+  if (self->done || _setjmp(self->resume) == 0) {
+    __tsan_switch_to_fiber(g.thread_sanitizer, __tsan_switch_to_fiber_no_sync);
+    _longjmp(g.home, 1);
+  }
+#else
   if (self->done || _setjmp(self->resume) == 0) _longjmp(g.home, 1);
+#endif
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(fake, &g.bottom, &g.size);
 #endif
@@ -115,13 +167,16 @@ void enter() {
 #endif
   try {
     (*g.body)();
+    const Unseen unseen;
     for (const Copy& copy : g.running->copies)
       if (copy.valid >= 0) fail("a thread ended with copies in flight");
   } catch (...) {
+    const Unseen unseen;
     if (!g.error) g.error = std::current_exception();
     g.stop = true;
   }
   g.running->done = true;
+  come(&g.finished);
   leave();
 }
 
@@ -131,6 +186,9 @@ void switch_to(Fiber* fiber) {
   __sanitizer_start_switch_fiber(&g.fake, fiber->stack, kStackBytes);
 #endif
   if (_setjmp(g.home) == 0) {
+#if defined(__SANITIZE_THREAD__)
+    __tsan_switch_to_fiber(fiber->thread_sanitizer, __tsan_switch_to_fiber_no_sync);
+#endif
     if (fiber->started) _longjmp(fiber->resume, 1);
     fiber->started = true;
     setcontext(&fiber->start);
@@ -155,6 +213,9 @@ char* take_stack() {
 
 void start(Fiber* fiber) {
   fiber->stack = take_stack();
+#if defined(__SANITIZE_THREAD__)
+  fiber->thread_sanitizer = __tsan_create_fiber(0);
+#endif
   getcontext(&fiber->start);
   fiber->start.uc_stack.ss_sp = fiber->stack;
   fiber->start.uc_stack.ss_size = kStackBytes;
@@ -221,7 +282,14 @@ void run_blocks(const int (&grid)[3], const std::vector<int>& blocks, int thread
     while (!fiber->done && fiber->started) switch_to(fiber.get());
   g.stop = false;
   g.ready.clear();
+#if defined(__SANITIZE_THREAD__)
+  for (const auto& fiber : fibers) {
+    __tsan_destroy_fiber(fiber->thread_sanitizer);
+    munmap(fiber->stack, kStackBytes);  // nothing orders the next block behind this one, who would write there
+  }
+#else
   for (const auto& fiber : fibers) g.stacks.push_back(fiber->stack);
+#endif
   for (const auto& block : live) std::free(block->shared);
   if (g.error) std::rethrow_exception(std::exchange(g.error, nullptr));
 }
@@ -246,6 +314,10 @@ void fail(const char* what) {
 
 void run(const int (&grid)[3], int threads, std::size_t shared_bytes, bool cooperative,
          const std::function<void()>& body) {
+  const Unseen unseen;
+#if defined(__SANITIZE_THREAD__)
+  g.thread_sanitizer = __tsan_get_current_fiber();
+#endif
   if (threads % kWarp != 0) fastdl::fail("twin: expected whole warps, got ", threads, " threads");
   g.state = g.seed * 0x9e3779b97f4a7c15u + 1;
   g.body = &body;
@@ -259,21 +331,27 @@ void run(const int (&grid)[3], int threads, std::size_t shared_bytes, bool coope
   } else {
     for (int block : order) run_blocks(grid, {block}, threads, shared_bytes);
   }
+  go(&g.finished);
 }
 
 void barrier(int id, int threads) {
+  const Unseen unseen;
   Fiber* self = g.running;
   Barrier& b = self->block->barriers[id];
+  char* const meeting = b.meeting + b.round % 2;
   if (b.waiting.empty()) b.expected = threads;
   if (b.expected != threads) fail("threads disagree on the size of a barrier");
   g.spins = 0;
   b.waiting.push_back(self);
   self->waits_for = "a barrier";
-  if (static_cast<int>(b.waiting.size()) == threads) wake(&b.waiting);
+  come(meeting);
+  if (static_cast<int>(b.waiting.size()) == threads) ++b.round, wake(&b.waiting);
   leave();
+  go(meeting);
 }
 
 void spin() {
+  const Unseen unseen;
   if (g.ready.empty()) fail("deadlock: spins with nobody left to run");
   if (++g.spins > 2000000) fail("livelock: nothing but spinning");
   g.ready.push_back(g.running);
@@ -282,6 +360,7 @@ void spin() {
 }
 
 void warp_collective(const char* name, const void* in, void* out, WarpBody body) {
+  const Unseen unseen;
   Fiber* self = g.running;
   Warp& w = self->block->warps[static_cast<std::size_t>(self->thread.thread / kWarp)];
   const int lane = self->thread.thread % kWarp;
@@ -292,16 +371,22 @@ void warp_collective(const char* name, const void* in, void* out, WarpBody body)
   w.out[lane] = out;
   self->waits_for = name;
   w.waiting.push_back(self);
+  char* const meeting = w.meeting + w.round % 2;
+  if (!body) come(meeting);  // bar.warp.sync alone
   if (++w.arrived == kWarp) {
     ++g_counts.collectives;
     w.arrived = 0;
+    ++w.round;
     if (body) body(w.in, w.out);
     wake(&w.waiting);
   }
   leave();
+  if (!body) go(meeting);
 }
 
 void copy_async(void* dst, const void* src, int bytes, int valid) {
+  will_write(dst, static_cast<std::size_t>(bytes)), will_read(src, static_cast<std::size_t>(std::max(valid, 0)));
+  const Unseen unseen;
   const Thread& t = current();
   const char* begin = static_cast<const char*>(t.shared);
   if (reinterpret_cast<std::uintptr_t>(dst) % static_cast<unsigned>(bytes) != 0)
@@ -314,10 +399,16 @@ void copy_async(void* dst, const void* src, int bytes, int valid) {
   t.fiber->copies.push_back({dst, src, bytes, valid, t.fiber->group});
 }
 
-void copy_commit() { ++current().fiber->group; }
+void copy_commit() {
+  const Unseen unseen;
+  ++current().fiber->group;
+}
 
 void copy_wait(int groups_in_flight) {
   Fiber* self = current().fiber;
+  for (const Copy& c : self->copies)
+    if (c.group < self->group - groups_in_flight) will_write(c.dst, static_cast<std::size_t>(c.bytes));
+  const Unseen unseen;
   g.ready.push_back(self);  // while the others may see what is not there yet
   leave();
   const int done = self->group - groups_in_flight;

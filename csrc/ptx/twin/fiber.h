@@ -44,6 +44,10 @@ void copy_async(void* dst, const void* src, int bytes, int valid);
 void copy_commit();
 void copy_wait(int groups_in_flight);
 
+// For ThreadSanitizer: what a warp instruction, which one lane carries out for all, touches on behalf of this thread.
+void will_read(const void* p, std::size_t bytes);
+void will_write(void* p, std::size_t bytes);
+
 [[noreturn]] void fail(const char* what);
 
 // Counted since the last reset: extra shared-memory passes of ldmatrix for bank conflicts, and warp instructions.

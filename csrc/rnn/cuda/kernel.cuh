@@ -51,9 +51,9 @@ FASTDL_DEVICE void run_product(const RnnCudaArgs& args, const RnnStep& step, int
 #pragma unroll
         for (int g = 0; g < kCellGates; ++g) {
           const int slot = unit / 8 * kCellGates + g;
-          sum[g] = total<T, kSlots>(sums, blocks, columns, column, slot * 8 + unit % 8);
-          sum[g] =
-              repaired<T>(sum[g], p, args.operand[phase], parity, b0 + column, g * p.units + group * kUnits + unit);
+          sum[g] = total<T, parts, kSlots>(sums, blocks, columns, column, slot * 8 + unit % 8);
+          sum[g] = repaired<T, parts>(sum[g], p, args.operand[phase], parity, b0 + column,
+                                      g * p.units + group * kUnits + unit);
         }
         items[i].finish(args, step, b0 + column, group * kUnits + unit, sum);
       }
@@ -123,38 +123,61 @@ rnn_backward_kernel(FASTDL_PARAM RnnCudaArgs args) {
   run_steps<T, E, parts, resident, First, std::conditional_t<projected, Cell, void>>(args);
 }
 
-// A thread a lane of a fragment: both steps of 16, all parts.
+// What one lane holds of a tile's fragments: both steps of 16, all parts.
+template <class T, class E, int parts>
+FASTDL_DEVICE void pack_fragments(const RnnPackArgs& args, int group, int tile, int k0, int in_warp, u32* to) {
+  const int tiles = rnn_slots(args.gates) / 2;
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    Pack<u32, 4> out[parts] = {};
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int row = tile * 16 + rnn_fragment_row(in_warp, r), k = k0 + rnn_fragment_k(in_warp, j, r, e);
+        const int unit = group * rnn_units(args.gates) + rnn_row_unit(row, args.gates);
+        if (unit >= args.units || k >= args.K) continue;
+        std::uint16_t part[parts];
+        const i64 at = (rnn_row_gate(row, args.gates) * static_cast<i64>(args.units) + unit) * args.w_row;
+        split_parts<T, E>(load_float<T>(args.w, at + k * args.w_col), part);
+#pragma unroll
+        for (int p = 0; p < parts; ++p) out[p].x[r] |= static_cast<u32>(part[p]) << 16 * e;
+      }
+    }
+#pragma unroll
+    for (int p = 0; p < parts; ++p)
+      *reinterpret_cast<Pack<u32, 4>*>(to + ((p * tiles + tile) * 2 + j) * 128 + in_warp * 4) = out[p];
+  }
+}
+// Of float32 for FMA: half a row.
+FASTDL_DEVICE void pack_floats(const RnnPackArgs& args, int group, int tile, int k0, int in_warp, u32* to) {
+  const int row = tile * 16 + in_warp % 16, unit = group * rnn_units(args.gates) + rnn_row_unit(row, args.gates);
+  const i64 at = (rnn_row_gate(row, args.gates) * static_cast<i64>(args.units) + unit) * args.w_row;
+  for (int k = in_warp / 16 * 16, end = k + 16; k < end; k += 4) {
+    Pack<u32, 4> out = {};
+#pragma unroll
+    for (int e = 0; e < 4; ++e)
+      if (unit < args.units && k0 + k + e < args.K)
+        out.x[e] = float_bits(load_float<float>(args.w, at + (k0 + k + e) * args.w_col));
+    *reinterpret_cast<Pack<u32, 4>*>(to + rnn_fma_word(rnn_slots(args.gates), row, k)) = out;
+  }
+}
+
 template <class T, class E, int parts>
 FASTDL_GLOBAL(kRnnThreads, 1)
 rnn_pack_kernel(FASTDL_PARAM RnnPackArgs args) {
-  const int tiles = rnn_slots(args.gates) / 2, units = rnn_units(args.gates);
+  const int tiles = rnn_slots(args.gates) / 2;
   const i64 count = static_cast<i64>(args.groups) * args.blocks * tiles * kWarp;
   for (i64 i = static_cast<i64>(block_x()) * kRnnThreads + thread_x(); i < count;
        i += static_cast<i64>(grid_x()) * kRnnThreads) {
     const int in_warp = static_cast<int>(i % kWarp), tile = static_cast<int>(i / kWarp % tiles);
     const i64 block = i / kWarp / tiles;  // of all groups
     const int k0 = static_cast<int>(block % args.blocks) * kRnnBlockK, group = static_cast<int>(block / args.blocks);
-    u32* const to = args.packed + block * rnn_block_words(2 * tiles, parts) + in_warp * 4;
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      Pack<u32, 4> out[parts] = {};
-#pragma unroll
-      for (int r = 0; r < 4; ++r) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const int row = tile * 16 + rnn_fragment_row(in_warp, r), k = k0 + rnn_fragment_k(in_warp, j, r, e);
-          const int unit = group * units + rnn_row_unit(row, args.gates);
-          if (unit >= args.units || k >= args.K) continue;
-          std::uint16_t part[parts];
-          const i64 at = (rnn_row_gate(row, args.gates) * static_cast<i64>(args.units) + unit) * args.w_row;
-          split_parts<T, E>(load_float<T>(args.w, at + k * args.w_col), part);
-#pragma unroll
-          for (int p = 0; p < parts; ++p) out[p].x[r] |= static_cast<u32>(part[p]) << 16 * e;
-        }
-      }
-#pragma unroll
-      for (int p = 0; p < parts; ++p)
-        *reinterpret_cast<Pack<u32, 4>*>(to + ((p * tiles + tile) * 2 + j) * 128) = out[p];
+    u32* const to = args.packed + block * rnn_block_words(2 * tiles, parts);
+    if constexpr (parts > 0) {
+      pack_fragments<T, E, parts>(args, group, tile, k0, in_warp, to);
+    } else {
+      pack_floats(args, group, tile, k0, in_warp, to);
     }
   }
 }
@@ -175,7 +198,7 @@ rnn_begin_kernel(FASTDL_PARAM RnnBeginArgs args) {
   }
 }
 
-// One row of the table. T in memory, E what is multiplied, in so many parts.
+// One row of the table. T in memory, E what is multiplied, in so many parts; parts 0: T, by FMA.
 template <class T, class E, int parts, RnnCell cell, bool resident>
 struct CudaRnnRow {
   static void forward(const LaunchShape& shape, const Stream& stream, const RnnCudaArgs& args) {

@@ -6,6 +6,8 @@
 // rows. So one lane's sums hold all gates of its units. K is cut into blocks of 32, and within a block it is permuted:
 // the lanes of a row of fragments take 8 neighbours each, since h is read from memory as it lies, 16 bytes a lane.
 //   packed[group][block of K][part][tile][step of 16][lane][4 registers][2 elements]
+// For FMA it lies as floats, K not permuted; the 8 rows that a warp reads at once are 128 bytes side by side:
+//   packed[group][block of K][step of 4][row][4 elements]
 #pragma once
 #include "rnn/kernel_cell.h"
 
@@ -31,8 +33,9 @@ constexpr int rnn_sum_floats(int columns, int slots) { return kRnnWarps * column
 constexpr int rnn_fragment_row(int lane, int r) { return lane / 4 + r % 2 * 8; }
 constexpr int rnn_fragment_k(int lane, int j, int r, int e) { return lane % 4 * 8 + j * 4 + r / 2 * 2 + e; }
 
-// 32-bit words of a group in a block of K.
-constexpr int rnn_block_words(int slots, int parts) { return parts * slots / 2 * 2 * 32 * 4; }
+// 32-bit words of a group in a block of K; parts 0: floats.
+constexpr int rnn_block_words(int slots, int parts) { return (parts ? parts : 2) * slots * 128; }
+constexpr int rnn_fma_word(int slots, int row, int k) { return (k / 4 * slots * 8 + row) * 4 + k % 4; }
 // Unit of the group and gate of a row of it.
 constexpr int rnn_row_unit(int row, int gates) { return row / 8 / gates * 8 + row % 8; }
 constexpr int rnn_row_gate(int row, int gates) { return row / 8 % gates; }

@@ -29,7 +29,7 @@ const char* type_name(DType dtype) {
   return kNames[static_cast<int>(dtype)];
 }
 
-// A row at least as exact as asked. (Float32 by FMA has none.)
+// A row at least as exact as asked.
 bool serves(const CudaRnnKernel& k, const RnnDesc& d) {
   return k.dtype == d.dtype && k.cell == d.cell && (d.dtype != DType::f32 || k.precision <= d.precision);
 }
@@ -156,7 +156,7 @@ CudaRnnPlan cuda_rnn_plan(const RnnDesc& d, const Gpu& gpu, const CudaRnnKernel*
       fail("fastdl.rnn: kernel '", k.name, "': expected W_hh to fit into ", gpu.shared_bytes, " bytes on each of ",
            gpu.multiprocessors, " multiprocessors, got ", resident_bytes(p, p.unit_blocks, p.tile_rows), " bytes");
   }
-  fail("fastdl.rnn: no kernel for ", cell_name(d.cell), " in ", type_name(d.dtype), " by FMA");
+  fail("fastdl.rnn: no kernel for ", cell_name(d.cell), " in ", type_name(d.dtype));
 }
 
 std::vector<std::string> cuda_rnn_candidates(const RnnDesc& d, const Gpu& gpu, const CudaRnnPlan& chosen) {
@@ -166,10 +166,10 @@ std::vector<std::string> cuda_rnn_candidates(const RnnDesc& d, const Gpu& gpu, c
     CudaRnnPlan p = sizes(d, k);
     const bool fits = !k.resident || make_resident(d, gpu, &p);
     const bool exact = serves(k, d);
-    lost.push_back(concat(k.name, !exact                           ? ": less exact than asked"
-                                  : !fits                          ? ": W_hh does not fit on chip"
-                                  : k.parts > chosen.kernel->parts ? ": more exact than asked"
-                                                                   : ": a launch a step"));
+    lost.push_back(concat(k.name, !exact                                   ? ": less exact than asked"
+                                  : !fits                                  ? ": W_hh does not fit on chip"
+                                  : k.precision < chosen.kernel->precision ? ": more exact than asked"
+                                                                           : ": a launch a step"));
   }
   return lost;
 }

@@ -15,7 +15,7 @@ struct CudaRnnKernel {
   DType dtype;
   Precision precision;
   RnnCell cell;
-  int parts;      // bf16 parts of a float32
+  int parts;      // bf16 parts of a float32; 0: FMA
   bool resident;  // W in shared memory, one cooperative launch a sequence; else a launch a step
   const CudaRnnFunctions* fn;
 };

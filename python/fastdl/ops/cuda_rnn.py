@@ -33,13 +33,6 @@ def plan(like: Tensor, T: int, B: int, H: int, P: int, mode: str, backward: bool
     )
 
 
-def unsupported(input: Tensor) -> str | None:
-    """Why torch should run a call on a GPU, or None."""
-    if input.dtype is torch.float32 and cuda.precision("rnn") == "fma":
-        return "recurrent products on a GPU take float32 in bfloat16 parts, not by FMA (FASTDL_FLOAT32=ieee)"
-    return None
-
-
 def _precision(x: Tensor) -> str:
     return cuda.precision("rnn") if x.dtype is torch.float32 else "ieee"
 

@@ -312,7 +312,7 @@ _OPERATIONS = {
         autocast=True,
         cast=_cast,
         several=True,
-        unsupported_on_cuda=lambda input, *rest: cuda_rnn.unsupported(input),
+        unsupported_on_cuda=lambda *args: None,
     )
     for name in ("lstm", "gru", "rnn", "lstm_cell", "gru_cell", "rnn_cell")
 }
