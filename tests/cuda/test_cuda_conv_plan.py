@@ -213,9 +213,6 @@ def test_grids_fit():
     assert p["kernel"] == "conv_direct_f32_sm80" and p["why"] == "FMA"
     with pytest.raises(RuntimeError, match="more than 65535 groups"):
         MODULE.conv_plan("forward", *shapes, **ones, groups=65536, gpu="sm80", kernel="conv_f32_64x64_sm80")
-    shapes = (1, 2**31, 1), (2**31, 1, 1), (1, 2**31, 1)
-    p = MODULE.conv_plan("forward", *shapes, **ones, groups=2**31, gpu="sm80")
-    assert p["kernel"] == "conv_direct_f32_sm80" and p["why"] == "more than 2^30 channels"
 
 
 def test_plans_of_huge_positions_are_direct():

@@ -90,7 +90,7 @@ def planned(monkeypatch):
 # (input, weight, geometry, activation, channels_last): torch.ops.fastdl.conv, a kind of kernel each
 SAMPLES = {
     "tile": (torch.bfloat16, (2, 4, 6, 5), (6, 4, 3, 3), ((2, 1), (1, 0), (0, 1), (1, 1), 1, False), "gelu", True),
-    "direct": (torch.float32, (1, 4, 5, 4), (6, 1, 3, 3), ((1, 1), (1, 1), (0, 0), (1, 1), 4, False), None, False),
+    "direct": (torch.float32, (1, 4, 5, 4), (8, 1, 3, 3), ((1, 1), (1, 1), (0, 0), (1, 1), 4, False), None, False),
     "groups": (torch.float16, (1, 4, 5), (8, 2, 3), ((1,), (1,), (0,), (1,), 2, False), None, False),
     "depthwise": (torch.float16, (1, 3, 9), (3, 1, 4), ((2,), (1,), (0,), (2,), 3, False), "relu", True),
     "transposed": (torch.float32, (2, 4, 4, 5), (4, 3, 3, 2), ((2, 2), (1, 0), (1, 0), (1, 1), 1, True), None, True),

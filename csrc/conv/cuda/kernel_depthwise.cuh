@@ -143,7 +143,7 @@ conv_depthwise_wgrad_kernel(FASTDL_PARAM ConvDepthwiseWgradArgs<T> args) {
 #pragma unroll
       for (int v = 0; v < V; ++v) sums[thread_x() * V + v] = sum[t][v];
     }
-    block_sync(kDepthwiseThreads);
+    block_sync(kDepthwiseThreads);  // of all threads
     if (t < count && thread_x() < args.lanes * V) {
       float all = 0;
       for (int l = 0; l < lanes_p; ++l) all += sums[l * args.lanes * V + thread_x()];
@@ -151,7 +151,7 @@ conv_depthwise_wgrad_kernel(FASTDL_PARAM ConvDepthwiseWgradArgs<T> args) {
       if (channel < args.channels)
         args.partial[(static_cast<i64>(block_z()) * args.channels + channel) * taps + tap0 + t] = all;
     }
-    block_sync(kDepthwiseThreads);
+    block_sync(kDepthwiseThreads);  // before the next tap's
   }
 }
 

@@ -118,7 +118,7 @@ struct ConvGatherTile {
     for (int r = thread_x(); r < kM; r += threads) rows[r] = gather_row(phase, args.x, tile_m * kM + r);
     for (int k = thread_x(); k < kStages * kConvDepth; k += threads)
       cols[k] = gather_col(phase, args.x, begin * kConvDepth + k);
-    block_sync(threads);
+    block_sync(threads);  // both tables
     const bool held = Elements::held && !args.wide;
     Elements elements;
     WarpTile<T, parts, kWarpM, kWarpN> sum;
@@ -184,7 +184,7 @@ struct ConvGatherTile {
         }
       }
     }
-    block_sync(threads);
+    block_sync(threads);  // for all
 
     const int k_begin = begin * kConvDepth, k_end = end * kConvDepth < phase.depth ? end * kConvDepth : phase.depth;
     const i64 column0 = static_cast<i64>(group) * args.columns + tile_n * kN;

@@ -135,7 +135,7 @@ struct ConvWgradTile {
     const int begin = chunk * args.chunk, end = begin + args.chunk < steps ? begin + args.chunk : steps;
     for (int j = thread_x(); j < kN; j += threads) cols[j] = gather_col(args.phase, args.x, tile_n * kN + j);
     for (int m = thread_x(); m < kStages * kConvDepth; m += threads) find(m, begin * kConvDepth + m);
-    block_sync(threads);
+    block_sync(threads);  // both tables
     ElementsA dys;
     ElementsB xs;
     WarpTile<T, parts, kWarpM, kWarpN> sum;
