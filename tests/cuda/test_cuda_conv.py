@@ -280,6 +280,14 @@ ORDERS = {  # dtype, layout, channels, groups, kernel
 
 @pytest.mark.sanitized
 @pytest.mark.parametrize("case", ORDERS)
+def test_each_way_once(gpu, case):
+    """What the sanitizers run: every pass by every way of loading, tails in each dimension."""
+    dtype, layout, C, groups, k = ORDERS[case]
+    c = Conv(1, C, 16 if groups > 1 else 9, (4, 3), (k, k), padding=(k // 2, k // 2), groups=groups, dtype=dtype)
+    check_exact(gpu, c, layout, passes=("wgrad",) if "wgrad" in case else ("forward", "dgrad"))
+
+
+@pytest.mark.parametrize("case", ORDERS)
 def test_the_order_of_threads_has_no_say(gpu, case):
     dtype, layout, C, groups, k = ORDERS[case]
     c = Conv(

@@ -57,7 +57,7 @@ MUTATIONS = [
         GATHER,
         "        cols[s * kConvDepth + thread_x()] =",
         "        cols[(s + 1) % kStages * kConvDepth + thread_x()] =",
-        f"{ORDER}(tile or element)'",
+        f"{KERNELS}test_tails_of_tiles and conv_bf16_64x64'",
     ),
     Mutation(
         "weights from one group to another are not zeros",

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <string>
 
+#include "base/check.h"
 #include "conv/cuda/kernel_gather.cuh"
 #include "conv/cuda/plan.h"
 #include "ptx/launch.h"
@@ -61,6 +62,7 @@ void launch_conv_tiles(const CudaConvPlan& p, const Stream& stream, const typena
 #include "conv/cuda/kernels.inc"
 #undef CUDA_CONV_TILE
 #undef CUDA_CONV_ROW
+  fail("fastdl.conv: no kernel '", name, "' of this dtype and pass");
 }
 
 // --- arguments of kernels ---------------------------------------------------------------------------------------
