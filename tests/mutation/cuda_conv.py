@@ -137,6 +137,20 @@ MUTATIONS = [
         f"{ORDER}depthwise'",
     ),
     Mutation(
+        "depthwise dw: a table of taps read before it is written",
+        DEPTHWISE,
+        "  block_sync(kDepthwiseThreads);  // the table\n",
+        "",
+        f"{ORDER}depthwise'",
+    ),
+    Mutation(
+        "quotients one too small",
+        INDEX,
+        "static_cast<std::uint32_t>((power + d - 1) / d)",
+        "static_cast<std::uint32_t>(power / d)",
+        f"{PLANS} -k test_division_by_multiplication",
+    ),
+    Mutation(
         "positions of an image wrap around at 32 bits",
         INDEX,
         "    row.offset += row.z[i] * x.step[i];",

@@ -113,7 +113,7 @@ conv_depthwise_wgrad_kernel(FASTDL_PARAM ConvDepthwiseWgradArgs<T> args) {
   const bool only_sums = args.taps == 0;
   const int count = only_sums ? 1 : args.taps - tap0 < kDepthwiseTaps ? args.taps - tap0 : kDepthwiseTaps;
   if (!only_sums && thread_x() < kDepthwiseTaps) cols[thread_x()] = gather_col(p, args.x, tap0 + thread_x());
-  block_sync(kDepthwiseThreads);
+  block_sync(kDepthwiseThreads);  // the table
   float sum[kDepthwiseTaps][V] = {};
   const int begin = block_z() * args.chunk, end = begin + args.chunk < p.pixels ? begin + args.chunk : p.pixels;
   if (c < args.channels) {

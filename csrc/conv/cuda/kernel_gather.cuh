@@ -2,9 +2,10 @@
 // packed.
 //
 // A block: kM pixels x kN channels, kConvDepth = 32 of the depth a step, kStages steps in flight. Shared memory of a
-// stage: pixels [kM][32] and weights [kN][32], 16 KiB at 128x128 of 2-byte elements (4 stages: 64 KiB; with 123
-// registers two blocks on a multiprocessor), 24 KiB at 128x64 of floats (3 stages: 72 KiB). A step of 128x128x32 is 256
-// mma, 8 cycles each on an sm80's four tensor cores: 512 cycles, for 4 copies of 16 bytes a thread.
+// stage: pixels [kM][32] and weights [kN][32], 16 KiB at 128x128 of 2-byte elements (4 stages: 64 KiB, with tables 73;
+// with 128 registers two blocks on a multiprocessor), 24 KiB at 128x64 of floats (3 stages: 72 KiB). A step of
+// 128x128x32 is 256 mma, 8 cycles each on an sm80's four tensor cores: 512 cycles, for 4 copies of 16 bytes a thread.
+// Where a step's taps and channels lie is worked out once for a block, by one warp, a step ahead of the loads.
 #pragma once
 #include "conv/cuda/epilogue.cuh"
 #include "conv/cuda/index.h"
