@@ -45,8 +45,13 @@ conv_depthwise_kernel(FASTDL_PARAM ConvDepthwiseArgs<T> args) {
       const GatherCol col = gather_col(p, args.x, tap);
       const float* const from = args.w + p.pack + static_cast<i64>(tap) * args.channels + c;
       float w[V];
+      constexpr int part = V < 4 ? V : 4;  // 16 bytes
 #pragma unroll
-      for (int v = 0; v < V; ++v) w[v] = from[v];
+      for (int v = 0; v < V; v += part) {
+        const Pack<float, part> few = *reinterpret_cast<const Pack<float, part>*>(from + v);
+#pragma unroll
+        for (int e = 0; e < part; ++e) w[v + e] = few.x[e];
+      }
 #pragma unroll
       for (int s = 0; s < kStrip; ++s) {
         if (!inside(args.x, pixel[s], col)) continue;

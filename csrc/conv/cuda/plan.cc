@@ -38,11 +38,11 @@ bool narrow(const ConvAxis& a, GatherAxis* out) {
   return true;
 }
 
-// How many groups tiles take as one. Of a tile's 64 columns a group of c uses c, and reads its channels 2 * c bytes at a
-// time: as many groups as have 64 columns are multiplied together, by weights that are zeros from one group to another.
-// That costs no more products (64 columns x taps x c channels a group, before c x taps rounded up to a step), channels
-// come in whole chunks of 16 bytes, and results leave in whole lines. Not of float32, whose rows pass judgement on the
-// largest magnitude of a sum's operands: it would be that of other groups.
+// How many groups tiles take as one. Of a tile's 64 columns a group of c uses c, and reads its channels 2 * c bytes at
+// a time: as many groups as have 64 columns are multiplied together, by weights that are zeros from one group to
+// another. That costs no more products (64 columns x taps x c channels a group, before c x taps rounded up to a step),
+// channels come in whole chunks of 16 bytes, and results leave in whole lines. Not of float32, whose rows pass
+// judgement on the largest magnitude of a sum's operands: it would be that of other groups.
 i64 merged_groups(const ConvDesc& d) {
   if (d.dtype == DType::f32 || d.groups == 1) return 1;
   const i64 columns = (d.pass == ConvPass::dgrad ? d.C : d.K) / d.groups;
@@ -175,9 +175,9 @@ bool is_depthwise(const ConvDesc& d) { return d.groups > 1 && d.C == d.groups &&
 // products of tensor cores (19.5 against 312 TFLOP/s of an A100); the direct kernel loads five operands for four
 // products, of which 32 against 64 come in a cycle, and turns each into a float: a quarter of its peak. Its wgrad loads
 // two for one, and divides to find where: another sixteenth.
-// 3x3, 64 channels in groups of 4 (ResNeXt), a pixel on an A100: 256 bytes of bfloat16 take 165 ps; 64 x 576 products by
-// tiles 236 ps, 64 x 36 by FMA 236 ps at its peak and about 950 here. float32: 330 ps of bytes; tiles of each group for
-// itself make six products of 64 x 64 for 4 x 36, 2500 ps, and FMA wins.
+// 3x3, 64 channels in groups of 4 (ResNeXt), a pixel on an A100: 256 bytes of bfloat16 take 165 ps; 64 x 576 products
+// by tiles 236 ps, 64 x 36 by FMA 236 ps at its peak and about 950 here. float32: 330 ps of bytes; tiles of each group
+// for itself make six products of 64 x 64 for 4 x 36, 2500 ps, and FMA wins.
 constexpr i64 kDirectProducts = 64, kDirectWgradProducts = 1024;
 
 bool fma_wins(const ConvDesc& d, const CudaConvPlan& p, const CudaConvKernel& k) {
@@ -187,8 +187,8 @@ bool fma_wins(const ConvDesc& d, const CudaConvPlan& p, const CudaConvKernel& k)
   for (int i = 0; i < p.phases; ++i) depth = std::max<i64>(depth, p.phase[i].depth);
   const int tile_m = wgrad ? k.tile_m : k.tile_n, tile_n = wgrad ? k.tile_n : k.tile_k;
   const double useful = static_cast<double>(p.columns) * static_cast<double>(depth) / p.merged;
-  const double made = static_cast<double>(ceil_div(p.columns, tile_m) * tile_m) *
-                      static_cast<double>(ceil_div(depth, tile_n) * tile_n);
+  const double made =
+      static_cast<double>(ceil_div(p.columns, tile_m) * tile_m) * static_cast<double>(ceil_div(depth, tile_n) * tile_n);
   return (wgrad ? kDirectWgradProducts : kDirectProducts) * useful < kProducts[static_cast<int>(k.precision)] * made;
 }
 
@@ -284,7 +284,8 @@ CudaConvPlan cuda_conv_plan(const ConvDesc& d, Precision precision, const Gpu& g
       const double c = cost(gathers.tiles, k, gpu);
       if (best < 0 || c < best)
         best = c, kernel = &k,
-        why = gathers.tiles.merged > 1 ? "the fewest waves of tiles, of several groups each" : "the fewest waves of tiles";
+        why = gathers.tiles.merged > 1 ? "the fewest waves of tiles, of several groups each"
+                                       : "the fewest waves of tiles";
     }
     if (!kernel)
       kernel = direct, why = *gathers.tiles_why ? gathers.tiles_why : slower ? "groups of few channels" : "FMA";
@@ -335,8 +336,8 @@ std::string describe(const ConvDesc& d, const CudaConvPlan& p) {
   return concat("conv ", conv_pass_name(d.pass), " ", dtype_of(d.dtype), d.channels_last ? " NHWC" : " NCHW",
                 " N=", d.N, " C=", d.C, " K=", d.K, " groups=", d.groups, " in=", three(d.in), " out=", three(d.out),
                 " kernel=", three(d.kernel), " stride=", three(d.stride), " pad=", three(d.pad),
-                " dilation=", three(d.dilation), " -> ", p.kernel->name, " phases=", p.phases, " merged=", p.merged, " tiles=", p.tiles,
-                " chunks=", p.chunks, " workspace=", p.workspace_bytes(), "B: ", p.why);
+                " dilation=", three(d.dilation), " -> ", p.kernel->name, " phases=", p.phases, " merged=", p.merged,
+                " tiles=", p.tiles, " chunks=", p.chunks, " workspace=", p.workspace_bytes(), "B: ", p.why);
 }
 
 }  // namespace fastdl
