@@ -193,7 +193,9 @@ py::dict plan_shape(const std::string& pass, const Sizes& x, const Sizes& w, con
   out["schedule"] = cuda_conv_kind_name(p.kernel->kind);
   out["tile"] = py::make_tuple(p.kernel->tile_m, p.kernel->tile_n, p.kernel->tile_k);
   out["phases"] = p.phases;
+  out["merged"] = p.merged;
   out["tiles"] = p.tiles;
+  out["grid"] = py::make_tuple(p.grid[0], p.grid[1], p.grid[2]);
   out["chunks"] = p.chunks;
   out["pack_bytes"] = p.pack_bytes;
   out["partial_bytes"] = p.partial_bytes;
@@ -257,6 +259,41 @@ py::list tiles(const std::string& pass, const Sizes& x, const Sizes& w, const Si
   return out;
 }
 
+// Of tensors of these shapes, contiguous or channels_last: in which elements pixel `m` of phase `phase` is written, its
+// k-th product read, and that one's weight lies, each from its tensor's first on; -1 for what lies outside.
+py::tuple places(const std::string& pass, const Sizes& x, const Sizes& w, const Sizes& y, const Sizes& stride,
+                 const Sizes& padding, const Sizes& dilation, bool channels_last, int phase, int m, int k) {
+  const char* op = "fastdl.conv_places";
+  const ConvDesc d = shapes_of(pass, x, w, y, stride, padding, dilation, 1, op).desc;
+  const CudaConvPlan p = cuda_conv_plan(d, Precision::ieee, gpu_named("sm80"));
+  if (phase < 0 || phase >= p.phases) fail(op, ": expected a phase below ", p.phases, ", got ", phase);
+  const GatherPhase& at = p.phase[phase];
+  if (m < 0 || m >= at.pixels || k < 0 || k >= at.depth)
+    fail(op, ": expected m < ", at.pixels, " and k < ", at.depth, ", got ", m, " and ", k);
+  const auto steps = [channels_last](i64 channels, const i64(&size)[3]) {
+    ConvTensor t = {};
+    i64 step = channels_last ? channels : 1;
+    for (int i = 2; i >= 0; --i) t.step[i] = step, step *= size[i];
+    t.c_step = channels_last ? 1 : step, t.n_step = channels_last ? step : step * channels;
+    return t;
+  };
+  const bool dgrad = d.pass == ConvPass::dgrad;
+  const i64(&size)[3] = dgrad ? d.out : d.in;
+  const ConvTensor read = steps(dgrad ? d.K : d.C, size), written = steps(dgrad ? d.C : d.K, dgrad ? d.in : d.out);
+  const ConvTensor weight = steps(d.C, d.kernel);
+  const GatherSource source = {{static_cast<int>(size[0]), static_cast<int>(size[1]), static_cast<int>(size[2])},
+                               read.n_step,
+                               read.c_step,
+                               {read.step[0], read.step[1], read.step[2]},
+                               fast_div(std::max(1, p.channels))};
+  const GatherRow row = gather_row(at, source, m);
+  const GatherCol col = gather_col(at, source, k);
+  const i64 channel = k % p.channels * (dgrad ? weight.n_step : weight.c_step);
+  return py::make_tuple(written_offset(at, written.step, written.n_step, m),
+                        inside(source, row, col) ? row.offset + col.offset : -1,
+                        channel + weight_offset(at, weight.step, k / p.channels));
+}
+
 int divide_fast(int n, int divisor) {
   if (n < 0 || divisor < 1) fail("fastdl.divide_fast: expected n >= 0 and divisor >= 1, got ", n, " and ", divisor);
   return fast_div(divisor).quotient(n);
@@ -299,6 +336,8 @@ void bind_cuda_conv(py::module_& m) {
         "padding"_a, "dilation"_a, "groups"_a = 1);
   m.def("conv_tiles", tiles, "pass_"_a, "x_shape"_a, "w_shape"_a, "y_shape"_a, py::kw_only(), "stride"_a, "padding"_a,
         "dilation"_a, "groups"_a = 1, "dtype"_a, "kernel"_a);
+  m.def("conv_places", places, "pass_"_a, "x_shape"_a, "w_shape"_a, "y_shape"_a, py::kw_only(), "stride"_a, "padding"_a,
+        "dilation"_a, "channels_last"_a, "phase"_a, "m"_a, "k"_a);
   m.def("divide_fast", divide_fast, "n"_a, "divisor"_a);
 }
 

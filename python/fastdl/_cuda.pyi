@@ -263,7 +263,9 @@ class ConvPlan(TypedDict):
     schedule: str  # the row's kind
     tile: tuple[int, int, int]
     phases: int  # of dgrad
-    tiles: int  # of a group
+    merged: int  # groups that tiles take as one
+    tiles: int  # of as many groups
+    grid: tuple[int, int, int]  # of the tiles' launch
     chunks: int  # that a sum is cut into; their sums are added in order
     pack_bytes: int  # the weight in the order that tiles read
     partial_bytes: int  # sums of all chunks
@@ -372,6 +374,22 @@ def conv_tiles(
     kernel: str,
 ) -> list[tuple[int, int, int]]:
     """(phase, tile of pixels, tile of channels) of each block of a group, for tests."""
+
+def conv_places(
+    pass_: str,
+    x_shape: Sequence[int],
+    w_shape: Sequence[int],
+    y_shape: Sequence[int],
+    *,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    channels_last: bool,
+    phase: int,
+    m: int,
+    k: int,
+) -> tuple[int, int, int]:
+    """(element written, element read or -1 outside, weight) of pixel m's product k, of one group, for tests."""
 
 def divide_fast(n: int, divisor: int) -> int:
     """n // divisor as index arithmetic has it, for tests; 0 <= n < 2^31."""

@@ -1,29 +1,16 @@
-"""CUDA convolution: index arithmetic and plans anywhere; kernel rows, layouts and tails on the twin or a GPU."""
+"""CUDA convolution: every row of the table, layouts and tails, on the twin or a GPU, against float64."""
 
 import itertools
 import math
-import random
 
 import pytest
 import torch
 
-import fastdl
-from conv_reference import CONV, LAYOUTS, Conv, lay
-from fastdl.functional import conv2d, conv_transpose2d
-from fastdl.ops import cuda
+from conv_on_gpu import DTYPES, PASSES, check_exact, needs_module, plan, rows, run, run_wgrad, wgrad_reference
+from conv_reference import LAYOUTS, Conv, lay
 from fastdl.testing import GemmReference, epilogue_bound, gemm_bound
 
-MODULE = cuda.load("_twin")[0] or cuda.load("_cuda")[0]
-pytestmark = pytest.mark.skipif(MODULE is None, reason="neither the CUDA kernels nor their host twin are built")
-ROWS = MODULE.kernels("conv") if MODULE else []
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-PASSES = ("forward", "dgrad", "wgrad")
-
-
-def rows(*kinds, every=False):
-    """Of these kinds. Rows that cut float32 short are the code of the others: their own sums are in test_bounds."""
-    short = () if every else ("tf32", "bf16")
-    return [pytest.param(r, id=r["name"]) for r in ROWS if r["kind"] in kinds and r["precision"] not in short]
+pytestmark = needs_module
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -35,189 +22,14 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def plan(c, pass_, *, module=MODULE, last=True, kernel="", precision="ieee", gpu="sm80"):
-    dtype = str(c.dtype).removeprefix("torch.")
-    sizes = (tuple(c.x.shape), tuple(c.w.shape), tuple(c.dy.shape))
-    options = {"dtype": dtype, "channels_last": last, "precision": precision, "gpu": gpu, "kernel": kernel}
-    return module.conv_plan(pass_, *sizes, **c.options, **options)
-
-
-def run(gpu, c, pass_, layout="channels_last", *, out_layout=None, kernel="", precision="ieee", bias=True, **epilogue):
-    """forward or dgrad into NaN."""
-    read, b, shape = c.operands(pass_)
-    to = out_layout or layout
-    p = plan(c, pass_, module=gpu.module, last=to == "channels_last", kernel=kernel, precision=precision, gpu="")
-    out = lay(torch.full(shape, math.nan, dtype=c.dtype), to).to(gpu.device)
-    function = gpu.module.conv if pass_ == "forward" else gpu.module.conv_dgrad
-    operands = [lay(t, layout).to(gpu.device) for t in (read, c.w)]
-    workspace = torch.full((p["workspace_bytes"],), 255, dtype=torch.uint8, device=gpu.device)
-    options = {"precision": precision, "workspace": workspace, "kernel": kernel, **epilogue}
-    function(out, *operands, b.to(gpu.device) if bias else None, **c.options, **options)
-    return out.cpu()
-
-
-def run_wgrad(gpu, c, layout="channels_last", *, kernel="", precision="ieee"):
-    """(dw, dbias), into NaN."""
-    p = plan(c, "wgrad", module=gpu.module, kernel=kernel, precision=precision, gpu="")
-    dw = lay(torch.full(c.w.shape, math.nan, dtype=c.dtype), layout).to(gpu.device)
-    db = torch.full((c.K,), math.nan, dtype=c.dtype, device=gpu.device)
-    workspace = torch.full((p["workspace_bytes"],), 255, dtype=torch.uint8, device=gpu.device)
-    options = {"precision": precision, "workspace": workspace, "kernel": kernel}
-    dy, x = (lay(t, layout).to(gpu.device) for t in (c.dy, c.x))
-    gpu.module.conv_wgrad(dw, dy, x, **c.options, dbias=db, **options)
-    return dw.cpu(), db.cpu()
-
-
-def wgrad_reference(c, absolute=False):
-    x, dy = (t.double().abs() if absolute else t.double() for t in (c.x, c.dy))
-    w = torch.zeros(c.w.shape, dtype=torch.float64, requires_grad=True)
-    y = CONV[len(c.size)](x, w, None, c.stride, c.padding, c.dilation, c.groups)
-    return torch.autograd.grad(y, w, dy)[0], dy.sum([0, *range(2, dy.ndim)])
-
-
-def check_exact(gpu, c, layout, kernel="", passes=PASSES):
-    """Integers, whose sums are exact in float32 in any order, and round once."""
-    for pass_ in passes:
-        if pass_ == "wgrad":
-            dw, db = run_wgrad(gpu, c, layout, kernel=kernel)
-            expected, sums = wgrad_reference(c)
-            assert torch.equal(dw, expected.to(c.dtype)), f"wgrad {layout} {kernel}"
-            assert torch.equal(db, sums.to(c.dtype)), f"dbias {layout} {kernel}"
-        else:
-            out = run(gpu, c, pass_, layout, kernel=kernel)
-            assert torch.equal(out, c.reference(pass_).to(c.dtype)), f"{pass_} {layout} {kernel}"
-
-
-# --- index arithmetic, on any machine --------------------------------------------------------------------------------
-def test_division_by_multiplication():
-    numbers = [0, 1, 2, 3, 5, 7, 31, 32, 33, 2**16 - 1, 2**16, 2**30 - 1, 2**30, 2**31 - 2, 2**31 - 1]
-    divisors = {1, 2, 3, 5, 6, 7, 9, 11, 641, 2**16 + 1, 6700417, 2**30 + 1, 2**31 - 1}
-    divisors |= {2**k + d for k in range(2, 31) for d in (-1, 0, 1)}
-    r = random.Random(1)
-    divisors |= {r.randrange(1, 2**31) for _ in range(200)} | {r.randrange(1, 4096) for _ in range(200)}
-    for d in divisors:
-        # A quotient that is too large shows just below a multiple, one too small on it; most of all at the end.
-        last = (2**31 - 1) // d * d
-        near = [q * d + e for q in (1, 2, 3, r.randrange(1, 2**31) // d) for e in (-1, 0, 1)] + [last - 1, last]
-        for n in numbers + near + [r.randrange(2**31) for _ in range(20)]:
-            if 0 <= n < 2**31:
-                assert MODULE.divide_fast(n, d) == n // d, (n, d)
-
-
-def by_hand(c, pass_):
-    """{written position: {(tap, channel, position read)}}: what the definition of a pass sums over."""
-    kernel, taps = c.w.shape[2:], list(itertools.product(*map(range, c.w.shape[2:])))
-    read, written = (c.x, c.dy) if pass_ != "dgrad" else (c.dy, c.x)
-    found = {}
-
-    def number(at, sizes):
-        return sum(a * math.prod(sizes[i + 1 :]) for i, a in enumerate(at))
-
-    for n in range(c.N):
-        for o in itertools.product(*map(range, c.dy.shape[2:])):
-            for t in taps:
-                at = tuple(o[i] * c.stride[i] - c.padding[i] + t[i] * c.dilation[i] for i in range(len(o)))
-                if all(0 <= a < s for a, s in zip(at, c.x.shape[2:], strict=True)):
-                    to, source = (at, o) if pass_ == "dgrad" else (o, at)
-                    pair = number(t, kernel), number((n, *source), (c.N, *read.shape[2:]))
-                    found.setdefault(number((n, *to), (c.N, *written.shape[2:])), set()).add(pair)
-    return found
-
-
-@pytest.mark.parametrize("pass_", PASSES)
-def test_every_pixel_meets_its_taps_once(pass_):
-    r = random.Random(7)
-    for _ in range(40):
-        n = r.choice((1, 2, 2, 3))
-        kernel = tuple(r.randint(1, 4) for _ in range(n))
-        dilation = tuple(r.randint(1, 3) for _ in range(n))
-        padding = tuple(r.randint(0, 3) for _ in range(n))
-        least = (d * (k - 1) + 1 - 2 * p for d, k, p in zip(dilation, kernel, padding, strict=True))
-        size = tuple(max(1, x) + r.randint(0, 5) for x in least)
-        stride = tuple(r.randint(1, 4 if n < 3 else 2) for _ in range(n))
-        C, K = r.randint(1, 2), r.randint(1, 2)
-        c = Conv(r.randint(1, 2), C, K, size, kernel, stride, padding, dilation)
-        sizes = (tuple(c.x.shape), tuple(c.w.shape), tuple(c.dy.shape))
-        channels, expected = K if pass_ == "dgrad" else C, by_hand(c, pass_)
-        positions = c.N * math.prod(c.dy.shape[2:] if pass_ == "dgrad" else c.x.shape[2:])
-        seen = set()
-        for written, reads in MODULE.conv_coordinates(pass_, *sizes, **c.options):
-            assert written not in seen
-            seen.add(written)
-            assert len({(tap, channel) for tap, channel, _ in reads}) == len(reads)
-            for channel in range(channels):
-                pairs = {(tap, at - channel * positions) for tap, k, at in reads if at >= 0 and k == channel}
-                assert pairs == expected.get(written, set())
-        assert len(seen) == c.N * math.prod(c.x.shape[2:] if pass_ == "dgrad" else c.dy.shape[2:])
-
-
-@pytest.mark.parametrize("row", rows("tile"))
-def test_each_tile_once(row):
-    tile_m, tile_n, _ = row["tile"]
-    c = Conv(3, 10, 2 * tile_n + 1, (23, 29), (3, 3), (2, 3), (1, 1), dtype=DTYPES[row["dtype"]])
-    for pass_, columns, phases in (("forward", c.K, [(12, 10)]), ("dgrad", c.C, [(12, 10), (12, 10), (12, 9)] * 2)):
-        sizes = (tuple(c.x.shape), tuple(c.w.shape), tuple(c.dy.shape))
-        tiles = MODULE.conv_tiles(pass_, *sizes, **c.options, dtype=row["dtype"], kernel=row["name"])
-        if pass_ == "dgrad":
-            phases = [(h, w) for h in (12, 11) for w in (10, 10, 9)]
-        expected = [
-            (i, m, n)
-            for i, (h, w) in enumerate(phases)
-            for m in range(-(-c.N * h * w // tile_m))
-            for n in range(-(-columns // tile_n))
-        ]
-        assert sorted(tiles) == sorted(expected)
-
-
-# --- plans, of any GPU -----------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("gpu", ["sm80", "sm90"])
-def test_plans(gpu):
-    def kernel(c, pass_="forward", **more):
-        return plan(c, pass_, gpu=gpu, **more)["kernel"]
-
-    dense = Conv(8, 64, 128, (56, 56), (3, 3), padding=(1, 1), dtype=torch.bfloat16, high=1)
-    assert kernel(dense) == "conv_bf16_128x128_sm80"
-    assert kernel(dense, "wgrad").startswith("conv_wgrad_bf16_")
-    small = Conv(1, 64, 64, (7, 7), (3, 3), padding=(1, 1), dtype=torch.bfloat16)
-    p = plan(small, "forward", gpu=gpu)
-    assert p["kernel"] == "conv_bf16_64x64_sm80" and p["chunks"] > 1
-    assert p["pack_bytes"] == 64 * 64 * 9 * 2 and p["partial_bytes"] >= p["chunks"] * 49 * 64 * 4
-    assert p["workspace_bytes"] == p["pack_bytes"] + p["partial_bytes"]
-    depthwise = Conv(2, 32, 32, (9, 9), (3, 3), groups=32, dtype=torch.float16)
-    assert {kernel(depthwise, pass_) for pass_ in PASSES} == {"conv_depthwise_f16_sm80"}
-    grouped = Conv(2, 32, 32, (9, 9), (3, 3), groups=8)
-    assert kernel(grouped) == "conv_direct_f32_sm80"
-    assert kernel(dense, precision="tf32") == "conv_bf16_128x128_sm80"
-    f32 = Conv(1, 16, 16, (5, 5), (1, 1))
-    assert kernel(Conv(8, 16, 64, (56, 56), (3, 3), padding=(1, 1))) == "conv_f32_128x64_sm80"
-    names = {p: kernel(f32, precision=p) for p in ("fma", "ieee", "tf32", "bf16")}
-    assert names["fma"] == "conv_direct_f32_sm80" and names["ieee"] == "conv_f32_64x64_sm80"
-    assert names["tf32"] == "conv_f32_128x64_tf32_sm80" and names["bf16"] == "conv_f32_128x64_bf16_sm80"
-    with pytest.raises(RuntimeError, match="cannot run this: less exact than asked"):
-        kernel(f32, kernel="conv_f32_128x64_tf32_sm80")
-    with pytest.raises(RuntimeError, match="cannot run this: another pass"):
-        kernel(f32, "wgrad", kernel="conv_f32_128x64_sm80")
-
-
-def test_plans_of_huge_positions_are_direct():
-    options = {"padding": [2**40], "stride": [1], "dilation": [2**41]}
-    p = MODULE.conv_plan("forward", (1, 2, 1), (3, 2, 2), (1, 3, 1), **options, gpu="sm80")
-    assert p["kernel"] == "conv_direct_f32_sm80" and "2^29" in p["why"]
-    # Nothing moves along a dimension of one output: its stride has no say.
-    options = {"padding": [0], "stride": [2**40], "dilation": [1]}
-    p = MODULE.conv_plan("forward", (1, 2, 3), (3, 2, 3), (1, 3, 1), **options, gpu="sm80")
-    assert p["kernel"] == "conv_f32_64x64_sm80"
-    options = {"padding": [0, 0], "stride": [5, 5], "dilation": [1, 1]}
-    p = MODULE.conv_plan("dgrad", (1, 2, 9, 9), (3, 2, 1, 1), (1, 3, 2, 2), **options, gpu="sm80")
-    assert p["kernel"] == "conv_direct_f32_sm80" and "16 phases" in p["why"]
-
-
 # --- every row, exactly ----------------------------------------------------------------------------------------------
 SHAPES = [  # N, C, K, size, kernel, stride, padding, dilation, groups
     (2, 8, 24, (5, 7), (3, 3), (1, 1), (1, 1), (1, 1), 1),
     (1, 5, 7, (19,), (3,), (2,), (2,), (3,), 1),
     (2, 16, 10, (4, 5, 6), (2, 3, 2), (2, 1, 3), (1, 1, 1), (1, 2, 1), 1),
     (1, 16, 8, (7, 9), (3, 2), (2, 3), (1, 0), (1, 1), 2),
+    (1, 12, 24, (3, 5), (3, 3), (1, 2), (1, 1), (1, 1), 6),  # groups that are multiplied together, 2 to 4 channels
+    (1, 5, 15, (9,), (3,), (1,), (1,), (1,), 5),  # 1 to 3
 ]
 
 
@@ -228,6 +40,19 @@ def test_exact(gpu, row, layout):
     for N, C, K, size, kernel, stride, padding, dilation, groups in SHAPES:
         c = Conv(N, C, K, size, kernel, stride, padding, dilation, groups, DTYPES[row["dtype"]])
         check_exact(gpu, c, layout, row["name"], passes)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_merged_groups_in_several_tiles(gpu, dtype):
+    """More groups than are one, and more columns of a group, or taps and channels, than a tile has."""
+    for N, C, K, size, kernel, groups, merged in (
+        (1, 32, 160, (4, 5), (3, 3), 16, (4, 16, 4)),
+        (2, 36, 72, (4,), (3,), 18, (9, 18, 9)),
+    ):
+        c = Conv(N, C, K, size, kernel, padding=(1,) * len(size), groups=groups, dtype=dtype, high=2)
+        assert tuple(plan(c, pass_, module=gpu.module)["merged"] for pass_ in PASSES) == merged
+        for layout in LAYOUTS:
+            check_exact(gpu, c, layout)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -356,6 +181,22 @@ def test_special_values(gpu):
             assert_special(run_wgrad(gpu, c, precision=precision)[0], wgrad_reference(c)[0].to(c.dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_special_values_stay_in_their_group(gpu, dtype):
+    """Groups that are multiplied together: zeros times another's Inf and NaN must not show."""
+    c = Conv(1, 64, 64, (5, 5), (3, 3), padding=(1, 1), groups=16, dtype=dtype, high=0)
+    assert {plan(c, pass_, module=gpu.module)["merged"] for pass_ in PASSES} == {16}
+    c.x[0, 2, 1, 1], c.x[0, 22, 3, 3], c.x[0, 41, 2, 4] = math.inf, -math.inf, math.nan
+    c.dy[0, 2, 1, 1], c.dy[0, 22, 3, 3], c.dy[0, 41, 2, 4] = math.inf, -math.inf, math.nan
+    c.w[9:11] = c.w[9:11].abs()
+    for pass_ in ("forward", "dgrad"):
+        out = run(gpu, c, pass_)
+        assert_special(out, c.reference(pass_).to(dtype))
+        finite = torch.isfinite(out)
+        assert finite.reshape(16, -1).all(1).sum() == 13  # whole groups without any
+    assert_special(run_wgrad(gpu, c)[0], wgrad_reference(c)[0].to(dtype))
+
+
 def assert_special(actual, expected):
     for test in (torch.isnan, torch.isposinf, torch.isneginf):
         assert torch.equal(test(actual), test(expected))
@@ -422,16 +263,39 @@ def test_neighbours_stay_untouched(gpu):
         assert (big == 7.0).all()
 
 
-@pytest.mark.parametrize("case", ["tile", "one step", "wgrad", "element", "depthwise", "direct"])
+ORDERS = {  # dtype, layout, channels, groups, kernel
+    "tile": (torch.bfloat16, "channels_last", 16, 1, 3),
+    "one step": (torch.bfloat16, "channels_last", 16, 1, 1),
+    "wgrad": (torch.bfloat16, "channels_last", 16, 1, 3),
+    "element": (torch.float32, "contiguous", 16, 1, 3),
+    "element wgrad": (torch.float32, "contiguous", 16, 1, 3),
+    "held": (torch.bfloat16, "contiguous", 16, 1, 3),
+    "held wgrad": (torch.bfloat16, "channels_last", 11, 1, 3),
+    "groups": (torch.bfloat16, "channels_last", 16, 8, 3),
+    "depthwise": (torch.bfloat16, "channels_last", 16, 16, 3),
+    "depthwise wgrad": (torch.bfloat16, "channels_last", 16, 16, 3),
+    "direct": (torch.float32, "channels_last", 16, 8, 3),
+}
+
+
+@pytest.mark.sanitized
+@pytest.mark.parametrize("case", ORDERS)
+def test_each_way_once(gpu, case):
+    """What the sanitizers run: every pass by every way of loading, tails in each dimension."""
+    dtype, layout, C, groups, k = ORDERS[case]
+    c = Conv(1, C, 16 if groups > 1 else 9, (4, 3), (k, k), padding=(k // 2, k // 2), groups=groups, dtype=dtype)
+    check_exact(gpu, c, layout, passes=("wgrad",) if "wgrad" in case else ("forward", "dgrad"))
+
+
+@pytest.mark.parametrize("case", ORDERS)
 def test_the_order_of_threads_has_no_say(gpu, case):
-    groups = {"depthwise": 16, "direct": 8}.get(case, 1)
-    dtype = torch.float32 if case == "element" else torch.bfloat16
-    k = 1 if case == "one step" else 3
-    c = Conv(1, 16, 16, (9, 9), (k, k), padding=(k // 2, k // 2), groups=groups, dtype=dtype, high=0)
-    layout = "contiguous" if case == "element" else "channels_last"
+    dtype, layout, C, groups, k = ORDERS[case]
+    c = Conv(
+        1, C, 16 if groups > 1 else 24, (9, 9), (k, k), padding=(k // 2, k // 2), groups=groups, dtype=dtype, high=0
+    )
     results = []
     for _ in gpu.orders():
-        if case == "wgrad":
+        if "wgrad" in case:
             results.append(torch.cat([t.flatten() for t in run_wgrad(gpu, c, layout)]))
         else:
             results.append(run(gpu, c, "forward", layout))
@@ -482,70 +346,3 @@ def test_refusals(gpu):
         gpu.module.conv(x[:, :, :3, :3], x, w, **c.options)
     with pytest.raises(TypeError, match="argument 'input'"):
         gpu.module.conv(y, 3, w, **c.options)
-
-
-# --- from Python -----------------------------------------------------------------------------------------------------
-def gradients(function, tensors):
-    leaves = [t.detach().clone().requires_grad_() for t in tensors]
-    out = function(*leaves)
-    weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype, device=out.device).view(out.shape)
-    return [out.detach(), *torch.autograd.grad(out, leaves, weights)]
-
-
-@pytest.fixture
-def exact_float32():
-    """torch gives cuDNN leave to use tf32 unless it is told otherwise."""
-    before = torch.backends.cudnn.conv.fp32_precision
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
-    yield
-    torch.backends.cudnn.conv.fp32_precision = before
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("transposed", [False, True])
-def test_functions_and_their_gradients(gpu, layout, transposed, generator, exact_float32):
-    x = lay(torch.randn(2, 6, 7, 8, generator=generator), layout).to(gpu.device)
-    w = torch.randn(6, 3, 3, 3, generator=generator) if transposed else torch.randn(4, 3, 3, 3, generator=generator)
-    b = torch.randn(6 if transposed else 4, generator=generator)
-    options = {"stride": 2, "padding": 1, "groups": 2}
-    fast, slow = (conv_transpose2d, torch.conv_transpose2d) if transposed else (conv2d, torch.conv2d)
-    tensors = [x, w.to(gpu.device), b.to(gpu.device)]
-    ours = gradients(lambda *t: fast(*t, **options), tensors)
-    theirs = gradients(lambda *t: slow(*t, **options), [t.double().cpu() for t in tensors])
-    for a, e in zip(ours, theirs, strict=True):
-        assert torch.allclose(a.cpu().double(), e, rtol=1e-5, atol=1e-5)
-
-
-def test_activation_and_residual_differentiate(gpu, generator, exact_float32):
-    shapes = ((1, 8, 5, 6), (8, 8, 3, 3), (8,), (1, 8, 5, 6))
-    tensors = [torch.randn(*shape, generator=generator).to(gpu.device) for shape in shapes]
-
-    def theirs(x, w, b, r):
-        return torch.nn.functional.gelu(torch.conv2d(x, w, b, padding=1)) + r
-
-    ours = gradients(lambda x, w, b, r: conv2d(x, w, b, padding=1, activation="gelu", residual=r), tensors)
-    for a, e in zip(ours, gradients(theirs, [t.double().cpu() for t in tensors]), strict=True):
-        assert torch.allclose(a.cpu().double(), e, rtol=1e-5, atol=1e-5)
-
-
-def test_precision_follows_torch(gpu, exact_float32):
-    x, w = torch.randn(1, 4, 5, 5, device=gpu.device), torch.randn(3, 4, 3, 3, device=gpu.device)
-    exact = conv2d(x, w)
-    torch.backends.cudnn.conv.fp32_precision = "tf32"
-    short = conv2d(x, w)
-    expected = torch.nn.functional.conv2d(x.double(), w.double())
-    errors = [(y.double() - expected).abs().max().item() for y in (exact, short)]
-    assert errors[0] < errors[1] / 8 < 1e-4
-
-
-def test_modules(gpu, generator, exact_float32):
-    model = torch.nn.Sequential(
-        torch.nn.Conv2d(3, 8, 3, padding="same"),
-        torch.nn.ReLU(),
-        torch.nn.Conv2d(8, 8, 3, groups=8, stride=2),
-        torch.nn.ConvTranspose2d(8, 2, 2, stride=2),
-    ).to(gpu.device)
-    x = torch.randn(1, 3, 9, 9, generator=generator).to(gpu.device)
-    expected = model(x).detach()
-    fastdl.optimize(model)
-    assert torch.allclose(model(x), expected, rtol=1e-5, atol=1e-6)

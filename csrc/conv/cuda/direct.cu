@@ -119,22 +119,16 @@ void run_conv_bias_sums(const ConvDesc& d, const CudaConvPlan& p, const ConvArgs
                         const Stream& stream) {
   if (!args.dbias) return;
   float* const sums = static_cast<float*>(workspace);
-  if (d.dtype == DType::bf16) return bias_sums<bf16>(d, p, args, sums, stream);
-  if (d.dtype == DType::f16) return bias_sums<f16>(d, p, args, sums, stream);
-  bias_sums<float>(d, p, args, sums, stream);
+  with_conv_dtype(d.dtype, [&](auto x) { bias_sums<decltype(x)>(d, p, args, sums, stream); });
 }
 
 void run_conv_depthwise(const ConvDesc& d, const CudaConvPlan& p, const ConvArgs& args, void* workspace,
                         const Stream& stream) {
-  if (d.dtype == DType::bf16) return depthwise<bf16>(d, p, args, workspace, stream);
-  if (d.dtype == DType::f16) return depthwise<f16>(d, p, args, workspace, stream);
-  depthwise<float>(d, p, args, workspace, stream);
+  with_conv_dtype(d.dtype, [&](auto x) { depthwise<decltype(x)>(d, p, args, workspace, stream); });
 }
 
 void run_conv_direct(const ConvDesc& d, const CudaConvPlan& p, const ConvArgs& args, const Stream& stream) {
-  if (d.dtype == DType::bf16) return direct<bf16>(d, p, args, stream);
-  if (d.dtype == DType::f16) return direct<f16>(d, p, args, stream);
-  direct<float>(d, p, args, stream);
+  with_conv_dtype(d.dtype, [&](auto x) { direct<decltype(x)>(d, p, args, stream); });
 }
 
 void cuda_conv_run(const ConvDesc& d, const CudaConvPlan& p, const ConvArgs& args, void* workspace,

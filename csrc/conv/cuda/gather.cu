@@ -4,42 +4,22 @@
 namespace fastdl {
 namespace {
 
-template <class T, int parts, int M, int N, int warp_m, int warp_n, int stages>
-void tiles(const LaunchShape& grid, const Stream& stream, const ConvGatherArgs<T>& args) {
-  using Tile = ConvGatherTile<T, parts, M, N, warp_m, warp_n, stages>;
-  LaunchShape shape = grid;
-  shape.threads = Tile::threads, shape.shared_bytes = Tile::shared_bytes;
-  launch(conv_gather_kernel<T, parts, M, N, warp_m, warp_n, stages>, shape, stream, args);
-}
-
-template <class T>
-using Launcher = void(const LaunchShape&, const Stream&, const ConvGatherArgs<T>&);
-
-template <class T, bool mine, int parts, int M, int N, int warp_m, int warp_n, int stages>
-constexpr Launcher<T>* row() {
-  if constexpr (mine)
-    return tiles<T, parts, M, N, warp_m, warp_n, stages>;
-  else
-    return nullptr;
-}
-
-template <class T>
-Launcher<T>* launcher(const std::string& name) {
-#define CUDA_CONV_TILE(row_name, type, kind, precision, parts, M, N, warp_m, warp_n, stages)                      \
-  if (name == #row_name)                                                                                          \
-    return row<T, DType::type == kConvDType<T> && CudaConvKind::kind == CudaConvKind::kTile, parts, M, N, warp_m, \
-               warp_n, stages>();
-#define CUDA_CONV_ROW(name, type, kind)
-#include "conv/cuda/kernels.inc"
-#undef CUDA_CONV_TILE
-#undef CUDA_CONV_ROW
-  return nullptr;
-}
+struct Gather {
+  static constexpr CudaConvKind kind = CudaConvKind::kTile;
+  template <class T>
+  using Args = ConvGatherArgs<T>;
+  template <class T, int... numbers>
+  using Tile = ConvGatherTile<T, numbers...>;
+  template <class T, int... numbers>
+  static auto kernel() {
+    return conv_gather_kernel<T, numbers...>;
+  }
+};
 
 // Whether a channels_last weight of forward already is what packing would make of it.
 template <class T>
 bool lies_packed(const ConvDesc& d, const CudaConvPlan& p, const ConvTensor& w) {
-  if (d.pass != ConvPass::forward || p.phase[0].pack_row != p.phase[0].depth) return false;
+  if (d.pass != ConvPass::forward || p.merged > 1 || p.phase[0].pack_row != p.phase[0].depth) return false;
   if (reinterpret_cast<std::uintptr_t>(w.data) % 16 != 0 || (w.c_step != 1 && p.channels > 1)) return false;
   i64 step = p.channels;
   for (int i = 2; i >= 0; --i) {
@@ -70,14 +50,14 @@ void run(const ConvDesc& d, const CudaConvPlan& p, const ConvArgs& args, void* w
   if (p.pack_bytes > 0 && !packed) {
     ConvPackWeights<T> a = {};
     std::copy_n(p.phase, p.phases, a.phase);
-    a.phases = p.phases, a.channels = p.channels, a.columns = p.columns, a.groups = static_cast<int>(d.groups);
+    a.phases = p.phases, a.rows = p.groups * p.columns, a.groups = gather_groups(p);
     a.by_channels = fast_div(std::max(1, p.channels));
     a.w = static_cast<const T*>(args.w.data), a.group_step = d.K / d.groups * args.w.n_step;
     a.channel_step = dgrad ? args.w.n_step : args.w.c_step, a.column_step = dgrad ? args.w.c_step : args.w.n_step;
     std::copy_n(args.w.step, 3, a.step);
     a.out = pack;
     i64 most = 0;
-    for (int i = 0; i < p.phases; ++i) most = std::max(most, d.groups * p.columns * p.phase[i].pack_row);
+    for (int i = 0; i < p.phases; ++i) most = std::max(most, a.rows * p.phase[i].pack_row);
     LaunchShape shape = conv_elements(most, p);
     shape.grid[1] = p.phases;
     launch(conv_pack_kernel<T>, shape, stream, a);
@@ -87,20 +67,18 @@ void run(const ConvDesc& d, const CudaConvPlan& p, const ConvArgs& args, void* w
   a.phases = p.phases;
   const i64(&size)[3] = dgrad ? d.out : d.in;
   a.x = gather_source(in, size, d.N, p.channels);
-  a.in = static_cast<const T*>(in.data), a.in_group = p.channels * in.c_step,
+  a.in = static_cast<const T*>(in.data), a.in_group = p.channels * in.c_step;
   a.w = packed ? static_cast<const T*>(args.w.data) : pack;
-  a.channels = p.channels, a.columns = p.columns, a.tiles_n = p.tiles_n;
+  a.groups = gather_groups(p), a.columns = p.columns, a.tiles_n = p.tiles_n;
   a.chunks = p.chunks, a.chunk = p.chunk;
   a.wide = conv_aligned(in, p.channels, d.N, size, 16 / static_cast<int>(sizeof(T)), 16);
   a.by_pixel = conv_by_pixel(in);
   a.out = conv_epilogue<T>(d, args), a.vector_out = writes_packs<T>(d, p, args);
   i64 pixels = 0;
   for (int i = 0; i < p.phases; ++i) pixels += p.phase[i].pixels;
-  a.partial_row = d.groups * p.columns, a.partial_chunk = pixels * a.partial_row;
+  a.partial_row = p.groups * p.columns, a.partial_chunk = pixels * a.partial_row;
   a.partial = reinterpret_cast<float*>(static_cast<char*>(workspace) + p.pack_bytes);
-  LaunchShape shape;
-  shape.grid[0] = p.tiles, shape.grid[1] = static_cast<int>(d.groups), shape.grid[2] = p.chunks;
-  launcher<T>(p.kernel->name)(shape, stream, a);
+  launch_conv_tiles<Gather, T>(p, stream, a);
   if (p.chunks == 1) return;
   ConvFinishArgs<T> f = {};
   std::copy_n(p.phase, p.phases, f.phase);
@@ -113,9 +91,7 @@ void run(const ConvDesc& d, const CudaConvPlan& p, const ConvArgs& args, void* w
 
 void run_conv_gather(const ConvDesc& d, const CudaConvPlan& p, const ConvArgs& args, void* workspace,
                      const Stream& stream) {
-  if (d.dtype == DType::bf16) return run<bf16>(d, p, args, workspace, stream);
-  if (d.dtype == DType::f16) return run<f16>(d, p, args, workspace, stream);
-  run<float>(d, p, args, workspace, stream);
+  with_conv_dtype(d.dtype, [&](auto x) { run<decltype(x)>(d, p, args, workspace, stream); });
 }
 
 }  // namespace fastdl

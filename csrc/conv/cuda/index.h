@@ -64,20 +64,29 @@ struct GatherSource {
   FastDiv by_channels;  // of a group
 };
 
-struct GatherRow {  // an output pixel: where its tap 0 lies, and that position
+// What is read for a row and a column lies at the sum of both.
+struct GatherPlace {
   i64 offset;
   int z[3];
 };
-struct GatherCol {  // a tap and a channel, seen from there
-  i64 offset;
-  int z[3];
-};
+using GatherRow = GatherPlace;  // an output pixel: where its tap 0 lies, and that position
+using GatherCol = GatherPlace;  // a tap and a channel, seen from there
 
-constexpr bool inside(const GatherSource& x, const GatherRow& row, const GatherCol& col) {
+constexpr bool inside(const GatherSource& x, const GatherPlace& a, const GatherPlace& b) {
   bool in = true;
   for (int i = 0; i < 3; ++i)
-    in = in && static_cast<std::uint32_t>(row.z[i] + col.z[i]) < static_cast<std::uint32_t>(x.size[i]);
+    in = in && static_cast<std::uint32_t>(a.z[i] + b.z[i]) < static_cast<std::uint32_t>(x.size[i]);
   return in;
+}
+
+// Groups of few channels that tiles take as one: weights from one to another of them are zeros.
+struct GatherGroups {
+  int count;                        // that are one
+  FastDiv by_channels, by_columns;  // of each
+};
+// Whether a channel and a column of the groups that are one belong to the same.
+constexpr bool same_group(const GatherGroups& g, int channel, int column) {
+  return g.count == 1 || g.by_channels.quotient(channel) == g.by_columns.quotient(column);
 }
 
 // Pixel m as (n, j).

@@ -45,8 +45,13 @@ conv_depthwise_kernel(FASTDL_PARAM ConvDepthwiseArgs<T> args) {
       const GatherCol col = gather_col(p, args.x, tap);
       const float* const from = args.w + p.pack + static_cast<i64>(tap) * args.channels + c;
       float w[V];
+      constexpr int part = V < 4 ? V : 4;  // 16 bytes
 #pragma unroll
-      for (int v = 0; v < V; ++v) w[v] = from[v];
+      for (int v = 0; v < V; v += part) {
+        const Pack<float, part> few = *reinterpret_cast<const Pack<float, part>*>(from + v);
+#pragma unroll
+        for (int e = 0; e < part; ++e) w[v + e] = few.x[e];
+      }
 #pragma unroll
       for (int s = 0; s < kStrip; ++s) {
         if (!inside(args.x, pixel[s], col)) continue;
@@ -113,7 +118,7 @@ conv_depthwise_wgrad_kernel(FASTDL_PARAM ConvDepthwiseWgradArgs<T> args) {
   const bool only_sums = args.taps == 0;
   const int count = only_sums ? 1 : args.taps - tap0 < kDepthwiseTaps ? args.taps - tap0 : kDepthwiseTaps;
   if (!only_sums && thread_x() < kDepthwiseTaps) cols[thread_x()] = gather_col(p, args.x, tap0 + thread_x());
-  block_sync(kDepthwiseThreads);
+  block_sync(kDepthwiseThreads);  // the table
   float sum[kDepthwiseTaps][V] = {};
   const int begin = block_z() * args.chunk, end = begin + args.chunk < p.pixels ? begin + args.chunk : p.pixels;
   if (c < args.channels) {
@@ -143,7 +148,7 @@ conv_depthwise_wgrad_kernel(FASTDL_PARAM ConvDepthwiseWgradArgs<T> args) {
 #pragma unroll
       for (int v = 0; v < V; ++v) sums[thread_x() * V + v] = sum[t][v];
     }
-    block_sync(kDepthwiseThreads);
+    block_sync(kDepthwiseThreads);  // of all threads
     if (t < count && thread_x() < args.lanes * V) {
       float all = 0;
       for (int l = 0; l < lanes_p; ++l) all += sums[l * args.lanes * V + thread_x()];
@@ -151,7 +156,7 @@ conv_depthwise_wgrad_kernel(FASTDL_PARAM ConvDepthwiseWgradArgs<T> args) {
       if (channel < args.channels)
         args.partial[(static_cast<i64>(block_z()) * args.channels + channel) * taps + tap0 + t] = all;
     }
-    block_sync(kDepthwiseThreads);
+    block_sync(kDepthwiseThreads);  // before the next tap's
   }
 }
 

@@ -35,7 +35,8 @@ conv_direct_kernel(FASTDL_PARAM ConvDirectArgs<T> args) {
   const ConvDesc& d = args.desc;
   const T* const in = static_cast<const T*>(args.in.data);
   const T* const w = static_cast<const T*>(args.w.data);
-  const i64 blocks = (args.columns + kDirectColumns - 1) / kDirectColumns * d.groups;  // of results, of a pixel
+  const i64 of_group = (args.columns + kDirectColumns - 1) / kDirectColumns,
+            blocks = of_group * d.groups;  // of a pixel
   const i64 pixels = args.written[0] * args.written[1] * args.written[2];
   const i64 stride = static_cast<i64>(grid_x()) * kConvThreads;
   for (i64 i = static_cast<i64>(block_x()) * kConvThreads + thread_x(); i < args.total; i += stride) {
@@ -45,7 +46,7 @@ conv_direct_kernel(FASTDL_PARAM ConvDirectArgs<T> args) {
     } else {
       pixel = i % pixels, block = i / pixels % blocks, n = i / pixels / blocks;
     }
-    const i64 group = block % d.groups, column = block / d.groups * kDirectColumns;
+    const i64 group = block / of_group, column = block % of_group * kDirectColumns;
     const int count = static_cast<int>(args.columns - column < kDirectColumns ? args.columns - column : kDirectColumns);
     const i64 o[3] = {pixel / args.written[2] / args.written[1], pixel / args.written[2] % args.written[1],
                       pixel % args.written[2]};

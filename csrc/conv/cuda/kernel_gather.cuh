@@ -2,13 +2,14 @@
 // packed.
 //
 // A block: kM pixels x kN channels, kConvDepth = 32 of the depth a step, kStages steps in flight. Shared memory of a
-// stage: pixels [kM][32] and weights [kN][32], 16 KiB at 128x128 of 2-byte elements (4 stages: 64 KiB; with 123
-// registers two blocks on a multiprocessor), 24 KiB at 128x64 of floats (3 stages: 72 KiB). A step of 128x128x32 is 256
-// mma, 8 cycles each on an sm80's four tensor cores: 512 cycles, for 4 copies of 16 bytes a thread.
+// stage: pixels [kM][32] and weights [kN][32], 16 KiB at 128x128 of 2-byte elements (4 stages: 64 KiB, with tables 73;
+// with 128 registers two blocks on a multiprocessor), 24 KiB at 128x64 of floats (3 stages: 72 KiB). A step of
+// 128x128x32 is 256 mma, 8 cycles each on an sm80's four tensor cores: 512 cycles, for 4 copies of 16 bytes a thread.
+// Where a step's taps and channels lie is worked out once for a block, by one warp, a step ahead of the loads.
 #pragma once
 #include "conv/cuda/epilogue.cuh"
 #include "conv/cuda/index.h"
-#include "gemm/cuda/kernel_tile.cuh"
+#include "conv/cuda/kernel_load.cuh"
 #include "ptx/barrier.cuh"
 
 namespace fastdl {
@@ -24,7 +25,8 @@ struct ConvGatherArgs {
   const T* in;
   i64 in_group;  // steps of a group
   const T* w;    // packed
-  int channels, columns, tiles_n;
+  GatherGroups groups;
+  int columns, tiles_n;
   int chunks, chunk;  // of the depth, in steps
   bool wide;          // channels come in whole, aligned chunks of 16 bytes
   bool by_pixel;      // else neighbours in memory are pixels rather than channels
@@ -34,17 +36,13 @@ struct ConvGatherArgs {
   i64 partial_row, partial_chunk;
 };
 
-template <class T>
-FASTDL_DEVICE T conv_zero() {
-  return from_float<T>(0.0f);
-}
-
-// Products of k in [begin, end) by FMA: what is computed again of split sums.
+// Products of k in [begin, end) and of column j's own group by FMA: what is computed again.
 template <class T>
 FASTDL_DEVICE float gather_exact(const ConvGatherArgs<T>& a, const GatherPhase& p, const T* in, const T* w,
-                                 const GatherRow& row, int begin, int end) {
+                                 const GatherRow& row, int j, int begin, int end) {
   float sum = 0;
   for (int k = begin; k < end; ++k) {
+    if (!same_group(a.groups, k - a.x.by_channels.quotient(k) * a.x.by_channels.divisor, j)) continue;
     const GatherCol col = gather_col(p, a.x, k);
     sum = fma_rn(inside(a.x, row, col) ? to_float(in[row.offset + col.offset]) : 0.0f, to_float(w[k]), sum);
   }
@@ -60,46 +58,51 @@ struct ConvGatherTile {
   static constexpr int stage = A::bytes + B::bytes, pipeline = kStages * stage;
   static constexpr int sums = (kM * (kN + 4) + kM + kN) * 4;
   static constexpr int table = ((sums > pipeline ? sums : pipeline) + 15) / 16 * 16;
-  static constexpr int shared_bytes = table + kM * static_cast<int>(sizeof(GatherRow));
-  static_assert(threads % kM == 0 || kM % threads == 0, "a thread's pixel is one of few");
+  static constexpr int place = static_cast<int>(sizeof(GatherPlace));
+  static constexpr int shared_bytes = table + (kM + kStages * kConvDepth) * place;
+  // In flight at a time beside 64 sums of a thread, where registers are short: half a step's elements.
+  using Elements = ElementLoader<A, threads, kM == 128 && sizeof(T) == 2 ? 2 : 1>;
 
   const ConvGatherArgs<T>& args;
   const GatherPhase& phase;
   const T* in;
   const T* w;
-  int columns;  // of this tile on
-  GatherRow* rows;
+  int columns;      // of this tile on
+  GatherRow* rows;  // [kM]
+  GatherCol* cols;  // [kStages][kConvDepth], of the steps that are loaded
   unsigned char* memory;
 
   FASTDL_DEVICE A a(int s) const { return {reinterpret_cast<T*>(memory + s * stage)}; }
   FASTDL_DEVICE B b(int s) const { return {reinterpret_cast<T*>(memory + s * stage + A::bytes)}; }
 
-  // Step `step` of the depth into stage s.
+  // Element e of stage s, of this thread.
+  FASTDL_DEVICE auto element(int s) const {
+    const ElementWalk walk = Elements::walk(args.by_pixel);
+    const GatherPlace* const r = rows + walk.r;
+    const GatherPlace* const c = cols + s * kConvDepth + walk.c;
+    const GatherPlace own = walk.dr == 0 ? *r : *c, *const others = walk.dr == 0 ? c : r;
+    const int step = walk.dr == 0 ? walk.dc : walk.dr;
+    return [=, this_in = in, &x = args.x](int e) {
+      const GatherPlace other = others[e * step];
+      return inside(x, own, other) ? this_in + own.offset + other.offset : nullptr;
+    };
+  }
+
+  // Step `step` of the depth into stage s, all that comes asynchronously.
   FASTDL_DEVICE void load(int step, int s) const {
     constexpr int chunk = A::chunk, chunks = kConvDepth / chunk, lines = threads / chunks;
     const int k0 = step * kConvDepth, line = thread_x() / chunks, k = k0 + thread_x() % chunks * chunk;
     const A to = a(s);
     if (args.wide) {
-      const GatherCol col = gather_col(phase, args.x, k);
+      const GatherCol col = cols[s * kConvDepth + k - k0];
 #pragma unroll
       for (int r = line; r < kM; r += lines) {
         const GatherRow row = rows[r];
         const bool in_image = inside(args.x, row, col);
         copy_async<16>(to.at(r, k - k0), in_image ? in + row.offset + col.offset : in, in_image ? 16 : 0);
       }
-    } else if (args.by_pixel) {
-      for (int i = thread_x(); i < kM * kConvDepth; i += threads) {
-        const int r = i % kM, c = i / kM;
-        const GatherRow row = rows[r];
-        const GatherCol col = gather_col(phase, args.x, k0 + c);
-        *to.at(r, c) = inside(args.x, row, col) ? in[row.offset + col.offset] : conv_zero<T>();
-      }
-    } else {
-      const GatherCol col = gather_col(phase, args.x, k0 + thread_x() % kConvDepth);
-      for (int r = thread_x() / kConvDepth; r < kM; r += threads / kConvDepth) {
-        const GatherRow row = rows[r];
-        *to.at(r, thread_x() % kConvDepth) = inside(args.x, row, col) ? in[row.offset + col.offset] : conv_zero<T>();
-      }
+    } else if constexpr (!Elements::held) {
+      Elements::copy(to, args.by_pixel, in, element(s));
     }
     const B weights = b(s);
 #pragma unroll
@@ -110,33 +113,49 @@ struct ConvGatherTile {
   }
 
   FASTDL_DEVICE void run(int tile_m, int tile_n, int group, int chunk) {
-    for (int r = thread_x(); r < kM; r += threads) rows[r] = gather_row(phase, args.x, tile_m * kM + r);
-    block_sync(threads);
     const int steps = (phase.depth + kConvDepth - 1) / kConvDepth;
     const int begin = args.chunks > 1 ? chunk * args.chunk : 0;
     const int end = args.chunks > 1 && begin + args.chunk < steps ? begin + args.chunk : steps;
+    for (int r = thread_x(); r < kM; r += threads) rows[r] = gather_row(phase, args.x, tile_m * kM + r);
+    for (int k = thread_x(); k < kStages * kConvDepth; k += threads)
+      cols[k] = gather_col(phase, args.x, begin * kConvDepth + k);
+    block_sync(threads);  // both tables
+    const bool held = Elements::held && !args.wide;
+    Elements elements;
     WarpTile<T, parts, kWarpM, kWarpN> sum;
     sum.clear();
     Peak row_peak[kWarpM / 16], col_peak[kWarpN / 16];
     const int m0 = warp() / warps_n * kWarpM, n0 = warp() % warps_n * kWarpN;
     for (int s = 0; s < kStages - 1; ++s) {
-      if (begin + s < end) load(begin + s, s);
+      if (begin + s < end) {
+        load(begin + s, s);
+        if constexpr (Elements::held)
+          for (int round = 0; held && round < Elements::rounds; ++round)
+            elements.fetch(round, element(s)), elements.put(round, a(s), args.by_pixel);
+      }
       copy_commit();
     }
     for (int step = begin; step < end; ++step) {
       copy_wait<kStages - 2>();
       block_sync(threads);  // the step has come for all threads, and nobody reads the one before any more
-      const int ahead = step + kStages - 1;
-      if (ahead < end) load(ahead, (ahead - begin) % kStages);
+      const int ahead = step + kStages - 1, to = (ahead - begin) % kStages, s = (step - begin) % kStages;
+      const bool fetches = held && ahead < end;
+      if (ahead < end) load(ahead, to);
       copy_commit();
-      const int s = (step - begin) % kStages;
+      if (thread_x() < kConvDepth)  // what step + kStages reads, of which nobody knows before the next barrier
+        cols[s * kConvDepth + thread_x()] = gather_col(phase, args.x, (step + kStages) * kConvDepth + thread_x());
 #pragma unroll(repairs ? 1 : kConvDepth / 16)
-      for (int k = 0; k < kConvDepth; k += 16)
+      for (int k = 0; k < kConvDepth; k += 16) {
+        constexpr int each = kConvDepth / Elements::rounds;
+        if constexpr (Elements::held)
+          if (fetches && k % each == 0) elements.fetch(k / each, element(to));
         sum.template add<false, false>(a(s), b(s), m0, n0, k, repairs ? row_peak : nullptr,
                                        repairs ? col_peak : nullptr);
+        if constexpr (Elements::held)
+          if (fetches && (k + 16) % each == 0) elements.put(k / each, a(to), args.by_pixel);
+      }
     }
-    copy_wait<0>();
-    block_sync(threads);
+    block_sync(threads);  // sums take the place of tiles that other warps may still multiply
 
     // Through shared memory, so that neighbours are written together. Lines of kN + 4 keep packs aligned, of kN + 1 let
     // a warp read a column.
@@ -166,15 +185,17 @@ struct ConvGatherTile {
         }
       }
     }
-    block_sync(threads);
+    block_sync(threads);  // for all
 
     const int k_begin = begin * kConvDepth, k_end = end * kConvDepth < phase.depth ? end * kConvDepth : phase.depth;
     const i64 column0 = static_cast<i64>(group) * args.columns + tile_n * kN;
     const auto repaired = [&](float x, int r, int j) {
-      if constexpr (repairs)
-        if (is_suspect(x, row_peaks[r], col_peaks[j]))
-          return gather_exact(args, phase, in, w + static_cast<i64>(j) * phase.pack_row, rows[r], k_begin, k_end);
-      return x;
+      // Of several groups zeros are multiplied too, by Inf and NaN of others.
+      bool again = args.groups.count > 1 && x != x;
+      if constexpr (repairs) again = again || is_suspect(x, row_peaks[r], col_peaks[j]);
+      if (!again) return x;
+      return gather_exact(args, phase, in, w + static_cast<i64>(j) * phase.pack_row, rows[r], tile_n * kN + j, k_begin,
+                          k_end);
     };
     if (args.vector_out) {
 #pragma unroll 1
@@ -216,6 +237,7 @@ conv_gather_kernel(FASTDL_PARAM ConvGatherArgs<T> args) {
                args.w + phase.pack + (static_cast<i64>(group) * args.columns + column) * phase.pack_row,
                args.columns - column,
                reinterpret_cast<GatherRow*>(memory + Tile::table),
+               reinterpret_cast<GatherCol*>(memory + Tile::table) + kM,
                memory};
   tile.run(at.m, at.n, group, block_z());
 }
@@ -250,13 +272,15 @@ conv_finish_kernel(FASTDL_PARAM ConvFinishArgs<T> args) {
   }
 }
 
-// Weights as tiles read them: out[phase.pack + (group * columns + j) * pack_row + k], zeros behind the depth.
+// Weights as tiles read them: out[phase.pack + (group * columns + j) * pack_row + k], zeros behind the depth and from
+// one of the groups that are one to another.
 template <class T>
 struct ConvPackWeights {
   GatherPhase phase[kMostPhases];
   int phases;
   FastDiv by_channels;
-  int channels, columns, groups;
+  GatherGroups groups;
+  i64 rows;  // columns of all groups
   const T* w;
   i64 group_step, channel_step, column_step, step[3];
   T* out;
@@ -267,16 +291,18 @@ FASTDL_GLOBAL(kConvThreads, 1)
 conv_pack_kernel(FASTDL_PARAM ConvPackWeights<T> args) {
   const GatherPhase& p = args.phase[block_y()];
   if (p.pack_row == 0) return;
-  const i64 total = static_cast<i64>(args.groups) * args.columns * p.pack_row;
+  const i64 total = args.rows * p.pack_row;
   const i64 stride = static_cast<i64>(grid_x()) * kConvThreads;
   for (i64 i = static_cast<i64>(block_x()) * kConvThreads + thread_x(); i < total; i += stride) {
     const int k = static_cast<int>(i % p.pack_row);
-    const i64 j = i / p.pack_row;
+    const int j = static_cast<int>(i / p.pack_row), group = args.groups.by_columns.quotient(j);
     T x = conv_zero<T>();
     if (k < p.depth) {
-      const int tap = args.by_channels.quotient(k), c = k - tap * args.channels;
-      x = args.w[j / args.columns * args.group_step + j % args.columns * args.column_step + c * args.channel_step +
-                 weight_offset(p, args.step, tap)];
+      const int tap = args.by_channels.quotient(k);
+      int c = k - tap * args.by_channels.divisor;
+      if (divide(&c, args.groups.by_channels) == group % args.groups.count)
+        x = args.w[group * args.group_step + (j - group * args.groups.by_columns.divisor) * args.column_step +
+                   c * args.channel_step + weight_offset(p, args.step, tap)];
     }
     args.out[p.pack + i] = x;
   }

@@ -1,7 +1,9 @@
 // What the launching files of convolution share.
 #pragma once
 #include <algorithm>
+#include <string>
 
+#include "base/check.h"
 #include "conv/cuda/kernel_gather.cuh"
 #include "conv/cuda/plan.h"
 #include "ptx/launch.h"
@@ -29,6 +31,41 @@ inline constexpr DType kConvDType<bf16> = DType::bf16;
 template <>
 inline constexpr DType kConvDType<f16> = DType::f16;
 
+// run(element): of the dtype.
+template <class Run>
+void with_conv_dtype(DType dtype, const Run& run) {
+  if (dtype == DType::bf16) return run(bf16{});
+  if (dtype == DType::f16) return run(f16{});
+  run(float{});
+}
+
+// --- rows of the table ------------------------------------------------------------------------------------------
+// A family of kernels with tiles: `kind`, Args<T>, Tile<T, parts, M, N, warp M, warp N, stages> and kernel<the same>().
+template <class Family, class T, int... numbers>
+void launch_conv_row(const CudaConvPlan& p, const Stream& stream, const typename Family::template Args<T>& args) {
+  using Tile = typename Family::template Tile<T, numbers...>;
+  LaunchShape shape;
+  std::copy_n(p.grid, 3, shape.grid);
+  shape.threads = Tile::threads, shape.shared_bytes = Tile::shared_bytes;
+  launch(Family::template kernel<T, numbers...>(), shape, stream, args);
+}
+
+// Launches the plan's row, which is one of the family, with elements of type T.
+template <class Family, class T>
+void launch_conv_tiles(const CudaConvPlan& p, const Stream& stream, const typename Family::template Args<T>& args) {
+  static_assert(sizeof(args) <= 4096, "what every driver passes to a kernel");
+  const std::string name = p.kernel->name;
+#define CUDA_CONV_TILE(row, type, row_kind, precision, parts, M, N, warp_m, warp_n, stages) \
+  if constexpr (DType::type == kConvDType<T> && CudaConvKind::row_kind == Family::kind)     \
+    if (name == #row) return launch_conv_row<Family, T, parts, M, N, warp_m, warp_n, stages>(p, stream, args);
+#define CUDA_CONV_ROW(name, type, kind)
+#include "conv/cuda/kernels.inc"
+#undef CUDA_CONV_TILE
+#undef CUDA_CONV_ROW
+  fail("fastdl.conv: no kernel '", name, "' of this dtype and pass");
+}
+
+// --- arguments of kernels ---------------------------------------------------------------------------------------
 // Threads that each take several elements.
 inline LaunchShape conv_elements(i64 total, const CudaConvPlan& p, int threads = kConvThreads) {
   LaunchShape shape;
@@ -55,6 +92,11 @@ inline GatherSource gather_source(const ConvTensor& t, const i64 (&size)[3], i64
   x.n_step = N > 1 ? t.n_step : 0, x.c_step = t.c_step;
   x.by_channels = fast_div(std::max(1, channels));
   return x;
+}
+
+// Of the plan's gather, with `channels` and `columns` of those that are one.
+inline GatherGroups gather_groups(const CudaConvPlan& p) {
+  return {p.merged, fast_div(std::max(1, p.channels / p.merged)), fast_div(std::max(1, p.columns / p.merged))};
 }
 
 template <class T>

@@ -13,6 +13,7 @@ i64 aligned(i64 bytes) { return (bytes + 255) / 256 * 256; }
 constexpr i64 kMostCount = i64{1} << 30;  // of pixels, of products of a sum, of channels
 constexpr i64 kMostGroups = 65535;        // of a grid's second dimension
 constexpr i64 kMostPartial = i64{1} << 30;
+constexpr i64 kMostMerged = 64;  // columns of groups that are one: those of the smaller tile
 
 const char* dtype_of(DType dtype) {
   constexpr const char* kNames[] = {"float32", "bfloat16", "float16"};
@@ -37,17 +38,32 @@ bool narrow(const ConvAxis& a, GatherAxis* out) {
   return true;
 }
 
-// The gathers of all phases; "" or why 32 bits do not hold them.
-const char* plan_gather(const ConvDesc& d, CudaConvPlan* p) {
+// How many groups tiles take as one. Of a tile's 64 columns a group of c uses c, and reads its channels 2 * c bytes at
+// a time: as many groups as have 64 columns are multiplied together, by weights that are zeros from one group to
+// another. That costs no more products (64 columns x taps x c channels a group, before c x taps rounded up to a step),
+// channels come in whole chunks of 16 bytes, and results leave in whole lines. Not of float32, whose rows pass
+// judgement on the largest magnitude of a sum's operands: it would be that of other groups.
+i64 merged_groups(const ConvDesc& d) {
+  if (d.dtype == DType::f32 || d.groups == 1) return 1;
+  const i64 columns = (d.pass == ConvPass::dgrad ? d.C : d.K) / d.groups;
+  i64 most = 1;
+  for (i64 m = 2; m * std::max<i64>(1, columns) <= kMostMerged; ++m)
+    if (d.groups % m == 0) most = m;
+  return most;
+}
+
+// The gathers of all phases, `merged` groups as one; "" or why 32 bits do not hold them.
+const char* plan_gather(const ConvDesc& d, i64 merged, CudaConvPlan* p) {
   const bool dgrad = d.pass == ConvPass::dgrad;
-  const i64 channels = (dgrad ? d.K : d.C) / d.groups, columns = (dgrad ? d.C : d.K) / d.groups;
+  p->merged = static_cast<int>(merged), p->groups = d.groups / merged;
+  const i64 channels = (dgrad ? d.K : d.C) / p->groups, columns = (dgrad ? d.C : d.K) / p->groups;
   i64 phases[3], count = 1;
   for (int i = 0; i < 3; ++i) {
     phases[i] = dgrad ? std::min(d.stride[i], std::max<i64>(1, d.in[i])) : 1;
     if (phases[i] > kMostPhases || (count *= phases[i]) > kMostPhases) return "more than 16 phases";
     if ((dgrad ? d.out[i] : d.in[i]) >= kMostPosition) return "positions beyond 2^29";
   }
-  if (channels > kMostCount || columns > kMostCount) return "more than 2^30 channels";
+  if (d.C > kMostCount || d.K > kMostCount) return "more than 2^30 channels";
   p->channels = static_cast<int>(channels), p->columns = static_cast<int>(columns);
   p->phases = static_cast<int>(count);
   i64 pack = 0, pixels_before = 0;
@@ -67,7 +83,7 @@ const char* plan_gather(const ConvDesc& d, CudaConvPlan* p) {
     x.first_pixel = static_cast<int>(pixels_before);
     x.pack_row = static_cast<int>(ceil_div(depth, kPackUnit) * kPackUnit);
     x.pack = pack;
-    pack += d.groups * columns * x.pack_row;
+    pack += p->groups * columns * x.pack_row;
     if ((pixels_before += pixels) > kMostCount) return "more than 2^30 pixels";
   }
   return "";
@@ -91,10 +107,17 @@ i64 wgrad_tiles(const CudaConvPlan& p, const CudaConvKernel& k) {
   return ceil_div(p.columns, k.tile_m) * ceil_div(p.phase[0].depth, k.tile_n);
 }
 
-double cost(const ConvDesc& d, const CudaConvPlan& p, const CudaConvKernel& k, const Gpu& gpu) {
-  const i64 tiles = d.groups * (k.kind == CudaConvKind::kWgrad ? wgrad_tiles(p, k) : tiles_of(p, k, nullptr));
+i64 all_tiles(const CudaConvPlan& p, const CudaConvKernel& k) {
+  return p.groups * (k.kind == CudaConvKind::kWgrad ? wgrad_tiles(p, k) : tiles_of(p, k, nullptr));
+}
+
+// Products of bfloat16 of a product of float32, by precision: less exact rows make fewer.
+constexpr double kProducts[] = {1, 6, 3, 1};
+
+double cost(const CudaConvPlan& p, const CudaConvKernel& k, const Gpu& gpu) {
+  const i64 tiles = all_tiles(p, k);
   const double waves = static_cast<double>(ceil_div(std::max<i64>(1, tiles), gpu.multiprocessors));
-  return waves * k.tile_m * k.tile_n / efficiency(k);
+  return waves * k.tile_m * k.tile_n / efficiency(k) * kProducts[static_cast<int>(k.precision)];
 }
 
 // Chunks of a sum of `steps`, so that `blocks` of each fill the GPU: at least `least` steps a chunk.
@@ -112,12 +135,12 @@ void plan_tile(const ConvDesc& d, const Gpu& gpu, CudaConvPlan* p) {
   for (int i = 0; i < p->phases; ++i) {
     const GatherPhase& x = p->phase[i];
     steps = std::max(steps, ceil_div(x.depth, k.tile_k)), pixels += x.pixels;
-    pack = x.pack + d.groups * p->columns * x.pack_row;
+    pack = x.pack + p->groups * p->columns * x.pack_row;
   }
   p->pack_bytes = aligned(pack * kItemSize[static_cast<int>(d.dtype)]);
   // A block alone takes 8 steps to pay for writing its sums and reading them again.
-  const i64 sum_bytes = 4 * pixels * p->columns * d.groups;
-  cut(p, steps, p->tiles * d.groups, gpu.multiprocessors, 8,
+  const i64 sum_bytes = 4 * pixels * p->columns * p->groups;
+  cut(p, steps, p->tiles * p->groups, gpu.multiprocessors, 8,
       std::min<i64>(64, kMostPartial / std::max<i64>(1, sum_bytes)));
   p->partial_bytes = p->chunks > 1 ? aligned(p->chunks * sum_bytes) : 0;
 }
@@ -132,9 +155,9 @@ void plan_wgrad(const ConvDesc& d, const Gpu& gpu, CudaConvPlan* p) {
   p->tiles = static_cast<int>(wgrad_tiles(*p, k));
   // 16-bit sums are not promoted: tensor cores cut each of a chunk's additions, 8192 / 16 of them at most.
   constexpr i64 kMostSteps = 256;
-  const i64 steps = ceil_div(x.pixels, k.tile_k), dw_bytes = 4 * d.K * x.depth;
+  const i64 steps = ceil_div(x.pixels, k.tile_k), dw_bytes = 4 * d.K * (x.depth / p->merged);
   const i64 most = std::max<i64>(1, std::min<i64>(4096, kMostPartial / std::max<i64>(1, dw_bytes)));
-  const i64 blocks = p->tiles * d.groups;
+  const i64 blocks = p->tiles * p->groups;
   cut(p, steps, blocks, std::max<i64>(2 * gpu.multiprocessors, blocks * ceil_div(steps, kMostSteps)), 8, most);
   p->partial_bytes = aligned(p->chunks * dw_bytes);
 }
@@ -148,23 +171,53 @@ void plan_bias_sums(const ConvDesc& d, CudaConvPlan* p) {
 
 bool is_depthwise(const ConvDesc& d) { return d.groups > 1 && d.C == d.groups && d.K == d.groups; }
 
-// Whether tiles waste so much on groups of few channels that FMA is faster: it does about a sixteenth of the products.
-bool small_groups(const ConvDesc& d, const CudaConvPlan& p) {
+// Whether tiles waste so much on groups of few channels that FMA is faster. By the peaks it does a sixteenth of the
+// products of tensor cores (19.5 against 312 TFLOP/s of an A100); the direct kernel loads five operands for four
+// products, of which 32 against 64 come in a cycle, and turns each into a float: a quarter of its peak. Its wgrad loads
+// two for one, and divides to find where: another sixteenth.
+// 3x3, 64 channels in groups of 4 (ResNeXt), a pixel on an A100: 256 bytes of bfloat16 take 165 ps; 64 x 576 products
+// by tiles 236 ps, 64 x 36 by FMA 236 ps at its peak and about 950 here. float32: 330 ps of bytes; tiles of each group
+// for itself make six products of 64 x 64 for 4 x 36, 2500 ps, and FMA wins.
+constexpr i64 kDirectProducts = 64, kDirectWgradProducts = 1024;
+
+bool fma_wins(const ConvDesc& d, const CudaConvPlan& p, const CudaConvKernel& k) {
   if (d.groups == 1) return false;
+  const bool wgrad = k.kind == CudaConvKind::kWgrad;
   i64 depth = 1;
   for (int i = 0; i < p.phases; ++i) depth = std::max<i64>(depth, p.phase[i].depth);
-  return 16 * p.columns * depth < ceil_div(p.columns, 64) * 64 * ceil_div(depth, 32) * 32;
+  const int tile_m = wgrad ? k.tile_m : k.tile_n, tile_n = wgrad ? k.tile_n : k.tile_k;
+  const double useful = static_cast<double>(p.columns) * static_cast<double>(depth) / p.merged;
+  const double made =
+      static_cast<double>(ceil_div(p.columns, tile_m) * tile_m) * static_cast<double>(ceil_div(depth, tile_n) * tile_n);
+  return (wgrad ? kDirectWgradProducts : kDirectProducts) * useful < kProducts[static_cast<int>(k.precision)] * made;
 }
 
 CudaConvKind tile_kind(const ConvDesc& d) {
   return d.pass == ConvPass::wgrad ? CudaConvKind::kWgrad : CudaConvKind::kTile;
 }
 
+bool is_tile(const CudaConvKernel& k) { return k.kind == CudaConvKind::kTile || k.kind == CudaConvKind::kWgrad; }
+
+// One problem's gathers: every group for itself, and as tiles take them.
+struct Gathers {
+  CudaConvPlan apart, tiles;
+  const char *apart_why, *tiles_why;  // "" or why there is none
+
+  Gathers(const ConvDesc& d, const Gpu& gpu) : apart{}, tiles{} {
+    const i64 merged = merged_groups(d);
+    apart_why = tiles_why = plan_gather(d, 1, &apart);
+    apart.multiprocessors = gpu.multiprocessors, tiles = apart;
+    if (merged > 1) tiles_why = plan_gather(d, merged, &tiles);
+  }
+  const CudaConvPlan& of(const CudaConvKernel& k) const { return is_tile(k) ? tiles : apart; }
+};
+
 // "" or why this row cannot run it.
-std::string refusal(const ConvDesc& d, Precision precision, const CudaConvPlan& p, const char* gather,
-                    const CudaConvKernel& k) {
+std::string refusal(const ConvDesc& d, Precision precision, const Gathers& gathers, const CudaConvKernel& k) {
   if (k.dtype != d.dtype) return concat("needs ", dtype_of(k.dtype));
   if (k.kind == CudaConvKind::kDirect) return "";
+  const CudaConvPlan& p = gathers.of(k);
+  const char* gather = is_tile(k) ? gathers.tiles_why : gathers.apart_why;
   if (*gather) return gather;
   if (k.kind == CudaConvKind::kDepthwise) {
     if (!is_depthwise(d)) return "needs one channel a group, in and out";
@@ -172,10 +225,9 @@ std::string refusal(const ConvDesc& d, Precision precision, const CudaConvPlan& 
     return p.phase[0].depth > kMostTaps ? "more than 2^16 taps" : "";
   }
   if (k.kind != tile_kind(d)) return "another pass";
-  if (d.groups > kMostGroups) return "more than 65535 groups";
+  if (p.groups > kMostGroups) return "more than 65535 groups";
   if (d.dtype == DType::f32 && k.precision > precision) return "less exact than asked";
-  i64 tiles = d.groups * (k.kind == CudaConvKind::kWgrad ? wgrad_tiles(p, k) : tiles_of(p, k, nullptr));
-  return tiles > kMostCount ? "more than 2^30 tiles" : "";
+  return all_tiles(p, k) > kMostCount ? "more than 2^30 tiles" : "";
 }
 
 }  // namespace
@@ -207,32 +259,39 @@ const char* cuda_conv_kind_name(CudaConvKind kind) {
 }
 
 CudaConvPlan cuda_conv_plan(const ConvDesc& d, Precision precision, const Gpu& gpu, const CudaConvKernel* forced) {
-  CudaConvPlan p = {};
-  p.multiprocessors = gpu.multiprocessors;
-  const char* gather = plan_gather(d, &p);
+  const Gathers gathers(d, gpu);
+  const CudaConvKernel* kernel = forced;
+  const char* why = "forced";
   if (forced) {
-    const std::string why = refusal(d, precision, p, gather, *forced);
-    if (!why.empty()) fail("fastdl.conv: kernel '", forced->name, "': cannot run this: ", why);
-    p.kernel = forced, p.why = "forced";
+    const std::string refused = refusal(d, precision, gathers, *forced);
+    if (!refused.empty()) fail("fastdl.conv: kernel '", forced->name, "': cannot run this: ", refused);
   } else {
-    const auto usable = [&](const CudaConvKernel& k, CudaConvKind kind) {
-      return k.kind == kind && refusal(d, precision, p, gather, k).empty();
-    };
     const CudaConvKernel* direct = nullptr;
+    bool slower = false;
     double best = -1;
     for (const CudaConvKernel& k : cuda_conv_kernels()) {
-      if (usable(k, CudaConvKind::kDepthwise)) {
-        p.kernel = &k, p.why = "one channel a group";
+      if (!refusal(d, precision, gathers, k).empty()) continue;
+      if (k.kind == CudaConvKind::kDepthwise) {
+        kernel = &k, why = "one channel a group";
         break;
       }
-      if (usable(k, CudaConvKind::kDirect)) direct = &k;
-      if (!usable(k, tile_kind(d)) || small_groups(d, p)) continue;
-      constexpr double kProducts[] = {1, 6, 3, 1};  // of parts of float32, by precision: less exact rows make fewer
-      const double c = cost(d, p, k, gpu) * kProducts[static_cast<int>(k.precision)];
-      if (best < 0 || c < best) best = c, p.kernel = &k, p.why = "the fewest waves of tiles";
+      if (k.kind == CudaConvKind::kDirect) direct = &k;
+      if (!is_tile(k)) continue;
+      if (fma_wins(d, gathers.tiles, k)) {
+        slower = true;
+        continue;
+      }
+      const double c = cost(gathers.tiles, k, gpu);
+      if (best < 0 || c < best)
+        best = c, kernel = &k,
+        why = gathers.tiles.merged > 1 ? "the fewest waves of tiles, of several groups each"
+                                       : "the fewest waves of tiles";
     }
-    if (!p.kernel) p.kernel = direct, p.why = *gather ? gather : small_groups(d, p) ? "groups of few channels" : "FMA";
+    if (!kernel)
+      kernel = direct, why = *gathers.tiles_why ? gathers.tiles_why : slower ? "groups of few channels" : "FMA";
   }
+  CudaConvPlan p = gathers.of(*kernel);
+  p.kernel = kernel, p.why = why;
   switch (p.kernel->kind) {
     case CudaConvKind::kTile:
       plan_tile(d, gpu, &p);
@@ -257,16 +316,16 @@ CudaConvPlan cuda_conv_plan(const ConvDesc& d, Precision precision, const Gpu& g
     case CudaConvKind::kDirect:
       break;
   }
+  p.grid[0] = p.tiles, p.grid[1] = static_cast<int>(std::min(p.groups, kMostGroups)), p.grid[2] = p.chunks;
   return p;
 }
 
 std::vector<std::string> cuda_conv_candidates(const ConvDesc& d, Precision precision, const CudaConvPlan& chosen) {
-  CudaConvPlan p = {};
-  const char* gather = plan_gather(d, &p);
+  const Gathers gathers(d, Gpu{});
   std::vector<std::string> lost;
   for (const CudaConvKernel& k : cuda_conv_kernels()) {
     if (&k == chosen.kernel || k.dtype != d.dtype) continue;
-    const std::string why = refusal(d, precision, p, gather, k);
+    const std::string why = refusal(d, precision, gathers, k);
     lost.push_back(concat(k.name, ": ", why.empty() ? "another is faster" : why));
   }
   return lost;
@@ -277,8 +336,8 @@ std::string describe(const ConvDesc& d, const CudaConvPlan& p) {
   return concat("conv ", conv_pass_name(d.pass), " ", dtype_of(d.dtype), d.channels_last ? " NHWC" : " NCHW",
                 " N=", d.N, " C=", d.C, " K=", d.K, " groups=", d.groups, " in=", three(d.in), " out=", three(d.out),
                 " kernel=", three(d.kernel), " stride=", three(d.stride), " pad=", three(d.pad),
-                " dilation=", three(d.dilation), " -> ", p.kernel->name, " phases=", p.phases, " tiles=", p.tiles,
-                " chunks=", p.chunks, " workspace=", p.workspace_bytes(), "B: ", p.why);
+                " dilation=", three(d.dilation), " -> ", p.kernel->name, " phases=", p.phases, " merged=", p.merged,
+                " tiles=", p.tiles, " chunks=", p.chunks, " workspace=", p.workspace_bytes(), "B: ", p.why);
 }
 
 }  // namespace fastdl

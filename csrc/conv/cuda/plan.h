@@ -31,9 +31,12 @@ struct CudaConvPlan {
   // Forward and dgrad: all phases. wgrad: the one gather, whose rows are summed over.
   int phases = 0;
   GatherPhase phase[kMostPhases];
-  int channels = 0, columns = 0;  // of a group: what is summed over with the taps, and results
-  int tiles_n = 0, tiles = 0;     // of a group
-  int chunks = 1, chunk = 0;      // of a sum: steps of tile_k, or for direct wgrad pixels
+  int merged = 1;                 // groups that tiles take as one
+  i64 groups = 1;                 // of that many each
+  int channels = 0, columns = 0;  // of such a group: what is summed over with the taps, and results
+  int tiles_n = 0, tiles = 0;     // of such a group
+  int chunks = 1, chunk = 0;      // of a sum: steps of tile_k, or of depthwise wgrad pixels
+  int grid[3] = {0, 0, 0};        // blocks of the tiles' launch: at most 2^31 - 1, 65535, 65535
   i64 pack_bytes = 0;             // weights, in the order that tiles read them
   i64 partial_bytes = 0;          // sums of all chunks
   int bias_chunks = 0, bias_chunk = 0;

@@ -116,6 +116,7 @@ struct Scheduler {
   std::uint64_t seed = 0, state = 0;
   std::vector<Fiber*> ready;
   Fiber* running = nullptr;
+  const Warp* ahead = nullptr;  // the warp that ran last, unless it only spins
   jmp_buf home;
   std::exception_ptr error;
   const std::function<void()>* body = nullptr;
@@ -223,17 +224,23 @@ void start(Fiber* fiber) {
   makecontext(&fiber->start, enter, 0);
 }
 
+Warp& warp_of(const Fiber& fiber) { return fiber.block->warps[static_cast<std::size_t>(fiber.thread.thread / kWarp)]; }
+
 Fiber* next_ready() {
-  // Seeds from 1000 on: mostly the one woken last, so that a warp runs far ahead of those that it has not met yet.
-  const bool newest = g.seed >= 1000 && random_bits() % 16 != 0;
-  const std::size_t i = newest ? g.ready.size() - 1 : g.seed ? random_bits() % g.ready.size() : 0;
-  Fiber* fiber = g.ready[i];
-  if (g.seed) {
-    g.ready[i] = g.ready.back();
-    g.ready.pop_back();
-  } else {
-    g.ready.erase(g.ready.begin());
+  std::size_t i = g.seed ? random_bits() % g.ready.size() : 0;
+  // Seeds from 1000 on: mostly the warp that ran last, as long as it can go on, else the thread woken last: a warp runs
+  // far ahead of those that it has not met yet.
+  if (g.seed >= 1000 && random_bits() % 16 != 0) {
+    i = g.ready.size() - 1;
+    for (std::size_t j = i + 1; j-- > 0;)
+      if (&warp_of(*g.ready[j]) == g.ahead) {
+        i = j;
+        break;
+      }
+    g.ahead = &warp_of(*g.ready[i]);
   }
+  Fiber* fiber = g.ready[i];
+  g.ready.erase(g.ready.begin() + static_cast<std::ptrdiff_t>(i));
   return fiber;
 }
 
@@ -267,6 +274,7 @@ void run_blocks(const int (&grid)[3], const std::vector<int>& blocks, int thread
     live.push_back(std::move(block));
   }
   g.spins = 0;
+  g.ahead = nullptr;
   while (!g.ready.empty()) switch_to(next_ready());
 
   std::string stuck;
@@ -356,13 +364,14 @@ void spin() {
   if (++g.spins > 2000000) fail("livelock: nothing but spinning");
   g.ready.push_back(g.running);
   if (g.seed >= 1000) std::swap(g.ready.back(), g.ready[random_bits() % g.ready.size()]);
+  g.ahead = nullptr;
   leave();
 }
 
 void warp_collective(const char* name, const void* in, void* out, WarpBody body) {
   const Unseen unseen;
   Fiber* self = g.running;
-  Warp& w = self->block->warps[static_cast<std::size_t>(self->thread.thread / kWarp)];
+  Warp& w = warp_of(*self);
   const int lane = self->thread.thread % kWarp;
   if (w.arrived == 0) w.name = name, w.body = body;
   if (std::strcmp(w.name, name) != 0) fail("lanes of a warp are at different instructions");
