@@ -206,14 +206,18 @@ def test_pybind11_of_torch_serves_where_none_is_installed(tool, check, tmp_path)
 
     if shutil.which("cmake") is None:
         pytest.skip("cmake is not installed")
-    check.document["machine"] = {"pybind11": "2.13.6", "pybind11_DIR": "too old"}
+    # What Python finds first: an old pybind11, and a torch that has the headers.
+    site = tmp_path / "site"
+    for name, text in (("pybind11", "__version__ = '2.13.6'\ndef get_cmake_dir(): return 'old'"), ("torch", "")):
+        (site / name).mkdir(parents=True)
+        (site / name / "__init__.py").write_text(text)
+    check.environment["PYTHONPATH"] = str(site)
     with pytest.raises(tool.Failed, match=r"pybind11 3 or newer is needed: installed is 2\.13\.6"):
         tool.pybind11(check)
-    include = tmp_path / "include"
-    include.mkdir()
-    (include / "pybind11").symlink_to(Path(pybind11.get_include()) / "pybind11")
-    check.document["machine"] = {"include of torch": str(include)}
+    (site / "torch" / "include").mkdir()
+    (site / "torch" / "include" / "pybind11").symlink_to(Path(pybind11.get_include()) / "pybind11")
     folder = tool.pybind11(check)
+    assert folder.startswith(str(check.scratch))
     (tmp_path / "CMakeLists.txt").write_text(
         "cmake_minimum_required(VERSION 3.20)\nproject(tree CXX)\nset(CMAKE_CXX_STANDARD 17)\n"
         "set(PYBIND11_FINDPYTHON ON)\nfind_package(pybind11 3.0 CONFIG REQUIRED)\n"

@@ -94,10 +94,9 @@ CALLED = {
 
 
 def spoilt(shape, dtype):
-    """What is no dense tensor of this dtype on the right device: kind -> (a function of the device, exception, said)."""
-    others = {
-        str(t)[6:]: t for t in (torch.float64, torch.int64, torch.bool, torch.complex64, torch.uint8) if t != dtype
-    }
+    """What is no dense tensor of this dtype on that device: kind -> (a function of the device, exception, said)."""
+    strangers = (torch.float64, torch.int64, torch.bool, torch.complex64, torch.uint8)
+    others = {str(t)[6:]: t for t in strangers if t != dtype}
     others["bfloat16" if dtype is F32 else "float32"] = BF16 if dtype is F32 else F32
     kinds = {
         name: (lambda device, t=t: torch.zeros(shape, dtype=t, device=device), RuntimeError, "dtype|expected .* got")
