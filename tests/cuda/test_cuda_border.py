@@ -31,6 +31,12 @@ def attention():
     return "scaled_dot_product_attention", {"out": (1, 2, 3, 8), "lse": (1, 2, 3, 2)} | qkv, {"scale": 1.0}
 
 
+def attention_packed():
+    qkv = {name: (1, 2, 5, 8) for name in ("query", "key", "value", "out")}
+    offsets = {f"cu_seqlens_{x}": ((2,), torch.int32) for x in "qk"}
+    return "scaled_dot_product_attention", {"lse": (1, 2, 5, 2)} | qkv | offsets, {"scale": 1.0}
+
+
 def attention_backward():
     _, tensors, options = attention()
     grads = {f"d{x[0]}": tensors[x] for x in ("query", "key", "value")} | {"dmask": (1, 1, 3, 5)}
@@ -65,6 +71,7 @@ NATIVE = {
     ),
     "sum_rows": lambda: ("sum_rows", {"x": (3, 5), "out": (5,)}, {}),
     "attention": attention,
+    "attention_packed": attention_packed,
     "attention_backward": attention_backward,
     "conv": conv,
     "conv_dgrad": lambda: (
@@ -136,11 +143,15 @@ def arguments(name, device):
     options = {
         key: v.to(device) if isinstance(v, torch.Tensor) and key != "batch_sizes" else v for key, v in options.items()
     }
-    if name in ("attention", "attention_backward"):
+    if name.startswith("attention"):
         made["workspace"] = torch.zeros(1 << 16, dtype=torch.uint8, device=device)
     elif name in ("conv", "conv_dgrad", "conv_wgrad"):
         options["workspace"] = torch.zeros(1 << 20, dtype=torch.uint8, device=device)
     return said, made | options
+
+
+def native(gpu, name):
+    return getattr(gpu.module, name.removesuffix("_packed"))
 
 
 CASES = [
@@ -149,8 +160,9 @@ CASES = [
     for argument, shape in build()[1].items()
     for kind in spoilt((1,), F32)
     if not (kind == "none" and (argument in OPTIONAL or (name, argument) in OPTIONAL))
-    # a mask may be bool, and float32 whatever the query is
+    # a mask may be bool
     and not (argument == "mask" and kind == "bool")
+    and not (argument.startswith("cu_") and kind == "none")
 ]
 
 
@@ -159,12 +171,12 @@ CASES = [
 def test_good_call_passes(gpu, name):
     """The calls that the others spoil are good themselves, whether or not gradients are asked of their tensors."""
     _, args = arguments(name, gpu.device)
-    getattr(gpu.module, name)(**args)
+    native(gpu, name)(**args)
     leaves = {
         key: x.requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
         for key, x in args.items()
     }
-    getattr(gpu.module, name)(**leaves)
+    native(gpu, name)(**leaves)
 
 
 @pytest.mark.parametrize(("name", "argument", "kind"), CASES)
@@ -178,7 +190,7 @@ def test_wrong_kind_of_argument(gpu, name, argument, kind):
     if kind in ("bfloat16", "float32", "0-D", "7-D"):  # may make one of the others the odd one
         called = r"\w+"
     with pytest.raises(exception, match=rf"\b{said}\w*: argument '{called}'") as caught:
-        getattr(gpu.module, name)(**{**args, argument: make(gpu.device)})
+        native(gpu, name)(**{**args, argument: make(gpu.device)})
     assert re.search(saying, str(caught.value)), caught.value
 
 
