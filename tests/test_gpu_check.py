@@ -87,12 +87,19 @@ def test_steps_are_recorded_as_they_end(tool, check):
 def test_what_a_hanging_step_started_keeps_nobody_waiting(check, own_session):
     """It ends with the step; where it made a session of its own, it is left: its output is no pipe to wait for."""
     code = f"""if True:
-        import subprocess, sys
-        subprocess.run([sys.executable, "-S", "-c", "import time; time.sleep(12)"], start_new_session={own_session})
+        import os, subprocess, sys
+        code = "import os, time; print(os.getpid(), flush=True); time.sleep(12)"
+        subprocess.run([sys.executable, "-S", "-c", code], start_new_session={own_session})
     """
     start = time.monotonic()
     check.step("hangs", 1.5, lambda check: check.run(PYTHON, "-S", "-c", code))
     assert time.monotonic() - start < 8
+    if not own_session:
+        child = int(rows(check)["hangs"]["why"].split()[-1])
+        with pytest.raises(ProcessLookupError):
+            for _ in range(100):
+                os.kill(child, 0)
+                time.sleep(0.05)
 
 
 def test_time_that_is_left_goes_to_later_steps(check):

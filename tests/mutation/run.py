@@ -28,6 +28,7 @@ import conv
 import conv_direct
 import conv_python
 import conv_wgrad
+import cuda_border
 import gemm
 import rnn
 
@@ -38,7 +39,7 @@ TIMEOUT = 120  # seconds a selection may take; a hang counts as noticed
 BENCHES = 2  # bugs at a time: one compiles while another's tests start
 TESTS_FAILED = 1  # pytest's exit status; 2 and above: interrupted, internal error, bad usage, nothing collected
 
-OPERATIONS = (attention, conv, conv_direct, conv_python, conv_wgrad, gemm, rnn)
+OPERATIONS = (attention, conv, conv_direct, conv_python, conv_wgrad, cuda_border, gemm, rnn)
 MUTATIONS = [mutation for operation in OPERATIONS for mutation in operation.MUTATIONS]
 # Modules and the options to build them with.
 MODULES = {
@@ -49,6 +50,8 @@ MODULES = {
 
 def module_of(mutation: Mutation) -> str:
     """The module to build with this bug: that of the CPU, or the host twin of the CUDA kernels."""
+    if mutation.module:
+        return mutation.module
     cuda = mutation.file.startswith(("csrc/ptx/", "csrc/bind/cuda_")) or "/cuda/" in mutation.file
     return "_twin" if cuda else "_C"
 
