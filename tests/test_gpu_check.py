@@ -295,9 +295,9 @@ def bad_tests(tool, check, tmp_path, monkeypatch):
     return folder
 
 
-def run_bad(tool, check, folder, names=""):
+def run_bad(tool, check, folder, choice=""):
     more = ("--confcutdir", str(folder), "-c", "/dev/null", "--rootdir", str(folder))
-    check.step("tests", 60, lambda check: tool.run_tests(check, "tests", names, folder, more))
+    check.step("tests", 60, lambda check: tool.run_tests(check, "tests", choice, folder, more))
     return document(check)["tests"]["tests"], rows(check)["tests"]
 
 
@@ -321,23 +321,42 @@ def test_tests_are_chosen_by_name(tool, check, bad_tests):
     (bad_tests / "test_unreadable.py").unlink()
     found, step = run_bad(tool, check, bad_tests, "test_good,test_after_all")
     assert step["status"] == "passed" and found["ended"] == 5 == found["collected"], found
-    check.step("rest", 0.5, lambda check: tool.run_tests(check, "rest", "-test_good", bad_tests))
+    check.step("rest", 0.5, lambda check: tool.run_tests(check, "rest", "test_good", bad_tests))
     assert rows(check)["rest"]["status"] == "failed" and "no time left" in rows(check)["rest"]["why"]
 
 
-def test_the_tests_of_rows_go_through_every_row(tool, request):
-    """Each name is that of a test of tests/cuda, and all rows of all tables are among what they are called with."""
+def test_the_first_test_of_each_row_and_the_rest(tool, check, bad_tests, monkeypatch):
+    (bad_tests / "test_unreadable.py").unlink()
+    (bad_tests / "test_bad.py").write_text(
+        "import pytest\n"
+        "@pytest.mark.parametrize('row', ['a_sm80', 'b_sm80', 'a_sm80_long'])\n"
+        "@pytest.mark.parametrize('gpu', ['twin', 'cuda'])\n"
+        "@pytest.mark.parametrize('n', [1, 2])\n"
+        "def test_rows(gpu, row, n): pass\n"
+        "@pytest.mark.parametrize('gpu', ['twin'])\n"
+        "def test_tails(gpu): pass\n"
+    )
+    monkeypatch.setattr(tool, "_row_names", lambda check: "a_sm80,b_sm80,of_no_test_sm80")
+    ended = {}
+    for choice in ("first", "rest"):
+        run_bad(tool, check, bad_tests, choice)
+        record = check.scratch / "tests-0.jsonl"
+        lines = map(json.loads, record.read_text().splitlines())
+        ended[choice] = [line["end"].partition("::")[2] for line in lines if "end" in line]
+        record.unlink()
+    assert ended["first"] == ["test_rows[1-twin-a_sm80]", "test_rows[1-twin-b_sm80]", "test_tails[twin]"]
+    assert len(ended["rest"]) == 4 and not set(ended["rest"]) & set(ended["first"])
+
+
+def test_every_row_is_in_the_name_of_a_test(request):
+    """By which gpu_check finds one to begin with; those of attention's gradients are chosen by dtype and size."""
     module = cuda.load("_twin")[0] or cuda.load("_cuda")[0]
     items = [item for item in request.session.items if "tests/cuda/" in item.nodeid]
     if module is None or len({item.path for item in items}) < 8:
         pytest.skip("no CUDA kernels in this build, or tests/cuda is not among the tests of this run")
-    wanted = tool.ROW_TESTS.split(",")
-    chosen = [item for item in items if item.originalname in wanted]
-    assert {item.originalname for item in chosen} == set(wanted)
     names = [row["name"] for op in ("gemm", "attention", "conv", "rnn") for row in module.kernels(op)]
-    # Those of attention's gradients are chosen by dtype and head dimension: test_tails.
     names = [name for name in names if not name.startswith(("attention_dq", "attention_dkv"))]
-    assert not [name for name in names if not any(name in item.name for item in chosen)]
+    assert not [name for name in names if not any(name in item.name for item in items)]
 
 
 # --- cases and benchmarks that end their process ------------------------------------------------------------------

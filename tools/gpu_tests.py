@@ -6,7 +6,9 @@ pytest goes on behind it.
 GPU_TESTS_RECORD   file of JSON lines, read and written; tests that began there are left out
 GPU_TESTS_ON       cuda or twin: tests whose fixture `gpu` is that one; no others
 GPU_TESTS_PART     "2/8": every eighth of them, beginning with the third
-GPU_TESTS_NAMES    names of test functions, separated by commas: these alone; with a leading "-" all but these
+GPU_TESTS_CHOICE   names of test functions, separated by commas; "first": the first test of each row of
+                   GPU_TESTS_ROWS, and those of tails; "rest": all others; "": all
+GPU_TESTS_ROWS     names of kernels, separated by commas: parts of the names of tests that run them
 GPU_TESTS_SECONDS  what a test may take
 """
 
@@ -15,6 +17,7 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,19 +61,22 @@ def gpu_is_lost() -> bool:
     return False
 
 
-def _chosen(item: pytest.Item) -> bool:
-    names = os.environ.get("GPU_TESTS_NAMES", "")
-    if getattr(item, "callspec", None) is None or item.callspec.params.get("gpu") != ON:
-        return False
-    if not names:
-        return True
-    return (item.originalname in names.lstrip("-").split(",")) != names.startswith("-")
+def _chosen(items: list[pytest.Item]) -> list[pytest.Item]:
+    choice = os.environ["GPU_TESTS_CHOICE"]
+    ours = [item for item in items if getattr(item, "callspec", None) and item.callspec.params.get("gpu") == ON]
+    if choice not in ("first", "rest"):
+        return [item for item in ours if not choice or item.originalname in choice.split(",")]
+    first = {item for item in ours if "tails" in item.originalname}
+    for row in filter(None, os.environ.get("GPU_TESTS_ROWS", "").split(",")):
+        name = re.compile(rf"\b{row}(?!\w)")
+        first |= {next((item for item in ours if name.search(item.name)), None)}
+    return [item for item in ours if (item in first) == (choice == "first")]
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     part, _, parts = os.environ["GPU_TESTS_PART"].partition("/")
-    mine = [item for item in items if _chosen(item)][int(part) :: int(parts)]
+    mine = _chosen(items)[int(part) :: int(parts)]
     rows = read(RECORD)
     begun = {row["begin"] for row in rows if "begin" in row}
     if not any("collected" in row for row in rows):

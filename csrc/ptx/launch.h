@@ -37,7 +37,6 @@ void launch(void (*kernel)(const Args), const LaunchShape& shape, const Stream&,
   twin::run(shape.grid, shape.threads, static_cast<std::size_t>(shape.shared_bytes), shape.cooperative,
             [&] { kernel(args); });
 }
-inline int blocks_at_once(const void*, const Gpu& gpu, int, int) { return gpu.multiprocessors; }
 inline void fill_zero(void* p, i64 bytes, const Stream&) { __builtin_memset(p, 0, static_cast<std::size_t>(bytes)); }
 
 #else
@@ -100,17 +99,6 @@ void launch(void (*kernel)(const Args), const LaunchShape& shape, const Stream& 
     fail("CUDA: launch of ", kernel_name(function), " with ", shape.grid[0], " x ", shape.grid[1], " x ", shape.grid[2],
          shape.cooperative ? " cooperating" : "", " blocks, ", shape.threads, " threads, ", shape.shared_bytes,
          " bytes of shared memory: ", cuda_error(status));
-}
-
-// Blocks of a cooperative launch that fit on the current GPU, `gpu`, together.
-inline int blocks_at_once(const void* kernel, const Gpu& gpu, int threads, int shared_bytes) {
-  int device = 0, blocks = 0;
-  cuda_check(cudaGetDevice(&device), "cudaGetDevice");
-  allow_shared_memory(kernel, device, shared_bytes);
-  cuda_check(
-      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, static_cast<std::size_t>(shared_bytes)),
-      "occupancy");
-  return blocks * gpu.multiprocessors;
 }
 
 inline void fill_zero(void* p, i64 bytes, const Stream& stream) {

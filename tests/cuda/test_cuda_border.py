@@ -336,7 +336,7 @@ def test_work_goes_to_the_current_stream(gpu, name):
     expected = call()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(200_000_000)
+        torch.cuda._sleep(400_000_000)
         call()
         assert not stream.query()  # nor did the call wait
     stream.synchronize()
@@ -354,7 +354,7 @@ def test_operands_that_are_still_being_written(gpu):
     x, w = torch.zeros(64, 64, device="cuda"), torch.ones(64, 64, device="cuda")
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(200_000_000)
+        torch.cuda._sleep(400_000_000)
         x.fill_(1.0)
         out = functional.linear(x, w)
     stream.synchronize()
