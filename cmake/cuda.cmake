@@ -10,6 +10,15 @@ if(NOT FASTDL_CUDA MATCHES "^(AUTO|ON|OFF)$")
   message(FATAL_ERROR "fastdl: FASTDL_CUDA must be AUTO, ON or OFF, got `${FASTDL_CUDA}`.")
 endif()
 
+set(FASTDL_CUDA_CODE
+    80
+    CACHE STRING "GPUs for which there is machine code beside PTX, by compute capability: 80, or 80;90")
+foreach(sm IN LISTS FASTDL_CUDA_CODE)
+  if(NOT sm MATCHES "^[0-9]+$" OR sm LESS 80)
+    message(FATAL_ERROR "fastdl: FASTDL_CUDA_CODE must list compute capabilities from 80 on, as `80;90`, got `${FASTDL_CUDA_CODE}`.")
+  endif()
+endforeach()
+
 set(FASTDL_HAVE_CUDA FALSE)
 set(FASTDL_CUDA_REASON "")
 if(FASTDL_CUDA STREQUAL "OFF")
@@ -48,13 +57,18 @@ function(fastdl_add_cuda_module target twin)
   install(TARGETS ${target} DESTINATION fastdl)
 endfunction()
 
-# The kernels as a GPU runs them: code for sm_80, which later GPUs run too, and PTX for those of another major version.
+# The kernels as a GPU runs them: code for the GPUs of FASTDL_CUDA_CODE, which others of the same major version and a
+# higher minor one run too, and PTX, which the driver compiles when they start on any newer one.
 # ptxas warns of register spills; with FASTDL_WERROR they fail the build (another nvcc may spill where ours does not, and
 # that must not keep a user from installing). The runtime is linked in; nothing links libcuda, so the module loads without a GPU.
 function(fastdl_add_cuda)
   fastdl_add_cuda_module(_cuda 0)
-  set_source_files_properties("${PROJECT_SOURCE_DIR}/csrc/bind/cuda_module.cc"
-                              PROPERTIES COMPILE_DEFINITIONS "FASTDL_NVCC=\"${CMAKE_CUDA_COMPILER_VERSION}\"")
+  list(TRANSFORM FASTDL_CUDA_CODE PREPEND sm_ OUTPUT_VARIABLE code)
+  list(JOIN code ", " code_names)
+  list(JOIN code "," code)
+  set_source_files_properties(
+    "${PROJECT_SOURCE_DIR}/csrc/bind/cuda_module.cc"
+    PROPERTIES COMPILE_DEFINITIONS "FASTDL_NVCC=\"${CMAKE_CUDA_COMPILER_VERSION}\";FASTDL_CUDA_CODE=\"${code_names}\"")
   set_target_properties(_cuda PROPERTIES CUDA_STANDARD 17 CUDA_STANDARD_REQUIRED ON CUDA_RUNTIME_LIBRARY Static
                                          CUDA_VISIBILITY_PRESET hidden)
   target_compile_options(

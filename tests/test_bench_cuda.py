@@ -8,6 +8,7 @@ from click.testing import CliRunner
 
 from fastdl import verify_cuda
 from fastdl.bench import place, runner, shapes
+from fastdl.bench.report import make_console, print_document
 from fastdl.bench.settings import Settings
 from fastdl.cli import main
 from fastdl.ops import cuda
@@ -73,12 +74,65 @@ def test_the_limit_leaves_rows_out(monkeypatch):
     assert len(document["rows"]) == 3
 
 
-def test_a_gpu_that_is_off_is_refused(monkeypatch):
+@pytest.mark.parametrize("words", [("bench", "gemm"), ("verify",)], ids=" ".join)
+@pytest.mark.parametrize("unverified", [False, True])
+def test_a_gpu_that_cannot_be_used_is_refused(words, unverified, monkeypatch):
+    """With what is to be done first: without a GPU, turning kernels on would not help."""
+    monkeypatch.setattr(cuda, "UNVERIFIED", unverified)
+    if cuda.load("_cuda")[0] is None:
+        said = "no CUDA kernels in this build"
+    elif not torch.cuda.is_available():
+        said = "torch sees no GPU" if torch.version.cuda else "is built without CUDA"
+    elif unverified:
+        pytest.skip("there is a GPU, and its kernels are on")
+    else:
+        said = "FASTDL_CUDA_UNVERIFIED=1"
+    done = CliRunner().invoke(main, [*words, "--device", "cuda"])
+    assert done.exit_code == 1 and "device cuda: " in done.output and said in done.output, done.output
+    assert "Traceback" not in done.output
+
+
+def test_each_reason_in_its_turn(monkeypatch):
+    """A torch without CUDA, no GPU, kernels that are off, a GPU that is too old."""
+
+    class Module:
+        gpu_count = staticmethod(lambda: 1)
+        gpu_info = staticmethod(lambda index: {"sm": 75})
+
+    monkeypatch.setattr(cuda, "load", lambda name: (Module, ""))
     monkeypatch.setattr(cuda, "UNVERIFIED", False)
-    done = CliRunner().invoke(main, ["bench", "gemm", "--device", "cuda"])
-    assert done.exit_code and ("FASTDL_CUDA_UNVERIFIED=1" in done.output or "no CUDA kernels" in done.output)
-    done = CliRunner().invoke(main, ["verify", "--device", "cuda"])
-    assert done.exit_code and ("FASTDL_CUDA_UNVERIFIED=1" in done.output or "no CUDA kernels" in done.output)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "is built without CUDA" in place.unavailable("cuda")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert place.unavailable("cuda") == "torch sees no GPU"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert place.unavailable("cuda") == cuda.OFF
+    monkeypatch.setattr(cuda, "UNVERIFIED", True)
+    cuda.gpu_reason.cache_clear()
+    assert "cuda:0 is sm_75" in place.unavailable("cuda")
+    cuda.gpu_reason.cache_clear()
+
+
+@needs_twin
+def test_a_row_that_raises_leaves_the_others(monkeypatch):
+    rows = [shapes.Shape("tiny", str(i), ("small",), (), TINY["gemm"]) for i in range(3)]
+    monkeypatch.setattr(runner, "load", lambda *args: rows)
+    right, calls = runner.measure_case, []
+
+    def measure(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise RuntimeError("CUDA: launch of a kernel: an illegal memory access was encountered")
+        return right(*args)
+
+    monkeypatch.setattr(runner, "measure_case", measure)
+    settings = Settings(device="twin", families=("small",), regimes=("warm",), seconds=0.001)
+    document = runner.run("gemm", settings)
+    assert [row["check"]["passed"] for row in document["rows"]] == [True, False, True]
+    assert "illegal memory access" in document["rows"][1]["check"]["failure"]
+    assert document["means"][0]["counted"] == 2
+    print_document(document, make_console())  # with such a row in it
 
 
 @needs_twin

@@ -341,3 +341,11 @@ def test_guard_pages(isa, run_python):
 
 def test_guard_pages_do_kill(run_python):
     run_python("guard_pages.py", "--touch", status=-signal.SIGSEGV)
+
+
+def test_gradient_of_another_rank_is_refused():
+    for dx in (torch.zeros(()), torch.zeros(1, 4, 4), torch.zeros(1, 4, 4, 4, 4)):
+        with pytest.raises(RuntimeError, match="argument 'out': expected 4 dimensions"):
+            _C.conv_dgrad(
+                dx, torch.zeros(2, 5, 3, 3), torch.zeros(5, 4, 2, 2), stride=(1, 1), padding=(0, 0), dilation=(1, 1)
+            )

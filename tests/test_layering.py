@@ -111,6 +111,16 @@ def test_cuda_is_spoken_in_ptx_only(path):
         assert not re.findall(spoken, text)
 
 
+@pytest.mark.parametrize("path", [path for path in SOURCES if path.suffix != ".inc"], ids=name)
+def test_nothing_waits_for_the_gpu_or_allocates_on_it(path):
+    """No call that waits, allocates, copies, or makes a stream: launches are asynchronous, on torch's stream, and can
+    be captured. The attribute of large shared memory has one home, which sets it to the most a block may have."""
+    text = re.sub(r"//[^\n]*", "", path.read_text())
+    forbidden = r"\bcuda(?:Malloc|Free|Memcpy|Event|Stream[A-Z]|DeviceSynchronize|DeviceReset|Graph|HostAlloc)\w*|<<<"
+    assert not re.findall(forbidden, text)
+    assert not re.findall(r"\bcudaFuncSet\w+", text) or path.relative_to(CSRC) == Path("ptx/launch.h")
+
+
 @pytest.mark.parametrize("path", PYTHON_LAYERED, ids=lambda p: str(p.relative_to(PYTHON)))
 def test_python_layers_point_down(path):
     """ops <- nn <- optimize: nothing imports what stands on it."""

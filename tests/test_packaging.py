@@ -164,6 +164,19 @@ def test_cuda_setting(setting, succeeds, says, source, tmp_path):
     assert says in " ".join((done.stdout + done.stderr).split())
 
 
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake is not installed")
+@pytest.mark.parametrize(("code", "succeeds"), [("80", True), ("80;90", True), ("75", False), ("sm_90", False)])
+def test_cuda_code_setting(code, succeeds, tmp_path):
+    script = str(ROOT / "cmake" / "cuda.cmake")
+    done = run("cmake", "-DFASTDL_CUDA=OFF", f"-DFASTDL_CUDA_CODE={code}", "-P", script, cwd=tmp_path)
+    assert (done.returncode == 0) == succeeds
+    assert (
+        succeeds
+        or f"FASTDL_CUDA_CODE must list compute capabilities from 80 on, as `80;90`, got `{code}`"
+        in " ".join(done.stderr.split())
+    )
+
+
 def test_cuda_reason_is_recorded():
     recorded = _C.build_info()["cuda"]
     assert recorded["built"] != bool(recorded["reason"])

@@ -1,16 +1,18 @@
 """Small calls of every operation, forward and backward, as a model makes them: what tools/gpu_check runs under
 compute-sanitizer, a thousand times over, and from a CUDA graph.
 
-usage: python tools/gpu_cases.py [--twin] [--repeat N] [--graph] [--only TEXT] [--json FILE]
+usage: python tools/gpu_cases.py [--twin] [--repeat N] [--graph] [--only TEXT] [--json FILE] [--seconds S] [--first N]
 
-Each case runs once and is compared with float64; with --repeat N times more, every result the same bit for bit as the
-first; with --graph also captured and replayed on a stream of its own. Every output starts as NaN. A case that was
-handed to torch is listed with the reason and proves nothing. Exits 1 where a case fails.
+Each case runs once and is compared with float64; with --repeat up to N times more, every result the same bit for bit as
+the first; with --graph also captured, forward and backward, and replayed on a stream of its own. Every output starts as
+NaN. A case that was handed to torch is listed with the reason and proves nothing. Exits 1 where a case fails; 87 where
+nothing can run on the GPU in this process any more: the cases from the next one on (--first) need another.
 """
 
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import os
 import sys
@@ -33,6 +35,7 @@ from fastdl.ops import calls
 from fastdl.testing import twin
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+LOST = 87  # exit status
 # Of the largest element, what a result may be off by: sums are short, so that few units in the last place do.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
@@ -117,18 +120,26 @@ def operands(case: Case, dtype: torch.dtype, device: torch.device) -> list[Tenso
     return [value.to(dtype).to(device).requires_grad_() for value in values]
 
 
-def results(case: Case, lib: Any, args: list[Tensor]) -> list[Tensor]:
-    """The output and the gradients of all operands, of a gradient that follows from the output's shape alone."""
+def results(case: Case, lib: Any, args: list[Tensor], grad: Tensor) -> list[Tensor]:
+    """The output and the gradients of all operands."""
     out = case.run(lib, *args)
-    grad = torch.cos(torch.arange(out.numel(), dtype=torch.float64)).to(out.dtype).view(out.shape).to(out.device)
     return [out.detach(), *torch.autograd.grad(out, args, grad)]
+
+
+def reference(case: Case, args: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """(torch's results in float64 on the CPU, the output's gradient: of its place alone)."""
+    doubles = [x.detach().cpu().double().requires_grad_() for x in args]
+    with torch.no_grad():
+        out = case.run(F, *doubles)
+    grad = torch.cos(torch.arange(out.numel(), dtype=torch.float64)).view(out.shape).to(args[0].dtype)
+    return results(case, F, doubles, grad.double()), grad.to(args[0].device)
 
 
 def compare(name: str, actual: list[Tensor], expected: list[Tensor]) -> float:
     """The largest error, of the result's largest element; AssertionError beyond the tolerance, or where not finite."""
     worst = 0.0
     for index, (a, e) in enumerate(zip(actual, expected, strict=True)):
-        error = ((a.double() - e.double()).abs().max() / e.double().abs().max().clamp_min(1e-30)).item()
+        error = ((a.cpu().double() - e).abs().max() / e.abs().max().clamp_min(1e-30)).item()
         if not error <= TOLERANCE[a.dtype]:
             what = "output" if index == 0 else f"gradient {index}"
             raise AssertionError(f"{name}: {what}: off by {error:.2e} of its largest element")
@@ -147,48 +158,72 @@ def recorded() -> Iterator[list[calls.Call]]:
         calls.observer = before
 
 
-def replayed(case: Case, args: list[Tensor]) -> list[Tensor]:
+def replayed(case: Case, args: list[Tensor], grad: Tensor) -> list[Tensor]:
     """The same results, from a CUDA graph captured on a stream of its own."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(2):
-            out = case.run(functional, *args)
+            results(case, functional, args, grad)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.no_grad(), torch.cuda.graph(graph):
-        out = case.run(functional, *args)
-    out.fill_(float("nan"))
+    with torch.cuda.graph(graph):
+        out = results(case, functional, args, grad)
+    for x in out:
+        x.fill_(float("nan"))
     graph.replay()
     torch.cuda.synchronize()
-    return [out.clone()]
+    return [x.clone() for x in out]
 
 
-def run(case: Case, dtype: torch.dtype, options: argparse.Namespace) -> dict[str, Any]:
-    device = torch.device("cpu" if options.twin else "cuda")
-    args = operands(case, dtype, device)
-    doubles = [x.detach().double().requires_grad_() for x in args]
-    expected = results(case, F, doubles)
+def repeated(case: Case, args: list[Tensor], grad: Tensor, first: list[Tensor], times: int, seconds: float) -> int:
+    """Runs it that often, or as long; AssertionError unless every result is `first`, bit for bit."""
+    end = time.monotonic() + seconds
+    differ = torch.zeros((), dtype=torch.bool, device=grad.device)
+    for n in range(times):
+        for a, b in zip(first, results(case, functional, args, grad), strict=True):
+            differ |= (a != b).any()  # neither holds a NaN
+        if n % 50 == 49 or n == times - 1 or time.monotonic() > end:
+            if differ:
+                raise AssertionError(f"{case.name}: one of the first {n + 2} runs differs from the first")
+            if time.monotonic() > end:
+                return n + 1
+    return times
+
+
+def run(case: Case, dtype: torch.dtype, options: argparse.Namespace, seconds: float) -> dict[str, Any]:
+    args = operands(case, dtype, torch.device("cpu" if options.twin else "cuda"))
+    expected, grad = reference(case, args)
     with twin() if options.twin else nullcontext() as module:
         with recorded() as seen:
-            first = results(case, functional, args)
+            first = results(case, functional, args, grad)
         row: dict[str, Any] = {
             "kernels": sorted({call.kernel for call in seen if not call.reason}),
             "handed_back": sorted({call.reason for call in seen if call.reason}),
             "error": compare(case.name, first, expected),
         }
-        for n in range(options.repeat if not row["handed_back"] else 0):
-            if options.twin:
-                module.set_seed(n + 1)
-            again = results(case, functional, args)
-            if not all(torch.equal(a, b) for a, b in zip(first, again, strict=True)):
-                raise AssertionError(f"{case.name}: run {n + 2} differs from the first")
-        row["repeated"] = options.repeat
-        if options.graph and not row["handed_back"]:
-            if not torch.equal(replayed(case, args)[0], first[0]):
-                raise AssertionError(f"{case.name}: the replayed graph's output differs")
+        if row["handed_back"]:
+            return row
+        if options.twin and options.repeat:
+            module.set_seed(1)
+        row["repeated"] = repeated(case, args, grad, first, options.repeat, seconds)
+        if options.graph:
+            names = ("output", *(f"gradient {i + 1}" for i in range(len(args))))
+            for name, a, b in zip(names, first, replayed(case, args, grad), strict=True):
+                if not torch.equal(a, b):
+                    raise AssertionError(f"{case.name}: {name}: that of the replayed graph differs")
             row["replayed"] = True
     return row
+
+
+def gpu_is_lost() -> bool:
+    """Whether an error of a kernel has ended this process's use of the GPU."""
+    try:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 def main() -> None:
@@ -199,7 +234,10 @@ def main() -> None:
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--dtypes", default=",".join(DTYPES))
     parser.add_argument("--keep-memory", action="store_true", help="do not fill new memory with NaN (initcheck)")
-    parser.add_argument("--json", default="")
+    parser.add_argument("--json", default="", help="written before and after each case")
+    parser.add_argument("--first", type=int, default=0, help="cases before this one are left out")
+    parser.add_argument("--seconds", type=float, default=1e9, help="no case begins later, and repeats share them")
+    parser.add_argument("--case-seconds", type=float, default=0, help="a case that takes longer ends the process")
     options = parser.parse_args()
     if options.graph and options.twin:
         parser.error("--graph needs a GPU")
@@ -207,24 +245,37 @@ def main() -> None:
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = True  # outputs start as NaN
     torch.backends.cudnn.conv.fp32_precision = "ieee"  # no tf32: one tolerance for all
-    rows = []
-    for case in CASES:
-        for name in options.dtypes.split(","):
-            if options.only not in case.name:
-                continue
-            start = time.monotonic()
-            try:
-                row = run(case, DTYPES[name], options) | {"failure": ""}
-            except Exception as error:
-                traceback.print_exc()
-                row = {"failure": f"{type(error).__name__}: {error}"}
-            seconds = round(time.monotonic() - start, 2)
-            rows.append({"case": case.name, "dtype": name, "seconds": seconds, **row})
-            said = row["failure"] or "; ".join(f"handed to torch: {why}" for why in row["handed_back"]) or "passed"
-            print(f"{case.name:<26} {name:<9} {seconds:7.2f} s  {said}", flush=True)
-            if options.json:
-                with open(options.json, "w", encoding="utf-8") as file:
-                    json.dump(rows, file, indent=1)
+    torch.backends.cudnn.rnn.fp32_precision = "ieee"
+    todo = [(case, name) for name in options.dtypes.split(",") for case in CASES if options.only in case.name]
+    rows: list[dict[str, Any]] = []
+    end = time.monotonic() + options.seconds
+
+    def write() -> None:
+        if options.json:
+            with open(options.json, "w", encoding="utf-8") as file:
+                json.dump({"cases": len(todo), "first": options.first, "rows": rows}, file, indent=1)
+
+    for index, (case, name) in enumerate(todo[options.first :], options.first):
+        start = time.monotonic()
+        if start > end:
+            break
+        rows.append({"case": case.name, "dtype": name, "failure": "did not end"})
+        write()
+        if options.case_seconds:
+            faulthandler.dump_traceback_later(options.case_seconds, exit=True)
+        try:
+            row = run(case, DTYPES[name], options, (end - start) / (len(todo) - index)) | {"failure": ""}
+        except Exception as error:
+            traceback.print_exc()
+            row = {"failure": f"{type(error).__name__}: {error}"}
+        faulthandler.cancel_dump_traceback_later()
+        seconds = round(time.monotonic() - start, 2)
+        rows[-1] = {"case": case.name, "dtype": name, "seconds": seconds, **row}
+        write()
+        said = row["failure"] or "; ".join(f"handed to torch: {why}" for why in row["handed_back"]) or "passed"
+        print(f"{case.name:<26} {name:<9} {seconds:7.2f} s  {said}", flush=True)
+        if row["failure"] and gpu_is_lost():
+            os._exit(LOST)
     if not rows or any(row["failure"] for row in rows):
         sys.exit(1)
 

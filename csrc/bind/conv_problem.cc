@@ -28,6 +28,7 @@ void ConvProblem::shapes(const Sizes& x, const Sizes& w, const Sizes& y, const S
                          const Sizes& dilation, i64 groups) {
   const auto rank = static_cast<std::size_t>(dims_ + 2);
   if (dims_ < 1 || dims_ > 3) wrong(names().x, "3 to 5 dimensions", x);
+  if (x.size() != rank) wrong(names().x, concat(rank, " dimensions"), x);
   if (w.size() != rank) wrong(names().w, concat(rank, " dimensions"), w);
   if (y.size() != rank) wrong(names().y, concat(rank, " dimensions"), y);
   if (groups < 1) fail(op(), ": argument 'groups': expected at least 1, got ", groups);

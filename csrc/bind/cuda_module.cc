@@ -14,8 +14,9 @@
 #include "ptx/twin/fiber.h"
 #endif
 
-#ifndef FASTDL_NVCC
+#ifndef FASTDL_NVCC  // the host twin
 #define FASTDL_NVCC ""
+#define FASTDL_CUDA_CODE ""
 #endif
 
 namespace py = pybind11;
@@ -54,7 +55,7 @@ PYBIND11_MODULE(FASTDL_CUDA_MODULE, m, py::mod_gil_not_used()) {
   m.attr("__version__") = FASTDL_VERSION;
   m.attr("twin") = FASTDL_TWIN == 1;
   m.attr("nvcc") = FASTDL_NVCC;
-  m.attr("architectures") = FASTDL_TWIN ? "the host" : "sm_80, PTX for newer GPUs";
+  m.attr("architectures") = FASTDL_TWIN ? "the host" : FASTDL_CUDA_CODE ", PTX for newer GPUs";
   py::register_exception_translator([](std::exception_ptr p) {
     try {
       if (p) std::rethrow_exception(p);

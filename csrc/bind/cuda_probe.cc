@@ -61,10 +61,13 @@ void mma_probe(py::handle a, py::handle b, py::handle out) {
     fail(kOp, ": argument 'a': expected [16, a multiple of 16], contiguous, got ", shape_string(av));
   if (bv.ndim != 2 || bv.size(0) != 8 || bv.size(1) != av.size(1) || bv.stride(0) != bv.size(1))
     fail(kOp, ": argument 'b': expected [8, ", av.size(1), "], contiguous, got ", shape_string(bv));
-  if (av.dtype == DType::f32 || bv.dtype != av.dtype || ov.dtype != DType::f32 || ov.numel() != 128)
-    fail(kOp, ": expected bfloat16 or float16 operands of one dtype and 16 x 8 float32 results");
-  mma_probe_run(av.data, bv.data, static_cast<float*>(ov.data), static_cast<int>(av.size(1)), av.dtype,
-                current_stream(device, kOp));
+  if (av.dtype == DType::f32) fail(kOp, ": argument 'a': expected bfloat16 or float16, got float32");
+  require_dtype(bv, av.dtype, "as a", kOp, "b");
+  require_dtype(ov, DType::f32, "sums", kOp, "out");
+  if (ov.numel() != 128) fail(kOp, ": argument 'out': expected 16 x 8 elements, got ", shape_string(ov));
+  const Stream stream = current_stream(device, kOp);
+  py::gil_scoped_release release;
+  mma_probe_run(av.data, bv.data, static_cast<float*>(ov.data), static_cast<int>(av.size(1)), av.dtype, stream);
 }
 
 }  // namespace

@@ -16,13 +16,13 @@ bool on_device(const dlpack::Tensor& t) { return t.device.type == dlpack::kCuda;
 #endif
 
 dlpack::Tensor borrow(py::handle object, int* device, const char* op, const char* argument, const char* expected) {
-  const dlpack::Tensor t = borrowed_tensor(object, op, argument);
+  const dlpack::Tensor t = borrowed_tensor(object, op, argument, kPlace);
   if (!on_device(t))
     fail(op, ": argument '", argument, "': expected a ", expected, " tensor on ", kPlace, ", got ",
-         dlpack_dtype_name(t.dtype), " on device type ", t.device.type);
+         dlpack_dtype_name(t.dtype), " on ", dlpack_device_name(t.device));
   if (*device >= 0 && t.device.id != *device)
-    fail(op, ": argument '", argument, "': expected device index ", *device, " as the other tensors, got ",
-         t.device.id);
+    fail(op, ": argument '", argument, "': expected a tensor on cuda:", *device, " as the others, got ",
+         dlpack_device_name(t.device));
   *device = t.device.id;
   const TensorView v = {t.data, DType::f32, t.ndim, t.shape, t.strides};
   if (!t.data && v.numel() > 0)
@@ -80,10 +80,10 @@ Stream current_stream(int device, const char* op) {
 #if FASTDL_TWIN
   (void)op;
 #else
-  if (exchange_api().current_stream(dlpack::kCuda, device, &stream.handle) != 0) {
-    PyErr_Clear();
-    fail(op, ": no current stream on cuda:", device);
-  }
+  const auto ask = exchange_api().current_stream;
+  if (!ask) fail(op, ": this torch tells no current stream of cuda:", device);
+  if (ask(dlpack::kCuda, device, &stream.handle) != 0)
+    fail(op, ": no current stream of cuda:", device, ": ", take_error());
 #endif
   return stream;
 }

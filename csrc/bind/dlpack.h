@@ -10,7 +10,7 @@ constexpr std::uint32_t kMajorVersion = 1;
 struct Version {
   std::uint32_t major, minor;
 };
-enum DeviceType : std::int32_t { kCpu = 1, kCuda = 2, kCudaHost = 3 };
+enum DeviceType : std::int32_t { kCpu = 1, kCuda = 2, kCudaHost = 3, kMetal = 8, kRocm = 10 };
 struct Device {
   std::int32_t type, id;
 };

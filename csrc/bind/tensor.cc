@@ -33,15 +33,6 @@ bool to_dtype(dlpack::DataType t, DType* out) {
   return false;
 }
 
-// The text of the pending Python error, which is cleared.
-std::string take_error() {
-  try {
-    throw py::error_already_set();
-  } catch (py::error_already_set& e) {
-    return e.what();
-  }
-}
-
 // Elements from the first to one past the last, 0 for an empty tensor.
 i64 extent(const TensorView& t) {
   i64 last = 0;
@@ -52,25 +43,49 @@ i64 extent(const TensorView& t) {
   return last + 1;
 }
 
-dlpack::Tensor borrow(py::handle object, const char* op, const char* argument) {
+dlpack::Tensor borrow(py::handle object, const char* op, const char* argument, const char* place = "cpu") {
   if (!PyObject_TypeCheck(object.ptr(), g_tensor_type))
     throw TypeMismatch(
         concat(op, ": argument '", argument, "': expected a torch.Tensor, got ", Py_TYPE(object.ptr())->tp_name));
   dlpack::Tensor t;
   if (g_api->tensor_from_object(object.ptr(), &t) != 0)
-    fail(op, ": argument '", argument, "': expected a tensor with memory on cpu, got: ", take_error());
+    fail(op, ": argument '", argument, "': expected a tensor with memory on ", place, ", got: ", take_error());
   return t;
 }
 
 }  // namespace
 
-dlpack::Tensor borrowed_tensor(py::handle object, const char* op, const char* argument) {
-  dlpack::Tensor t = borrow(object, op, argument);
+std::string take_error() {
+  try {
+    throw py::error_already_set();
+  } catch (py::error_already_set& e) {
+    return e.what();
+  }
+}
+
+dlpack::Tensor borrowed_tensor(py::handle object, const char* op, const char* argument, const char* place) {
+  dlpack::Tensor t = borrow(object, op, argument, place);
   if (t.data) t.data = static_cast<char*>(t.data) + t.byte_offset;
   return t;
 }
 bool kernel_dtype(dlpack::DataType t, DType* out) { return to_dtype(t, out); }
 std::string dlpack_dtype_name(dlpack::DataType t) { return dtype_string(t); }
+std::string dlpack_device_name(dlpack::Device d) {
+  switch (d.type) {
+    case dlpack::kCpu:
+      return "cpu";
+    case dlpack::kCuda:
+      return concat("cuda:", d.id);
+    case dlpack::kCudaHost:
+      return "cpu, pinned";
+    case dlpack::kMetal:
+      return "mps";
+    case dlpack::kRocm:
+      return concat("rocm:", d.id);
+    default:
+      return concat("device type ", d.type);
+  }
+}
 const dlpack::ExchangeApi& exchange_api() { return *g_api; }
 
 i64 TensorView::numel() const {
@@ -86,7 +101,7 @@ dlpack::Tensor raw_view(py::handle object, const char* op, const char* argument,
   dlpack::Tensor t = borrow(object, op, argument);
   if (t.device.type != dlpack::kCpu && t.device.type != dlpack::kCudaHost)
     fail(op, ": argument '", argument, "': expected a ", expected, " tensor on cpu, got ", dtype_string(t.dtype),
-         " on device type ", t.device.type);
+         " on ", dlpack_device_name(t.device));
   const TensorView v = {static_cast<char*>(t.data) + t.byte_offset, DType::f32, t.ndim, t.shape, t.strides};
   if (!t.data && v.numel() > 0)  // fake tensors, freed storages: the exchange API passes them without an error
     fail(op, ": argument '", argument, "': expected a tensor with memory on cpu, got one without, shape ",

@@ -49,10 +49,13 @@ void require_apart(const TensorView& out, const TensorView& in, const char* op, 
 // Asks for huge pages where `out` is large enough to be a mapping of its own: see base/arena.h.
 void advise_huge_pages(const TensorView& out);
 
-// Any tensor with memory, as the exchange API shows it; data includes the byte offset.
-dlpack::Tensor borrowed_tensor(pybind11::handle object, const char* op, const char* argument);
+// Any tensor with memory, as the exchange API shows it; data includes the byte offset. `place` is where the message
+// says that it was expected.
+dlpack::Tensor borrowed_tensor(pybind11::handle object, const char* op, const char* argument, const char* place);
 bool kernel_dtype(dlpack::DataType t, DType* out);  // false for dtypes that no kernel takes
 std::string dlpack_dtype_name(dlpack::DataType t);
+std::string dlpack_device_name(dlpack::Device d);
+std::string take_error();  // the text of the pending Python error, which is cleared
 const dlpack::ExchangeApi& exchange_api();
 
 // Reads the exchange API off torch.Tensor; throws ImportError when torch is too old or too new for it.

@@ -5,6 +5,7 @@
 #include "base/check.h"
 #include "bind/cuda_bind.h"
 #include "bind/cuda_tensor.h"
+#include "ptx/launch.h"
 #include "ptx/twin/faults.h"
 #include "ptx/twin/fiber.h"
 
@@ -28,6 +29,13 @@ void run_fault(const std::string& name, bool planted, py::handle in, py::handle 
   twin::run_fault(name, planted, static_cast<const float*>(x.data), static_cast<float*>(y.data));
 }
 
+struct NoArgs {};
+void nothing(const NoArgs) {}
+
+void try_launch(int x, int y, int z, int threads, int shared_bytes) {
+  launch(nothing, {{x, y, z}, threads, shared_bytes}, {}, NoArgs{});
+}
+
 }  // namespace
 
 void bind_twin(py::module_& m) {
@@ -37,6 +45,8 @@ void bind_twin(py::module_& m) {
   m.def("fault_names", &twin::fault_names, "Kernels that `run_fault` takes.");
   m.def("run_fault", &run_fault, py::arg("name"), py::arg("planted"), py::arg("in_"), py::arg("out"),
         "out[i] = in_[63 - i], with a bug of the named kind planted or not.");
+  m.def("try_launch", &try_launch, py::arg("x"), py::arg("y"), py::arg("z"), py::arg("threads"),
+        py::arg("shared_bytes"), "Launches a kernel that does nothing.");
 }
 
 }  // namespace fastdl

@@ -1,3 +1,6 @@
+#include <cxxabi.h>
+
+#include <cstdlib>
 #include <mutex>
 #include <vector>
 
@@ -35,7 +38,9 @@ Gpu gpu_info(int device) {
   static std::vector<Gpu> known;
   const std::lock_guard<std::mutex> lock(mutex);
   if (known.empty()) {
-    for (int i = 0; i < gpu_count(); ++i) {
+    std::vector<Gpu> found;
+    const int count = gpu_count();
+    for (int i = 0; i < count; ++i) {
       const auto ask = [i](cudaDeviceAttr attribute) {
         int value = 0;
         cuda_check(cudaDeviceGetAttribute(&value, attribute, i), "cudaDeviceGetAttribute");
@@ -48,8 +53,9 @@ Gpu gpu_info(int device) {
       gpu.shared_bytes_sm = ask(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
       gpu.registers_sm = ask(cudaDevAttrMaxRegistersPerMultiprocessor);
       gpu.l2_bytes = ask(cudaDevAttrL2CacheSize);
-      known.push_back(gpu);
+      found.push_back(gpu);
     }
+    known = found;
   }
   if (device < 0 || device >= static_cast<int>(known.size())) fail("CUDA: no GPU ", device, " here");
   return known[static_cast<std::size_t>(device)];
@@ -59,6 +65,44 @@ std::string gpu_name(int device) {
   cudaDeviceProp properties;
   cuda_check(cudaGetDeviceProperties(&properties, device), "cudaGetDeviceProperties");
   return properties.name;
+}
+
+std::string cuda_error(cudaError_t status) {
+  cudaGetLastError();
+  std::string text = concat(cudaGetErrorString(status), " (", cudaGetErrorName(status), ")");
+  switch (status) {  // those after which nothing runs on the GPU any more
+    case cudaErrorIllegalAddress:
+    case cudaErrorIllegalInstruction:
+    case cudaErrorMisalignedAddress:
+    case cudaErrorInvalidAddressSpace:
+    case cudaErrorInvalidPc:
+    case cudaErrorHardwareStackError:
+    case cudaErrorLaunchTimeout:
+    case cudaErrorAssert:
+    case cudaErrorLaunchFailure:
+      return text +
+             ": a kernel that began before, of fastdl or not, failed on the GPU, which this process cannot use any "
+             "more; CUDA_LAUNCH_BLOCKING=1 shows which";
+    case cudaErrorInitializationError:
+      return text + ": CUDA does not work in a process that was forked after its first use";
+    case cudaErrorNoKernelImageForDevice:
+    case cudaErrorUnsupportedPtxVersion:
+      return text + ": this build holds no code for this GPU that its driver takes (FASTDL_CUDA_CODE)";
+    default:
+      return text;
+  }
+}
+
+std::string kernel_name(const void* function) {
+  const char* mangled = nullptr;
+  if (cudaFuncGetName(&mangled, function) != cudaSuccess || !mangled) {
+    cudaGetLastError();
+    return "a kernel";
+  }
+  char* readable = abi::__cxa_demangle(mangled, nullptr, nullptr, nullptr);
+  const std::string name = readable ? readable : mangled;
+  std::free(readable);
+  return name;
 }
 
 #endif

@@ -15,3 +15,6 @@ def fault_names() -> list[str]:
 
 def run_fault(name: str, planted: bool, in_: Tensor, out: Tensor) -> None:
     """out[64] = in_[64] reversed, by the kernel of this name, with its bug or without."""
+
+def try_launch(x: int, y: int, z: int, threads: int, shared_bytes: int) -> None:
+    """Launches a kernel that does nothing. RuntimeError where no GPU takes such a launch."""

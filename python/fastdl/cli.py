@@ -291,7 +291,7 @@ def verify(quick: bool, device: str) -> None:
 
     if device not in ("all", "cpu") and (why := place.unavailable(device)):
         raise click.ClickException(f"device {device}: {why}")
-    devices = ("cpu", "cuda")[: 1 + cuda.enabled()] if device == "all" else (device,)
+    devices = ("cpu", "cuda")[: 1 + (not place.unavailable("cuda"))] if device == "all" else (device,)
 
     console = make_console()
     with _progress() as progress:

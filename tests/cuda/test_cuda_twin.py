@@ -87,3 +87,16 @@ def test_special_values_go_through(dtype):
     twin.mma_probe(a, b, out)
     assert torch.equal(out.isnan(), (a.float() @ b.float().T).isnan())
     assert torch.equal(out.isinf(), (a.float() @ b.float().T).isinf())
+
+
+@pytest.mark.parametrize(
+    ("shape", "good"),
+    [((1, 1, 1, 32, 0), True), ((2, 3, 1, 64, 227 << 10), True), ((0, 1, 1, 32, 0), False),
+     ((1, 65536, 1, 32, 0), False), ((1, 1, 65536, 32, 0), False), ((1, 1, 1, 1056, 0), False),
+     ((1, 1, 1, 33, 0), False), ((1, 1, 1, 0, 0), False), ((1, 1, 1, 32, (227 << 10) + 1), False)],
+)  # fmt: skip
+def test_launches_that_no_gpu_takes_are_refused(shape, good):
+    if good:
+        return twin.try_launch(*shape)
+    with pytest.raises(RuntimeError, match=r"CUDA: launch of a kernel: no GPU takes a grid of"):
+        twin.try_launch(*shape)

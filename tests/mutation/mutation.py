@@ -10,3 +10,4 @@ class Mutation:
     old: str  # found exactly once
     new: str
     tests: str  # pytest arguments
+    module: str = ""  # that the tests need; "": the one the file belongs to

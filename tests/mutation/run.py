@@ -20,17 +20,9 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from importlib import import_module
 from pathlib import Path
 from queue import SimpleQueue
-
-import attention
-import conv
-import conv_direct
-import conv_python
-import conv_wgrad
-import cuda_conv
-import gemm
-import rnn
 
 from mutation import Mutation
 
@@ -39,8 +31,8 @@ TIMEOUT = 120  # seconds a selection may take; a hang counts as noticed
 BENCHES = 2  # bugs at a time: one compiles while another's tests start
 TESTS_FAILED = 1  # pytest's exit status; 2 and above: interrupted, internal error, bad usage, nothing collected
 
-OPERATIONS = (attention, conv, conv_direct, conv_python, conv_wgrad, cuda_conv, gemm, rnn)
-MUTATIONS = [mutation for operation in OPERATIONS for mutation in operation.MUTATIONS]
+TABLES = sorted(file.stem for file in Path(__file__).parent.glob("*.py") if file.stem not in ("mutation", "run"))
+MUTATIONS = [mutation for table in TABLES for mutation in import_module(table).MUTATIONS]
 # Modules and the options to build them with.
 MODULES = {
     "_C": ["-DCMAKE_BUILD_TYPE=Release", "-DFASTDL_CUDA=OFF", "-DFASTDL_EMULATE_AMX=ON"],
@@ -50,6 +42,8 @@ MODULES = {
 
 def module_of(mutation: Mutation) -> str:
     """The module to build with this bug: that of the CPU, or the host twin of the CUDA kernels."""
+    if mutation.module:
+        return mutation.module
     cuda = mutation.file.startswith(("csrc/ptx/", "csrc/bind/cuda_")) or "/cuda/" in mutation.file
     return "_twin" if cuda else "_C"
 

@@ -30,8 +30,16 @@ def device() -> torch.device:
 def unavailable(name: str) -> str:
     """Why nothing can be measured there, or ""."""
     if name == "cuda":
-        return cuda.reason(torch.device("cuda", 0)) or ""
+        built = cuda.load("_cuda")[1]
+        return built or _no_gpu() or cuda.reason(torch.device("cuda", 0)) or ""
     return cuda.load("_twin")[1] if name == "twin" else ""
+
+
+def _no_gpu() -> str:
+    """What is to be said before that the kernels are off: turning them on would not help."""
+    if torch.version.cuda is None and torch.version.hip is None:
+        return f"this torch, {torch.__version__}, is built without CUDA"
+    return "" if torch.cuda.is_available() else "torch sees no GPU"
 
 
 @contextmanager

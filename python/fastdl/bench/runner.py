@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ import torch
 
 from fastdl import _C
 from fastdl.bench import attention, conv, gemm, place, rnn
-from fastdl.bench.harness import Stopwatch, geometric_mean, measure_case
+from fastdl.bench.harness import REGIMES, Stopwatch, geometric_mean, measure_case
 from fastdl.bench.host import Peaks
 from fastdl.bench.settings import Settings
 from fastdl.bench.shapes import Shape, load
@@ -101,7 +102,11 @@ def _row(
     probes = [_peak(peaks)]
     measured = measure_case(case, watch, settings.regimes)
     probes.append(_peak(peaks))
-    head = {
+    return _head(operation, family, shape) | measured | _rates(measured, (case.flops, case.bytes), peaks, max(probes))
+
+
+def _head(operation: str, family: str, shape: Shape) -> dict[str, Any]:
+    return {
         "name": f"{family}/{shape.name}",
         "operation": operation,
         "family": family,
@@ -110,7 +115,14 @@ def _row(
         "shape": dict(shape.dims),
         "tags": list(shape.tags),
     }
-    return head | measured | _rates(measured, (case.flops, case.bytes), peaks, max(probes))
+
+
+def _failed_row(operation: str, family: str, shape: Shape, error: Exception, peaks: Peaks) -> dict[str, Any]:
+    """A row that could not be measured: a failed check, no figures."""
+    failure = {"error": math.nan, "torch_error": math.nan, "failure": f"{type(error).__name__}: {error}"}
+    row = {"kernels": [], "handed_back": False, "check": failure | {"passed": False}, "parts": {}}
+    row |= dict.fromkeys(REGIMES)
+    return _head(operation, family, shape) | row | _rates(row, (0.0, 0.0), peaks, 1.0)
 
 
 def _peak(peaks: Peaks) -> float:
@@ -125,7 +137,13 @@ def _rows(operation: str, settings: Settings, peaks: Peaks, progress: Progress) 
         if settings.limit and time.monotonic() - start > settings.limit:
             break
         progress(done, len(selected), f"{family}/{shape.name}")
-        yield _row(operation, family, shape, settings, peaks, watch)
+        try:
+            row = _row(operation, family, shape, settings, peaks, watch)
+        except RuntimeError as error:
+            if settings.device == "cpu":
+                raise
+            row = _failed_row(operation, family, shape, error, peaks)  # on a GPU: the rows before it are kept
+        yield row
     progress(len(selected), len(selected), "")
 
 

@@ -66,11 +66,6 @@ def reason(device: torch.device) -> str | None:
     return load("_cuda")[1] or OFF
 
 
-def enabled(device: torch.device | None = None) -> bool:
-    """Whether CUDA kernels run, on this device or on the first GPU."""
-    return reason(device or torch.device("cuda", 0)) is None
-
-
 def runs(x: Tensor) -> bool:
     """Whether a CUDA kernel, or its twin, is what runs x."""
     return twin_active if x.is_cpu else x.is_cuda and reason(x.device) is None
