@@ -27,8 +27,8 @@ MUTATIONS = [
     Mutation(
         "twin: a barrier lets go one thread too early",
         FIBER,
-        "if (static_cast<int>(b.waiting.size()) == threads) wake(&b.waiting);",
-        "if (static_cast<int>(b.waiting.size()) == threads - 1) wake(&b.waiting);",
+        "if (static_cast<int>(b.waiting.size()) == threads) ++b.round, wake(&b.waiting);",
+        "if (static_cast<int>(b.waiting.size()) == threads - 1) ++b.round, wake(&b.waiting);",
         f"{TWIN} -k test_without_the_bug",
     ),
     Mutation(
