@@ -19,7 +19,7 @@ MUTATIONS = [
     Mutation(
         "weights of a window's taps without the step of a phase",
         DEPTHWISE,
-        "u.w_col = aw.tap_inc * width,",
+        "u.w_col = p.aw->tap_inc * width,",
         "u.w_col = width,",
         f"{TESTS} -k 'test_windows_that_slide and depthwise_f32'",
     ),
@@ -47,8 +47,8 @@ MUTATIONS = [
     Mutation(
         "a column of the interior read past the edge of the image",
         DEPTHWISE,
-        "(size - right + a.in_step - 1) / a.in_step) : 0;",
-        "(size - right + a.in_step - 1) / a.in_step + 1) : 0;",
+        "(last - right + a.in_step - 1) / a.in_step) : 0;",
+        "(last - right + a.in_step - 1) / a.in_step + 1) : 0;",
         f"{TESTS} -k 'test_tails_of_vectors_and_strips and depthwise_f32'",
     ),
     Mutation(

@@ -20,11 +20,11 @@ i64 blocks_of(i64 n, i64 block) { return (n + block - 1) / block; }
 // Pixels between the first and the last that the taps of an axis meet.
 i64 reach(const ConvAxis& a) { return a.taps ? (a.taps - 1) * a.tap_step : 0; }
 
-// The outputs lo..hi-1 all of whose taps are inside an image of `size`.
-void interior(const ConvAxis& a, i64 size, i64* lo, i64* hi) {
-  const i64 left = a.first, right = left + reach(a);
+// The outputs lo..hi-1 all of whose taps lie in first..last-1.
+void interior(const ConvAxis& a, i64 first, i64 last, i64* lo, i64* hi) {
+  const i64 left = a.first - first, right = a.first + reach(a);
   *lo = left < 0 ? std::min(a.count, (-left + a.in_step - 1) / a.in_step) : 0;
-  *hi = right < size ? std::min(a.count, (size - right + a.in_step - 1) / a.in_step) : 0;
+  *hi = right < last ? std::min(a.count, (last - right + a.in_step - 1) / a.in_step) : 0;
   *hi = std::max(*lo, *hi);
 }
 
@@ -76,195 +76,211 @@ void copy_image(const DirectOps& ops, const ConvTensor& x, const void* origin, D
   }
 }
 
-struct Taps {
-  i64* off;
-  i64* w;
-  i64 count = 0;
+// The image as a part reads it: in place, or a copy of all that its taps meet, zeros around the image included.
+// Positions are those in the image.
+struct View {
+  const void* data;
+  i64 lo[3], hi[3];  // what may be read
+  i64 origin[3], step[3];
+  i64 every;  // of the depths is there, from the origin on
+
+  bool holds(int i, i64 at) const { return lo[i] <= at && at < hi[i]; }
+  i64 row(i64 z, i64 y) const { return (z - origin[0]) / every * step[0] + (y - origin[1]) * step[1]; }
+  i64 column(i64 x) const { return (x - origin[2]) * step[2]; }
 };
 
-void gather(const Problem& x) {
+struct Part {
+  const ConvAxis *ad, *ah, *aw;
+  i64 n, bundle, c0, channels;
+  i64 od, h0, h1, w0, w1;  // outputs
+
+  bool empty() const { return od >= ad->count || h0 >= h1 || w0 >= w1; }
+};
+
+struct Scratch {
+  float *image, *weights, *sums, *bias;
+  i64 *off, *w_off;  // of taps, or rows of them
+  i64 packed = -1;   // the bundle of the weights
+};
+
+// Forward and dgrad.
+struct Gather {
+  const Problem& x;
   const ConvDesc& d = x.d;
   const DirectPlan& q = x.q;
   const DirectOps& ops = x.ops;
   const ConvArgs& args = x.args;
-  const bool dgrad = d.pass == ConvPass::dgrad;
-  const ConvTensor &in = dgrad ? args.y : args.x, &out = dgrad ? args.x : args.y;
-  const DirectSides s = direct_sides(d);
+  const ConvTensor& in = d.pass == ConvPass::dgrad ? args.y : args.x;
+  const ConvTensor& out = d.pass == ConvPass::dgrad ? args.x : args.y;
+  const DirectSides sides = direct_sides(d);
   const bool bare = args.activation == Activation::none && !args.residual && !args.pre;
+  // bfloat16 multiplied as it lies.
   const bool split = bare && d.dtype == DType::bf16 && ops.strip_split && in.c_step == 1 && d.C % (2 * ops.width) == 0;
-  const bool plain = split || (bare && d.dtype == DType::f32);
+  const bool plain = split || (bare && d.dtype == DType::f32);  // sums are results
   const bool in_place = split || (d.dtype == DType::f32 && (in.c_step == 1 || d.C == 1));
-  const auto strip = split ? ops.strip_split : ops.strip;
-  const auto slide = split ? ops.slide_split : ops.slide;
   const i64 width = in_place ? q.place_channels : q.channels;
   const GemmHelpers& helpers = *gemm_pack_kernel(x.p.kernel->isa, d.dtype).helpers;
   std::vector<ConvAxis> axes[3];
-  for (int i = 0; i < 3; ++i)
-    for (i64 f = 0; f < s.phases[i]; ++f) axes[i].push_back(conv_axis(d, i, f));
-  const i64 rows = axes[1][0].count, phases = s.phases[0] * s.phases[1] * s.phases[2];
-  // In place nothing is copied: few rows a part keep all threads busy to the end.
-  const i64 cols_blocks = blocks_of(axes[2][0].count, q.block[2]), bundles = blocks_of(d.C, width);
-  const i64 whole = d.N * bundles * phases * axes[0][0].count * cols_blocks;
-  const i64 block = in_place ? std::max<i64>(1, std::min(q.block[1], whole * rows / (8 * x.p.threads))) : q.block[1];
-  const i64 row_blocks = blocks_of(rows, block), parts = whole * row_blocks;
-  ArenaLease scratch(x.p.workspace_bytes());
+  i64 row_block, row_blocks, col_blocks, parts;
 
+  explicit Gather(const Problem& problem) : x(problem) {
+    for (int i = 0; i < 3; ++i)
+      for (i64 f = 0; f < sides.phases[i]; ++f) axes[i].push_back(conv_axis(d, i, f));
+    const i64 rows = axes[1][0].count, phases = sides.phases[0] * sides.phases[1] * sides.phases[2];
+    col_blocks = blocks_of(axes[2][0].count, q.block[2]);
+    const i64 whole = d.N * blocks_of(d.C, width) * phases * axes[0][0].count * col_blocks;
+    // In place nothing is copied: few rows a part keep all threads busy to the end.
+    row_block = in_place ? std::max<i64>(1, std::min(q.block[1], whole * rows / (8 * x.p.threads))) : q.block[1];
+    row_blocks = blocks_of(rows, row_block);
+    parts = whole * row_blocks;
+  }
+
+  Part part(i64 at) const {
+    const auto digit = [&](i64 n) {
+      const i64 r = at % n;
+      at /= n;
+      return r;
+    };
+    Part p;
+    p.h0 = digit(row_blocks) * row_block, p.w0 = digit(col_blocks) * q.block[2], p.od = digit(axes[0][0].count);
+    p.aw = &axes[2][digit(sides.phases[2])];
+    p.ah = &axes[1][digit(sides.phases[1])];
+    p.ad = &axes[0][digit(sides.phases[0])];
+    p.n = digit(d.N), p.bundle = at, p.c0 = p.bundle * width, p.channels = std::min(width, d.C - p.c0);
+    p.h1 = std::min(p.ah->count, p.h0 + row_block), p.w1 = std::min(p.aw->count, p.w0 + q.block[2]);
+    return p;
+  }
+
+  void pack_weights(const Part& p, Scratch* s) const {
+    if (s->packed == p.bundle) return;
+    s->packed = p.bundle;
+    x.copy_weights(p.c0, p.channels, s->weights, width);
+    if (args.bias)
+      ops.copy(direct_at(args.bias, p.c0 * args.bias_step, d.dtype), 0, args.bias_step, 1, p.channels, s->bias, 0);
+    if (!split) return;
+    FinishArgs e = {};  // back to bfloat16, exactly: copied only to lie side by side
+    e.sum = s->weights, e.sum_row = e.c_row = width, e.c = s->image;
+    e.m = static_cast<int>(x.taps), e.n = static_cast<int>(p.channels);
+    helpers.finish(e);
+    e.sum = s->bias, e.c = direct_at(static_cast<void*>(s->image), x.taps * width, d.dtype), e.m = 1;
+    if (args.bias) helpers.finish(e);
+  }
+
+  View view(const Part& p, const Scratch& s) const {
+    const void* const origin = direct_at(in.data, p.n * in.n_step + p.c0 * in.c_step, d.dtype);
+    if (in_place)
+      return {origin, {}, {sides.in[0], sides.in[1], sides.in[2]}, {}, {in.step[0], in.step[1], in.step[2]}, 1};
+    const ConvAxis &ad = *p.ad, &ah = *p.ah, &aw = *p.aw;
+    const i64 depths = ad.taps, rows = (p.h1 - p.h0 - 1) * ah.in_step + reach(ah) + 1;
+    const i64 cols = (p.w1 - p.w0 - 1) * aw.in_step + reach(aw) + 1;
+    const i64 z = p.od * ad.in_step + ad.first, y = p.h0 * ah.in_step + ah.first, e = p.w0 * aw.in_step + aw.first;
+    if (ad.taps > 0 && ah.taps > 0 && aw.taps > 0) {
+      const i64 first[3] = {z, y, e}, extent[3] = {depths, rows, cols};
+      copy_image(ops, in, origin, d.dtype, sides.in, first, ad.tap_step, extent, p.channels, s.image, width);
+    }
+    return {s.image,
+            {z, y, e},
+            {z + reach(ad) + 1, y + rows, e + cols},
+            {z, y, e},
+            {rows * cols * width, cols * width, width},
+            ad.tap_step};
+  }
+
+  // f(offset in the view, offset in the weights) of each row of taps that output row h finds there.
+  template <class F>
+  void each_row(const Part& p, const View& v, i64 h, const F& f) const {
+    for (i64 a = 0; a < p.ad->taps; ++a) {
+      const i64 z = p.od * p.ad->in_step + p.ad->first + a * p.ad->tap_step;
+      if (!v.holds(0, z)) continue;
+      const i64 plane = (p.ad->tap_first + a * p.ad->tap_inc) * d.kernel[1] + p.ah->tap_first;
+      for (i64 b = 0; b < p.ah->taps; ++b) {
+        const i64 y = h * p.ah->in_step + p.ah->first + b * p.ah->tap_step;
+        if (v.holds(1, y)) f(v.row(z, y), ((plane + b * p.ah->tap_inc) * d.kernel[2] + p.aw->tap_first) * width);
+      }
+    }
+  }
+
+  // Output row h to y by windows that slide.
+  void slide_row(const Part& p, const View& v, const Scratch& s, i64 h, const StripArgs& common) const {
+    const i64 left = p.w0 * p.aw->in_step + p.aw->first;  // of the first output's window
+    SlideArgs u = {};
+    u.x = v.data, u.x_col = v.step[2], u.lo = v.lo[2] - left, u.hi = v.hi[2] - left;
+    u.w = common.w, u.w_col = p.aw->tap_inc * width, u.off = s.off, u.w_off = s.w_off;
+    each_row(p, v, h, [&](i64 row, i64 w) {
+      s.off[u.rows] = row + v.column(left);
+      s.w_off[u.rows++] = w;
+    });
+    u.y = common.y, u.y_col = common.y_col, u.bias = common.bias, u.channels = common.channels;
+    u.width = p.aw->taps, u.stride = p.aw->in_step, u.cols = p.w1 - p.w0;
+    (split ? ops.slide_split : ops.slide)(u);
+  }
+
+  // The same tap by tap: columns that find all of the width's together, others one by one.
+  void strip_row(const Part& p, const View& v, const Scratch& s, i64 h, const StripArgs& common) const {
+    const ConvAxis& aw = *p.aw;
+    i64 lo, hi;
+    interior(aw, v.lo[2], v.hi[2], &lo, &hi);
+    lo = std::min(std::max(lo, p.w0), p.w1), hi = std::max(lo, std::min(hi, p.w1));
+    for (i64 j = p.w0, next; j < p.w1; j = next) {
+      next = j == lo && lo < hi ? hi : j + 1;
+      StripArgs t = common;
+      t.x = v.data, t.x_col = aw.in_step * v.step[2], t.off = s.off, t.w_off = s.w_off;
+      t.y = direct_at(common.y, (j - p.w0) * t.y_col, split ? DType::bf16 : DType::f32), t.cols = next - j;
+      each_row(p, v, h, [&](i64 row, i64 w) {
+        for (i64 c = 0; c < aw.taps; ++c) {
+          const i64 at = j * aw.in_step + aw.first + c * aw.tap_step;
+          if (!v.holds(2, at)) continue;
+          s.off[t.taps] = row + v.column(at);
+          s.w_off[t.taps++] = w + c * aw.tap_inc * width;
+        }
+      });
+      (split ? ops.strip_split : ops.strip)(t);
+    }
+  }
+
+  void run(const Part& p, Scratch* s) const {
+    pack_weights(p, s);
+    const View v = view(p, *s);
+    const ConvAxis &ad = *p.ad, &ah = *p.ah, &aw = *p.aw;
+    const bool sliding = aw.tap_step == 1 && slides(aw.taps, aw.in_step);
+    StripArgs t = {};
+    t.w = split ? s->image : s->weights, t.channels = p.channels;
+    if (args.bias)
+      t.bias =
+          split ? direct_at(static_cast<void*>(s->image), x.taps * width, d.dtype) : reinterpret_cast<char*>(s->bias);
+    t.y_col = plain ? aw.out_step * out.step[2] : p.channels;
+    for (i64 h = p.h0; h < p.h1; ++h) {
+      const i64 at = p.n * out.n_step + p.c0 * out.c_step + (p.od * ad.out_step + ad.out_first) * out.step[0] +
+                     (h * ah.out_step + ah.out_first) * out.step[1] + (p.w0 * aw.out_step + aw.out_first) * out.step[2];
+      t.y = plain ? static_cast<void*>(direct_at(out.data, at, d.dtype)) : s->sums;
+      sliding ? slide_row(p, v, *s, h, t) : strip_row(p, v, *s, h, t);
+      if (plain) continue;
+      FinishArgs e = {};
+      e.sum = s->sums, e.sum_row = p.channels, e.c = direct_at(out.data, at, d.dtype);
+      e.c_row = aw.out_step * out.step[2];
+      e.residual = args.residual ? direct_at(args.residual, at, d.dtype) : nullptr;
+      e.pre = args.pre ? direct_at(args.pre, at, d.dtype) : nullptr;
+      e.activation = args.activation;
+      e.m = static_cast<int>(p.w1 - p.w0), e.n = static_cast<int>(p.channels);
+      helpers.finish(e);
+    }
+  }
+};
+
+void gather(const Problem& x) {
+  const Gather g(x);
+  ArenaLease scratch(x.p.workspace_bytes());
   parallel(x.p.threads, [&](int thread, int threads) {
-    float* const image = reinterpret_cast<float*>(scratch.data() + thread * q.per_thread_bytes());
-    float* const weights = image + q.x_floats;
-    float* const sums = weights + q.w_floats;
-    float* const bias = sums + q.y_floats;
-    i64* const lists = reinterpret_cast<i64*>(bias + direct_round(q.place_channels, 16));
-    i64 packed = -1;
-    for (i64 part = parts * thread / threads, end = parts * (thread + 1) / threads; part < end; ++part) {
-      i64 at = part;
-      const auto digit = [&](i64 n) {
-        const i64 r = at % n;
-        at /= n;
-        return r;
-      };
-      const i64 row_block = digit(row_blocks), col_block = digit(cols_blocks), od = digit(axes[0][0].count);
-      const ConvAxis& aw = axes[2][digit(s.phases[2])];
-      const ConvAxis& ah = axes[1][digit(s.phases[1])];
-      const ConvAxis& ad = axes[0][digit(s.phases[0])];
-      const i64 n = digit(d.N), bundle = digit(bundles), c0 = bundle * width;
-      const i64 channels = std::min(width, d.C - c0), h0 = row_block * block, w0 = col_block * q.block[2];
-      const i64 h1 = std::min(ah.count, h0 + block), w1 = std::min(aw.count, w0 + q.block[2]);
-      if (od >= ad.count || h0 >= h1 || w0 >= w1) continue;
-      if (packed != bundle) {
-        packed = bundle;
-        x.copy_weights(c0, channels, weights, width);
-        if (args.bias)
-          ops.copy(direct_at(args.bias, c0 * args.bias_step, d.dtype), 0, args.bias_step, 1, channels, bias, 0);
-        if (split) {  // back to bfloat16, exactly: copied only to lie side by side
-          FinishArgs e = {};
-          e.sum = weights, e.sum_row = e.c_row = width, e.c = image;
-          e.m = static_cast<int>(x.taps), e.n = static_cast<int>(channels);
-          helpers.finish(e);
-          e.sum = bias, e.c = direct_at(static_cast<void*>(image), x.taps * width, d.dtype), e.m = 1;
-          if (args.bias) helpers.finish(e);
-        }
-      }
-      const void* const origin = direct_at(in.data, n * in.n_step + c0 * in.c_step, d.dtype);
-      const i64 taps = ad.taps * ah.taps * aw.taps;
-      StripArgs t = {};
-      Taps all = {lists, lists + x.taps}, edge = {lists + 2 * x.taps, lists + 3 * x.taps};
-      const auto w_at = [&](i64 a, i64 b, i64 c) {
-        return (((ad.tap_first + a * ad.tap_inc) * d.kernel[1] + ah.tap_first + b * ah.tap_inc) * d.kernel[2] +
-                aw.tap_first + c * aw.tap_inc) *
-               width;
-      };
-      const bool sliding = aw.tap_step == 1 && slides(aw.taps, aw.in_step);
-      i64 row_step = 0, lo = w0, hi = w1, extent[3] = {};
-      const void* base = nullptr;
-      if (in_place) {
-        interior(aw, s.in[2], &lo, &hi);
-        lo = std::min(std::max(lo, w0), w1), hi = std::max(lo, std::min(hi, w1));
-        t.x_col = aw.in_step * in.step[2];
-        base = origin;
-      } else if (taps) {
-        const i64 first[3] = {od * ad.in_step + ad.first, h0 * ah.in_step + ah.first, w0 * aw.in_step + aw.first};
-        extent[0] = ad.taps, extent[1] = (h1 - h0 - 1) * ah.in_step + reach(ah) + 1;
-        extent[2] = (w1 - w0 - 1) * aw.in_step + reach(aw) + 1;
-        copy_image(ops, in, origin, d.dtype, s.in, first, ad.tap_step, extent, channels, image, width);
-        t.x_col = aw.in_step * width;
-        row_step = ah.in_step * extent[2] * width;
-        base = image;
-        for (i64 a = 0; !sliding && a < ad.taps; ++a) {
-          for (i64 b = 0; b < ah.taps; ++b) {
-            for (i64 c = 0; c < aw.taps; ++c) {
-              all.off[all.count] = ((a * extent[1] + b * ah.tap_step) * extent[2] + c * aw.tap_step) * width;
-              all.w[all.count++] = w_at(a, b, c);
-            }
-          }
-        }
-      }
-      t.w = split ? image : weights, t.channels = channels;
-      if (args.bias) {
-        t.bias = bias;
-        if (split) t.bias = direct_at(static_cast<void*>(image), x.taps * width, d.dtype);
-      }
-      SlideArgs u = {};
-      if (sliding) {
-        const i64 left = w0 * aw.in_step + aw.first;  // of the first output's window, in the image
-        u.x = base, u.x_col = in_place ? in.step[2] : width;
-        u.lo = in_place ? -left : 0, u.hi = in_place ? s.in[2] - left : extent[2];
-        u.w = t.w, u.w_col = aw.tap_inc * width, u.off = lists, u.w_off = lists + x.taps;
-        u.bias = t.bias, u.width = aw.taps, u.stride = aw.in_step, u.cols = w1 - w0, u.channels = channels;
-      }
-      // Rows of taps that are inside the image of output row h.
-      const auto clip_rows = [&](i64 h) {
-        u.rows = 0;
-        for (i64 a = 0; a < ad.taps; ++a) {
-          const i64 id = od * ad.in_step + ad.first + a * ad.tap_step;
-          for (i64 b = 0; b < ah.taps; ++b) {
-            const i64 ih = h * ah.in_step + ah.first + b * ah.tap_step;
-            if (in_place && (id < 0 || id >= s.in[0] || ih < 0 || ih >= s.in[1])) continue;
-            const i64 down = (h - h0) * ah.in_step + b * ah.tap_step;  // in the copied image
-            lists[u.rows] = in_place ? id * in.step[0] + ih * in.step[1] - u.lo * in.step[2]
-                                     : (a * extent[1] + down) * extent[2] * width;
-            lists[x.taps + u.rows++] = w_at(a, b, 0);
-          }
-        }
-      };
-      for (i64 h = h0; h < h1; ++h) {
-        const i64 y_at = n * out.n_step + c0 * out.c_step + (od * ad.out_step + ad.out_first) * out.step[0] +
-                         (h * ah.out_step + ah.out_first) * out.step[1] +
-                         (w0 * aw.out_step + aw.out_first) * out.step[2];
-        void* const y = plain ? static_cast<void*>(direct_at(out.data, y_at, d.dtype)) : sums;
-        t.y_col = plain ? aw.out_step * out.step[2] : channels;
-        // Taps that are inside the image of output column j; of one within lo..hi all of the width's.
-        const auto clip = [&](Taps* list, i64 j) {
-          list->count = 0;
-          for (i64 a = 0; a < ad.taps; ++a) {
-            const i64 id = od * ad.in_step + ad.first + a * ad.tap_step;
-            if (id < 0 || id >= s.in[0]) continue;
-            for (i64 b = 0; b < ah.taps; ++b) {
-              const i64 ih = h * ah.in_step + ah.first + b * ah.tap_step;
-              if (ih < 0 || ih >= s.in[1]) continue;
-              for (i64 c = 0; c < aw.taps; ++c) {
-                const i64 iw = j * aw.in_step + aw.first + c * aw.tap_step;
-                if (iw < 0 || iw >= s.in[2]) continue;
-                list->off[list->count] = id * in.step[0] + ih * in.step[1] + iw * in.step[2];
-                list->w[list->count++] = w_at(a, b, c);
-              }
-            }
-          }
-        };
-        const auto run = [&](const Taps& list, const void* from, i64 j, i64 cols) {
-          t.x = from, t.off = list.off, t.w_off = list.w, t.taps = list.count;
-          t.y = direct_at(y, (j - w0) * t.y_col, split ? DType::bf16 : DType::f32), t.cols = cols;
-          strip(t);
-        };
-        if (sliding) {
-          clip_rows(h);
-          u.y = y, u.y_col = t.y_col;
-          slide(u);
-        } else if (in_place) {
-          for (i64 j = w0; j < w1; ++j) {
-            if (j == lo && lo < hi) {
-              clip(&all, lo);
-              run(all, base, lo, hi - lo);
-              j = hi - 1;
-            } else {
-              clip(&edge, j);
-              run(edge, base, j, 1);
-            }
-          }
-        } else {
-          run(all, base, w0, w1 - w0);
-          base = static_cast<const float*>(base) + row_step;
-        }
-        if (plain) continue;
-        FinishArgs e = {};
-        e.sum = sums, e.sum_row = channels, e.c = direct_at(out.data, y_at, d.dtype);
-        e.c_row = aw.out_step * out.step[2];
-        e.residual = args.residual ? direct_at(args.residual, y_at, d.dtype) : nullptr;
-        e.pre = args.pre ? direct_at(args.pre, y_at, d.dtype) : nullptr;
-        e.activation = args.activation;
-        e.m = static_cast<int>(w1 - w0), e.n = static_cast<int>(channels);
-        helpers.finish(e);
-      }
+    Scratch s;
+    s.image = reinterpret_cast<float*>(scratch.data() + thread * x.q.per_thread_bytes());
+    s.weights = s.image + x.q.x_floats;
+    s.sums = s.weights + x.q.w_floats;
+    s.bias = s.sums + x.q.y_floats;
+    s.off = reinterpret_cast<i64*>(s.bias + direct_round(x.q.place_channels, 16));
+    s.w_off = s.off + x.taps;
+    for (i64 at = g.parts * thread / threads, end = g.parts * (thread + 1) / threads; at < end; ++at) {
+      const Part p = g.part(at);
+      if (!p.empty()) g.run(p, &s);
     }
   });
 }
@@ -380,7 +396,7 @@ bool plan_depthwise(const ConvDesc& d, const DirectOps& ops, DirectPlan* plan) {
     q.y_floats = direct_round(wgrad ? q.channels * b[1] * b[2] : q.place_channels * b[2], 16);
     q.x_floats = std::max(q.x_floats, direct_round(q.place_channels * taps, 16));  // weights of bfloat16
     q.w_floats = direct_round((wgrad ? q.channels : q.place_channels) * taps, 16);
-    q.row_floats = direct_round(q.place_channels, 16) + 8 * direct_round(taps, 16);  // bias, and lists of taps
+    q.row_floats = direct_round(q.place_channels, 16) + 4 * direct_round(taps, 16);  // bias, and lists of taps
     return q.x_floats + q.y_floats + q.w_floats + q.row_floats <= kBudget &&
            (!small || q.channels * depth * rows * cols <= kImage);
   };
