@@ -28,6 +28,8 @@ import conv
 import conv_direct
 import conv_python
 import conv_wgrad
+import cuda_gemm
+import cuda_ptx
 import gemm
 import rnn
 
@@ -38,7 +40,7 @@ TIMEOUT = 120  # seconds a selection may take; a hang counts as noticed
 BENCHES = 2  # bugs at a time: one compiles while another's tests start
 TESTS_FAILED = 1  # pytest's exit status; 2 and above: interrupted, internal error, bad usage, nothing collected
 
-OPERATIONS = (attention, conv, conv_direct, conv_python, conv_wgrad, gemm, rnn)
+OPERATIONS = (attention, conv, conv_direct, conv_python, conv_wgrad, cuda_gemm, cuda_ptx, gemm, rnn)
 MUTATIONS = [mutation for operation in OPERATIONS for mutation in operation.MUTATIONS]
 # Modules and the options to build them with.
 MODULES = {
