@@ -74,7 +74,7 @@ function(fastdl_add_cuda)
   target_compile_options(
     _cuda
     PRIVATE
-      $<$<COMPILE_LANGUAGE:CUDA>:-gencode=arch=compute_80,code=[sm_80,compute_80]
+      $<$<COMPILE_LANGUAGE:CUDA>:-gencode=arch=compute_80,code=[${code},compute_80]
       --expt-relaxed-constexpr
       -Xcompiler=-Wall,-Wextra
       -Xptxas=-warn-spills,-warn-lmem-usage

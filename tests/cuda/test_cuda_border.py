@@ -45,7 +45,7 @@ def attention_backward():
 
 def rnn():
     outputs = {"y": (2, 3, 4), "h_n": (3, 4), "c_n": (3, 4), "x_gates": (2, 3, 16), "h0": (3, 4), "c0": (3, 4)}
-    return "rnn", outputs | {"w_hh": (16, 4), "b_hh": (16,), "workspace": ((1 << 16,), torch.uint8)}, {
+    return "rnn", outputs | {"w_hh": (16, 4), "b_hh": (16,), "workspace": ((1 << 20,), torch.uint8)}, {
         "saved": None, "w_hr": None, "mode": "lstm",
     }  # fmt: skip
 
@@ -53,7 +53,7 @@ def rnn():
 def rnn_backward():
     states = {f"{name}{end}": (3, 4) for name in ("dh", "dc") for end in ("0", "_n")}
     tensors = {"d_gates": (2, 3, 16), "dy": (2, 3, 4), "y": (2, 3, 4), "h0": (3, 4), "c0": (3, 4)} | states
-    return "rnn_backward", tensors | {"w_hh": (16, 4), "b_hh": (16,), "workspace": ((1 << 16,), torch.uint8)}, {
+    return "rnn_backward", tensors | {"w_hh": (16, 4), "b_hh": (16,), "workspace": ((1 << 20,), torch.uint8)}, {
         "saved": torch.zeros(6, 20), "w_hr": None, "mode": "lstm",
     }  # fmt: skip
 
@@ -144,7 +144,7 @@ def arguments(name, device):
         key: v.to(device) if isinstance(v, torch.Tensor) and key != "batch_sizes" else v for key, v in options.items()
     }
     if name.startswith("attention"):
-        made["workspace"] = torch.zeros(1 << 16, dtype=torch.uint8, device=device)
+        made["workspace"] = torch.zeros(1 << 20, dtype=torch.uint8, device=device)
     elif name in ("conv", "conv_dgrad", "conv_wgrad"):
         options["workspace"] = torch.zeros(1 << 20, dtype=torch.uint8, device=device)
     return said, made | options
