@@ -15,46 +15,18 @@
 #include <vector>
 
 #include "base/check.h"
+#include "ptx/twin/races.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>
 #endif
-#if defined(__SANITIZE_THREAD__)
-#include <sanitizer/tsan_interface.h>
-extern "C" {
-void AnnotateIgnoreReadsBegin(const char*, int);
-void AnnotateIgnoreReadsEnd(const char*, int);
-void AnnotateIgnoreWritesBegin(const char*, int);
-void AnnotateIgnoreWritesEnd(const char*, int);
-void __tsan_read_range(void*, unsigned long);
-void __tsan_write_range(void*, unsigned long);
-}
-#endif
 
 namespace fastdl::twin {
 
-// ThreadSanitizer takes each fiber for a thread: what two of them touch, one writing, with no barrier and no release
-// and acquire between them, is a race, in whatever order the scheduler ran them. Warp instructions but bar.warp.sync
-// order nothing. The scheduler's own memory is none of its business.
 #if defined(__SANITIZE_THREAD__)
-namespace {
-struct Unseen {
-  Unseen() { AnnotateIgnoreReadsBegin("", 0), AnnotateIgnoreWritesBegin("", 0); }
-  ~Unseen() { AnnotateIgnoreWritesEnd("", 0), AnnotateIgnoreReadsEnd("", 0); }
-};
-void come(void* meeting) { __tsan_release(meeting); }
-void go(void* meeting) { __tsan_acquire(meeting); }
-}  // namespace
 void will_read(const void* p, std::size_t bytes) { __tsan_read_range(const_cast<void*>(p), bytes); }
 void will_write(void* p, std::size_t bytes) { __tsan_write_range(p, bytes); }
 #else
-namespace {
-struct Unseen {
-  ~Unseen() {}  // so that it counts as used
-};
-void come(void*) {}
-void go(void*) {}
-}  // namespace
 void will_read(const void*, std::size_t) {}
 void will_write(void*, std::size_t) {}
 #endif
