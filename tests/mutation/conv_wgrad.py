@@ -3,6 +3,10 @@
 from mutation import Mutation
 
 WGRAD = "csrc/conv/cpu/wgrad.cc"
+TILES = "csrc/conv/cpu/wgrad_tiles.cc"
+PLAN = "csrc/conv/cpu/wgrad_plan.cc"
+PART = "csrc/conv/cpu/wgrad_part.h"
+PACK = "csrc/conv/cpu/wgrad_pack.cc"
 TILE = "csrc/conv/cpu/kernel_wgrad.h"
 TESTS = "tests/test_conv_wgrad.py"
 SPLIT = "tests/test_conv_split.py"
@@ -10,21 +14,21 @@ SPLIT = "tests/test_conv_split.py"
 MUTATIONS = [
     Mutation(
         "packed pixels reach over the next tap's",
-        WGRAD,
+        PLAN,
         "  p.pitch = lines <= width && copies == 1 ? lines : round_up(lines, width);",
         "  p.pitch = lines <= width ? lines : round_up(lines, width);",
         f"{TESTS} -k 'test_exact and (dilated or around_tiles)'",
     ),
     Mutation(
         "padding on the left one pixel short",
-        WGRAD,
+        PART,
         "std::min(count, ceil_div(-start, step))",
         "std::min(count, -start / step)",
         f"{TESTS} -k 'test_exact and strided'",
     ),
     Mutation(
         "few channels of pairs widened",
-        WGRAD,
+        PACK,
         " && x.d.dtype == DType::bf16 && x.kernel.k_unit == 1)",
         " && x.d.dtype == DType::bf16)",
         f"{TESTS} -k 'test_exact and (one or around_tiles)'",
@@ -45,7 +49,7 @@ MUTATIONS = [
     ),
     Mutation(
         "chunks by the number of threads",
-        WGRAD,
+        PLAN,
         "  if (floats * 4 <= kSmall) p.chunks = std::max<i64>(p.chunks, 4);",
         "  if (floats * 4 <= kSmall) p.chunks = std::max<i64>(4, threads);",
         f"{TESTS} -k 'test_bits or test_workspace'",
@@ -66,7 +70,7 @@ MUTATIONS = [
     ),
     Mutation(
         "padding on the right of a tile's pixels not cleared",
-        WGRAD,
+        TILES,
         "      std::memset(dst + line.end * item, 0, bytes(b.width - line.end));\n",
         "",
         f"{SPLIT} -k test_tails_of_tiles_wgrad",
@@ -80,7 +84,7 @@ MUTATIONS = [
     ),
     Mutation(
         "pixels that follow each other in memory taken for those of any rows",
-        WGRAD,
+        TILES,
         "    if (r > 0 && p.lines[r].first != p.lines[r - 1].first + bytes) return false;\n",
         "",
         f"{SPLIT} -k test_tails_of_tiles_wgrad",
