@@ -7,6 +7,7 @@ RNN_INSIDE = "tests/test_rnn_torch.py"
 OPS = "python/fastdl/ops/"
 RNN = "csrc/rnn/cpu/kernel.h"
 RNN_RUN = "csrc/rnn/cpu/run.cc"
+RNN_PRODUCT = "csrc/rnn/cpu/product.h"
 RNN_TILES = "csrc/rnn/cpu/kernel_amx.h"
 RNN_TESTS = "tests/test_rnn_native.py"
 RNN_SPLIT = "tests/test_rnn_split.py"
@@ -112,7 +113,7 @@ MUTATIONS = [
     ),
     Mutation(
         "dropped K blocks of the recurrent product",
-        RNN_RUN,
+        RNN_PRODUCT,
         "    t.accumulate = accumulate || k > 0;\n    for (i64 i = 0; i < tiles; ++i) {",
         "    t.accumulate = accumulate;\n    for (i64 i = 0; i < tiles; ++i) {",
         f"{RNN_TESTS} -k test_depths",
@@ -147,21 +148,21 @@ MUTATIONS = [
     ),
     Mutation(
         "sums of tiles of parts replace what they are added to",
-        RNN_RUN,
+        RNN_PRODUCT,
         "to[v] = accumulate ? to[v] + from[v] : from[v];",
         "to[v] = from[v];",
         f"{RNN_TESTS} -k 'test_tails and gru_f32_split'",
     ),
     Mutation(
         "sums that parts get wrong left in a projection",
-        RNN_RUN,
+        RNN_PRODUCT,
         "    repair(a, w, column_peaks + column + j, 0, m,",
         "    repair(a, w, column_peaks + column + j, 0, m * 0,",
         f"{RNN_SPLIT} -k test_projections",
     ),
     Mutation(
         "columns of the first gate computed again for all",
-        RNN_RUN,
+        RNN_PRODUCT,
         "(gates ? within / units * count : 0) + first",
         "first",
         f"{RNN_SPLIT} -k test_special_weights",
