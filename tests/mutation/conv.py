@@ -3,6 +3,7 @@
 from mutation import Mutation
 
 DENSE = "csrc/conv/cpu/dense.cc"
+PACK = "csrc/conv/cpu/dense_pack.cc"
 PLAN = "csrc/conv/cpu/plan.cc"
 KERNEL = "csrc/conv/cpu/kernel.h"
 BIND = "csrc/bind/conv.cc"
@@ -120,7 +121,7 @@ MUTATIONS = [
     ),
     Mutation(
         "tiny columns of a pack as they are",
-        DENSE,
+        PACK,
         "(tiny(peak[j]) ? kTinyScale : 1)",
         "1",
         f"{SPLIT} -k 'test_frozen_packs and ieee'",

@@ -7,139 +7,15 @@
 
 #include "base/arena.h"
 #include "base/parallel.h"
-#include "conv/conv.h"
-#include "gemm/gemm.h"
+#include "conv/cpu/dense_problem.h"
 #include "simd/vec.h"
 
 namespace fastdl {
 namespace {
 
+using namespace dense;
+
 constexpr i64 kMaxRuns = 256;  // of a product: kc floats at least one long
-
-const void* at(const void* p, i64 elements, DType dtype) {
-  return static_cast<const char*>(p) + elements * kItemSize[static_cast<int>(dtype)];
-}
-void* at(void* p, i64 elements, DType dtype) {
-  return static_cast<char*>(p) + elements * kItemSize[static_cast<int>(dtype)];
-}
-i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
-
-// The problem as forward sees it: `in` is read, `out` is written.
-struct Problem {
-  const ConvDesc& d;
-  const ConvPlan& p;
-  const ConvArgs& args;
-  const GemmHelpers& helpers;
-  i64 channels, columns;  // of a group: summed over, and written
-  ConvTensor in, out;
-  i64 size[3];              // of in
-  i64 w_channel, w_column;  // strides of w
-  const float* pack = nullptr;
-
-  Problem(const ConvDesc& desc, const ConvPlan& plan, const ConvArgs& a)
-      : d(desc), p(plan), args(a), helpers(*conv_tiles(*plan.kernel).helpers) {
-    const bool forward = d.pass == ConvPass::forward;
-    channels = (forward ? d.C : d.K) / d.groups, columns = (forward ? d.K : d.C) / d.groups;
-    in = forward ? a.x : a.y, out = forward ? a.y : a.x;
-    std::copy_n(forward ? d.in : d.out, 3, size);
-    w_channel = forward ? a.w.c_step : a.w.n_step, w_column = forward ? a.w.n_step : a.w.c_step;
-  }
-  i64 units(i64 c) const { return conv_units(*p.kernel, c); }
-  i64 panels() const { return ceil_div(columns, p.kernel->nr); }
-  // Where the panel of a phase and group begins in all of them, and its peaks.
-  i64 panel_at(const ConvPhase& phase, i64 group, i64 panel) const {
-    return group * p.group_floats + phase.pack + panel * phase.steps * p.kernel->nr;
-  }
-  i64 peaks_at(const ConvPhase& phase, i64 group, i64 panel) const {
-    return group * p.group_floats + phase.peaks + panel * p.kernel->nr;
-  }
-};
-
-// As pack_columns, taps along the width and channels together: [taps][tap along the width, channel][nr].
-void pack_folded(const Problem& x, const ConvPhase& phase, const void* first, const ConvTensor& w, i64 w_channel,
-                 i64 w_column, int n, float* out, float* peak) {
-  const ConvAxis* const axis = phase.axis;
-  const i64 nr = x.p.kernel->nr, all = axis[2].taps * x.channels, step = x.p.kernel->k_step;
-  const i64 item = kItemSize[static_cast<int>(x.d.dtype)];
-  float some[32 * 32];  // [column][32]
-  for (i64 t = 0; t < axis[0].taps * axis[1].taps; ++t) {
-    const i64 t0 = t / axis[1].taps, t1 = t % axis[1].taps;
-    const i64 base =
-        (axis[0].tap_first + t0 * axis[0].tap_inc) * w.step[0] + (axis[1].tap_first + t1 * axis[1].tap_inc) * w.step[1];
-    for (i64 k = 0; k < all; k += step, out += x.units(step) * nr) {
-      const i64 depth = std::min(step, all - k);
-      char* to = reinterpret_cast<char*>(some);
-      for (i64 j = 0; j < n; ++j) {
-        for (i64 i = k; i < k + depth; ++i, to += item) {
-          const i64 t2 = axis[2].tap_first + i / x.channels * axis[2].tap_inc;
-          const void* const from =
-              at(first, base + t2 * w.step[2] + i % x.channels * w_channel + j * w_column, x.d.dtype);
-          std::memcpy(to, from, static_cast<std::size_t>(item));
-        }
-      }
-      x.helpers.pack_b(some, 1, depth, depth, n, static_cast<int>(nr), out, peak);
-    }
-  }
-}
-
-// n columns of one phase and group: [blocks of channels][taps][channels][nr]. first: element (0, 0) of the first tap.
-void pack_columns(const Problem& x, const ConvPhase& phase, const void* first, const ConvTensor& w, i64 w_channel,
-                  i64 w_column, int n, float* out, float* peak) {
-  const i64 nr = x.p.kernel->nr;
-  const i64 taps = phase.axis[0].taps * phase.axis[1].taps * phase.axis[2].taps;
-  const i64* const k = x.d.kernel;
-  const bool one_run = x.d.pass == ConvPass::forward && w_channel == taps && (k[2] == 1 || w.step[2] == 1) &&
-                       (k[1] == 1 || w.step[1] == k[2]) && (k[0] == 1 || w.step[0] == k[1] * k[2]);
-  if (one_run && taps > 1 && !x.p.fold) {
-    for (i64 c0 = 0; c0 < x.channels; c0 += x.p.c_block) {
-      const i64 c = std::min(x.p.c_block, x.channels - c0);
-      x.p.kernel->functions->pack({at(first, c0 * taps, x.d.dtype), w_column, taps, c, n, out, peak});
-      out += taps * x.units(c) * nr;
-    }
-    return;
-  }
-  if (x.p.fold) {
-    pack_folded(x, phase, first, w, w_channel, w_column, n, out, peak);
-    return;
-  }
-  for (i64 c0 = 0; c0 < x.channels; c0 += x.p.c_block) {
-    const i64 c = std::min(x.p.c_block, x.channels - c0);
-    for (i64 t0 = 0; t0 < phase.axis[0].taps; ++t0) {
-      for (i64 t1 = 0; t1 < phase.axis[1].taps; ++t1) {
-        for (i64 t2 = 0; t2 < phase.axis[2].taps; ++t2) {
-          i64 offset = c0 * w_channel;
-          const i64 t[3] = {t0, t1, t2};
-          for (int i = 0; i < 3; ++i) offset += (phase.axis[i].tap_first + t[i] * phase.axis[i].tap_inc) * w.step[i];
-          x.helpers.pack_b(at(first, offset, x.d.dtype), w_channel, w_column, c, n, static_cast<int>(nr), out, peak);
-          out += x.units(c) * nr;
-        }
-      }
-    }
-  }
-}
-
-void pack_panel(const Problem& x, const ConvPhase& phase, i64 group, i64 panel, float* out) {
-  const i64 nr = x.p.kernel->nr, j0 = panel * nr;
-  const ConvTensor& w = x.args.w;
-  const void* const first = at(w.data, group * (x.d.K / x.d.groups) * w.n_step + j0 * x.w_column, x.d.dtype);
-  float* const peak = conv_has_peaks(*x.p.kernel) ? out + x.peaks_at(phase, group, panel) : nullptr;
-  if (peak) std::fill_n(peak, nr, 0.0f);
-  pack_columns(x, phase, first, w, x.w_channel, x.w_column, static_cast<int>(std::min(nr, x.columns - j0)),
-               out + x.panel_at(phase, group, panel), peak);
-}
-
-void pack_weights(const Problem& x, float* out, int threads) {
-  const i64 panels = x.panels(), phases = static_cast<i64>(x.p.phases.size());
-  const i64 units = x.d.groups * phases * panels;
-  parallel(threads, [&](int thread, int n) {
-    for (i64 u = units * thread / n; u < units * (thread + 1) / n; ++u) {
-      const i64 group = u / panels / phases, panel = u % panels;
-      const ConvPhase& phase = x.p.phases[static_cast<std::size_t>(u / panels % phases)];
-      pack_panel(x, phase, group, panel, out);
-    }
-  });
-}
-
 // A block of output pixels of one phase: planes (n, d) from `plane` on, rows and columns of each.
 class Part {
  public:
@@ -600,44 +476,6 @@ void conv_run_dense(const ConvDesc& d, const ConvPlan& p, const ConvArgs& args) 
     for (i64 i = thread; i < p.parts; i += threads) Part(x, own, i).run();
     if (x.helpers.end) x.helpers.end();
   });
-}
-
-i64 conv_pack_size(const ConvDesc& d, const Machine& machine) { return conv_plan(d, machine).group_floats * d.groups; }
-
-void conv_pack(const ConvDesc& d, const Machine& machine, const ConvTensor& w, float* out) {
-  const ConvPlan p = conv_plan(d, machine);
-  ConvArgs args = {};
-  args.w = w;
-  const Problem x(d, p, args);
-  pack_weights(x, out, p.threads);
-  if (!conv_has_peaks(*p.kernel)) return;
-  // Columns of tiny values are scaled, so that their parts hold them (kTinyScale).
-  const auto tiny = [](float peak) { return peak > 0 && peak < kTinyPeak; };
-  const i64 nr = p.kernel->nr, taps = d.kernel[0] * d.kernel[1] * d.kernel[2];
-  for (i64 group = 0; group < d.groups; ++group) {
-    for (const ConvPhase& phase : p.phases) {
-      for (i64 panel = 0; panel < x.panels(); ++panel) {
-        const float* const peak = out + x.peaks_at(phase, group, panel);
-        const i64 n = std::min(nr, x.columns - panel * nr);
-        if (std::none_of(peak, peak + n, tiny)) continue;
-        std::vector<float> scaled(static_cast<std::size_t>(n * x.channels * taps));  // [n][taps][channels]
-        ConvTensor own = {
-            scaled.data(), 0, 0, {d.kernel[1] * d.kernel[2] * x.channels, d.kernel[2] * x.channels, x.channels}};
-        const i64 base = group * (d.K / d.groups) * w.n_step + panel * nr * x.w_column;
-        auto to = scaled.begin();
-        for (i64 j = 0; j < n; ++j)
-          for (i64 t = 0; t < taps; ++t)
-            for (i64 c = 0; c < x.channels; ++c) {
-              const i64 offset = t / d.kernel[2] / d.kernel[1] * w.step[0] + t / d.kernel[2] % d.kernel[1] * w.step[1] +
-                                 t % d.kernel[2] * w.step[2];
-              *to++ = static_cast<const float*>(w.data)[base + j * x.w_column + c * x.w_channel + offset] *
-                      (tiny(peak[j]) ? kTinyScale : 1);
-            }
-        pack_columns(x, phase, own.data, own, 1, taps * x.channels, static_cast<int>(n),
-                     out + x.panel_at(phase, group, panel), nullptr);
-      }
-    }
-  }
 }
 
 }  // namespace fastdl
