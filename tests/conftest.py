@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from fastdl import _C
-from fastdl.ops import cuda
+from fastdl.ops import calls, cuda
 from fastdl.testing import LAYOUTS, UNIT_ROUNDOFF, GuardedOutput, integer_matrix, twin
 
 # torch keeps compiled graphs on disk by the names of their operations: another build's shapes must not come back.
@@ -89,6 +89,12 @@ def pytest_generate_tests(metafunc):
                 if all(row[key] in (v if isinstance(v, tuple) else (v,)) for key, v in wanted.items())
             ],
         )
+
+
+@pytest.fixture(autouse=True)
+def no_handbacks_before():
+    """What `calls.handbacks` counts is the test's own."""
+    calls.handbacks.clear()
 
 
 @pytest.fixture

@@ -209,8 +209,7 @@ def test_a_build_without_its_tools(tool, check, project, tool_missing, tmp_path,
 
 
 def test_pybind11_of_torch_serves_where_none_is_installed(tool, check, tmp_path):
-    import pybind11
-
+    pybind11 = pytest.importorskip("pybind11")
     if shutil.which("cmake") is None:
         pytest.skip("cmake is not installed")
     # What Python finds first: an old pybind11, and a torch that has the headers.
