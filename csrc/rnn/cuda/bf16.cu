@@ -1,15 +1,3 @@
-#include "rnn/cuda/kernel.cuh"
+#include "rnn/cuda/instances.cuh"
 
-namespace fastdl::cuda_bf16 {
-
-template <RnnCell cell, bool resident>
-using Row = CudaRnnRow<bf16, bf16, 1, cell, resident>;
-
-extern const CudaRnnFunctions lstm_resident = Row<RnnCell::lstm, true>::functions;
-extern const CudaRnnFunctions lstm_steps = Row<RnnCell::lstm, false>::functions;
-extern const CudaRnnFunctions gru_resident = Row<RnnCell::gru, true>::functions;
-extern const CudaRnnFunctions gru_steps = Row<RnnCell::gru, false>::functions;
-extern const CudaRnnFunctions plain_resident = Row<RnnCell::plain, true>::functions;
-extern const CudaRnnFunctions plain_steps = Row<RnnCell::plain, false>::functions;
-
-}  // namespace fastdl::cuda_bf16
+CUDA_RNN_ROWS(cuda_bf16, bf16, bf16, 1)
