@@ -11,8 +11,7 @@
 #include "base/check.h"
 #include "base/parallel.h"
 #include "bind/bind.h"
-#include "bind/conv_problem.h"
-#include "bind/gemm_problem.h"
+#include "bind/conv_call.h"
 
 namespace py = pybind11;
 
@@ -28,60 +27,20 @@ const ConvKernel* forced_row(const std::string& name, const char* op) {
   return &k;
 }
 
-// What one call is given, checked before anything is allocated.
-class Call : public ConvProblem {
+class Call : public ConvCall {
  public:
-  ConvArgs args = {};
+  using ConvCall::ConvCall;
 
-  using ConvProblem::ConvProblem;
-
+  // Channels or the last dimension lie side by side in what forward and dgrad write.
   void tensors(py::handle x, py::handle w, py::handle y, const Sizes& stride, const Sizes& padding,
                const Sizes& dilation, i64 groups) {
-    const ConvPass pass = desc.pass;
-    const TensorView tx = add(x, names().x, pass == ConvPass::dgrad);
-    const TensorView tw = add(w, names().w, pass == ConvPass::wgrad);
-    const TensorView ty = add(y, names().y, pass == ConvPass::forward);
-    desc.dtype = tx.dtype, desc.precision = asked_precision(tx.dtype, Switch::conv);
-    const auto sizes = [](const TensorView& t) { return Sizes(t.shape, t.shape + t.ndim); };
-    shapes(sizes(tx), sizes(tw), sizes(ty), stride, padding, dilation, groups);
-    args.x = conv_tensor(tx), args.w = conv_tensor(tw), args.y = conv_tensor(ty);
-    if (pass == ConvPass::wgrad) return;
-    const TensorView& out = pass == ConvPass::forward ? ty : tx;
-    const bool last = out.size(1) <= 1 || out.stride(1) == 1;
-    desc.channels_last = last;
-    if (!last && out.size(-1) > 1 && out.stride(-1) != 1 && out.numel() > 0)
-      fail(op(), ": argument '", written(), "': expected a unit stride in the channel dimension or the last one, got ",
+    ConvCall::tensors(x, w, y, stride, padding, dilation, groups);
+    desc.precision = asked_precision(desc.dtype, Switch::conv);
+    if (desc.pass == ConvPass::wgrad) return;
+    const TensorView& out = written().view;
+    if (!desc.channels_last && out.size(-1) > 1 && out.stride(-1) != 1 && out.numel() > 0)
+      fail(op(), ": argument 'out': expected a unit stride in the channel dimension or the last one, got ",
            out.stride(1), " and ", out.stride(-1));
-  }
-
-  void add_bias(py::handle bias) {
-    if (bias.is_none()) return;
-    const TensorView b = add(bias, "bias", false);
-    const i64 channels = desc.pass == ConvPass::forward ? desc.K : desc.C;
-    if (b.ndim != 1 || b.size(0) != channels)
-      fail(op(), ": argument 'bias': expected shape [", channels, "], got ", shape_string(b));
-    args.bias = b.data, args.bias_step = b.stride(0);
-  }
-  void add_dbias(py::handle dbias) {
-    if (dbias.is_none()) return;
-    const TensorView b = add(dbias, "dbias", true);
-    if (b.ndim != 1 || b.size(0) != desc.K)
-      fail(op(), ": argument 'dbias': expected shape [", desc.K, "], got ", shape_string(b));
-    args.dbias = b.data, args.dbias_step = b.stride(0);
-  }
-
-  // A tensor that lies in memory exactly as the written one does, or null for None.
-  void* like_written(py::handle object, const char* name, bool output) {
-    if (object.is_none()) return nullptr;
-    const TensorView t = add(object, name, output);
-    const Argument& out =
-        *std::find_if(arguments_.begin(), arguments_.end(), [](const Argument& a) { return a.output; });
-    bool same = t.ndim == out.view.ndim;
-    for (int i = 0; same && i < t.ndim; ++i)
-      same = t.shape[i] == out.view.shape[i] && (t.shape[i] == 1 || t.strides[i] == out.view.strides[i]);
-    if (!same && out.view.numel() + t.numel() > 0)
-      fail(op(), ": argument '", name, "': expected the shape and strides of ", out.name, ", got ", shape_string(t));
-    return t.data;
   }
 
   void add_pack(py::handle pack, const std::string& kernel) {
@@ -97,7 +56,7 @@ class Call : public ConvProblem {
     }
     if (t.ndim != 1 || t.size(0) != size || (size > 1 && t.stride(0) != 1))
       fail(op(), ": argument 'pack': expected ", size, " contiguous elements, got ", shape_string(t));
-    for (const Argument& a : arguments_)
+    for (const Argument& a : arguments())
       if (a.output) require_apart(a.view, t, op(), "pack", a.name);
     args.pack = static_cast<const float*>(t.data);
   }
@@ -125,13 +84,9 @@ class Call : public ConvProblem {
   void run(const std::string& kernel, int threads) {
     require_threads(threads, op());
     const ConvKernel* forced = forced_row(kernel, op());
-    for (const Argument& a : arguments_) {
-      if (!a.output) continue;
-      require_writable(a.view, op());
-      advise_huge_pages(a.view);
-      for (const Argument& b : arguments_)
-        if (&a != &b) require_apart(a.view, b.view, op(), b.name, a.name);
-    }
+    check_outputs();
+    for (const Argument& a : arguments())
+      if (a.output) advise_huge_pages(a.view);
     py::gil_scoped_release release;
     conv(desc, args, forced, threads);
   }
@@ -142,23 +97,7 @@ class Call : public ConvProblem {
   }
 
  private:
-  struct Argument {
-    TensorView view;
-    const char* name;
-    bool output;
-  };
-  const char* written() const { return "out"; }
-
-  TensorView add(py::handle object, const char* name, bool output) {
-    const TensorView t = view(object, op(), name);
-    if (!arguments_.empty()) {
-      if (t.dtype != arguments_[0].view.dtype) require_dtype(t, arguments_[0].view.dtype, "as the others", op(), name);
-    }
-    arguments_.push_back({t, name, output});
-    return t;
-  }
-
-  std::vector<Argument> arguments_;
+  TensorView look(py::handle object, const char* name) override { return view(object, op(), name); }
 };
 
 int spatial(py::handle x, const char* op, const char* name) { return conv_spatial(view(x, op, name), op, name); }
@@ -169,10 +108,7 @@ void run_dense(ConvPass pass, py::handle x, py::handle w, py::handle y, py::hand
   const bool forward = pass == ConvPass::forward;
   Call c(pass, spatial(forward ? x : y, forward ? "fastdl.conv" : "fastdl.conv_dgrad", forward ? "input" : "grad"));
   c.tensors(x, w, y, stride, padding, dilation, groups);
-  c.add_bias(bias);
-  c.args.activation = activation_named(activation, c.op());
-  c.args.residual = c.like_written(residual, "residual", false);
-  c.args.pre = c.like_written(pre, "pre", true);
+  c.epilogue(bias, activation, residual, pre);
   c.add_pack(pack, kernel);
   c.run(kernel, threads);
 }

@@ -27,16 +27,6 @@ class Call : public AttentionCall {
   CudaSequences sequences;
   int device = -1;
 
-  void* workspace(py::handle object, i64 bytes) {
-    const DeviceBytes given =
-        object.is_none() ? DeviceBytes{nullptr, 0} : device_bytes(object, &device, kOp, "workspace");
-    if (given.bytes < bytes)
-      fail(kOp, ": argument 'workspace': expected ", bytes, " bytes as attention_plan says, got ", given.bytes);
-    if (bytes > 0 && reinterpret_cast<std::uintptr_t>(given.data) % 4 != 0)
-      fail(kOp, ": argument 'workspace': expected an address that is a multiple of 4");
-    return given.data;
-  }
-
  private:
   TensorView look(py::handle object, const char* name) override { return device_view(object, &device, kOp, name); }
   TensorView look_or_bool(py::handle object, const char* name, bool* boolean) override {
@@ -53,12 +43,6 @@ class Call : public AttentionCall {
   }
 };
 
-Precision precision_named(const std::string& name) {
-  for (Precision p : {Precision::fma, Precision::ieee, Precision::tf32, Precision::bf16})
-    if (name == precision_name(p)) return p;
-  fail(kOp, ": argument 'precision': expected fma, ieee, tf32 or bf16, got '", name, "'");
-}
-
 const CudaAttentionKernel* forced_row(const std::string& name) {
   return name.empty() ? nullptr : &cuda_attention_kernel(name, kOp);
 }
@@ -70,11 +54,11 @@ void run_attention(py::handle out, py::handle lse, py::handle query, py::handle 
   Call call;
   call.inputs(query, key, value, mask,
               {scale, lo, hi, softcap, dropout_p, seed, std::move(cu_seqlens_q), std::move(cu_seqlens_k), align_end});
-  call.desc.precision = precision_named(precision);
+  call.desc.precision = precision_named(precision, kOp);
   call.forward_outputs(out, lse);
   const CudaAttentionPlan plan = cuda_attention_plan(call.desc, gpu_info(call.device), forced_row(kernel));
   if (log_enabled()) log_once(describe(call.desc, plan));
-  void* const memory = call.workspace(workspace, plan.workspace_bytes);
+  void* const memory = workspace_memory(workspace, plan.workspace_bytes, &call.device, kOp);
   const Stream stream = current_stream(call.device, kOp);
   py::gil_scoped_release release;
   cuda_attention_run(call.desc, plan, call.args, call.sequences, memory, stream);
@@ -87,11 +71,11 @@ void run_backward(py::handle dq, py::handle dk, py::handle dv, py::handle dmask,
   Call call;
   call.inputs(query, key, value, mask,
               {scale, lo, hi, softcap, dropout_p, seed, std::move(cu_seqlens_q), std::move(cu_seqlens_k), align_end});
-  call.desc.precision = precision_named(precision);
+  call.desc.precision = precision_named(precision, kOp);
   call.backward_arguments(dq, dk, dv, dmask, dout, out, lse);
   const CudaAttentionBackwardPlan plan = cuda_attention_backward_plan(call.desc, gpu_info(call.device));
   if (log_enabled()) log_once(describe(call.desc, plan));
-  void* const memory = call.workspace(workspace, plan.workspace_bytes);
+  void* const memory = workspace_memory(workspace, plan.workspace_bytes, &call.device, kOp);
   const Stream stream = current_stream(call.device, kOp);
   py::gil_scoped_release release;
   cuda_attention_backward_run(call.desc, plan, call.args, call.grads, call.dmask_sizes, call.sequences, memory, stream);
@@ -105,7 +89,7 @@ py::dict plan_attention(py::handle query, py::handle key, py::handle value, py::
   Call call;
   call.inputs(query, key, value, mask,
               {scale, lo, hi, softcap, dropout_p, seed, std::move(cu_seqlens_q), std::move(cu_seqlens_k), align_end});
-  call.desc.precision = precision_named(precision);
+  call.desc.precision = precision_named(precision, kOp);
   const Gpu gpu = gpu_name.empty() ? gpu_info(call.device) : gpu_named(gpu_name);
   const AttentionDesc& d = call.desc;
   if (backward) {

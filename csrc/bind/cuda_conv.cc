@@ -9,7 +9,7 @@
 
 #include "base/check.h"
 #include "base/log.h"
-#include "bind/conv_problem.h"
+#include "bind/conv_call.h"
 #include "bind/cuda_bind.h"
 #include "bind/cuda_tensor.h"
 #include "bind/gemm_problem.h"
@@ -20,77 +20,16 @@ namespace py = pybind11;
 namespace fastdl {
 namespace {
 
-Precision precision_named(const std::string& name, const char* op) {
-  constexpr std::pair<const char*, Precision> kNames[] = {
-      {"fma", Precision::fma}, {"ieee", Precision::ieee}, {"tf32", Precision::tf32}, {"bf16", Precision::bf16}};
-  for (const auto& [known, precision] : kNames)
-    if (name == known) return precision;
-  fail(op, ": argument 'precision': expected fma, ieee, tf32 or bf16, got '", name, "'");
-}
-
-class Call : public ConvProblem {
+class Call : public ConvCall {
  public:
-  using ConvProblem::ConvProblem;
-
-  ConvArgs args = {};
-
-  void tensors(py::handle x, py::handle w, py::handle y, const Sizes& stride, const Sizes& padding,
-               const Sizes& dilation, i64 groups) {
-    const ConvPass pass = desc.pass;
-    const TensorView tx = add(x, names().x, pass == ConvPass::dgrad);
-    const TensorView tw = add(w, names().w, pass == ConvPass::wgrad);
-    const TensorView ty = add(y, names().y, pass == ConvPass::forward);
-    desc.dtype = tx.dtype;
-    const auto sizes = [](const TensorView& t) { return Sizes(t.shape, t.shape + t.ndim); };
-    shapes(sizes(tx), sizes(tw), sizes(ty), stride, padding, dilation, groups);
-    args.x = conv_tensor(tx), args.w = conv_tensor(tw), args.y = conv_tensor(ty);
-    if (pass == ConvPass::wgrad) return;
-    const TensorView& out = pass == ConvPass::forward ? ty : tx;
-    desc.channels_last = out.size(1) <= 1 || out.stride(1) == 1;
-  }
-
-  void add_channels(py::handle object, const char* name, i64 channels, bool output, void** data, i64* step) {
-    if (object.is_none()) return;
-    const TensorView b = add(object, name, output);
-    if (b.ndim != 1 || b.size(0) != channels)
-      fail(op(), ": argument '", name, "': expected shape [", channels, "], got ", shape_string(b));
-    *data = b.data, *step = b.stride(0);
-  }
-
-  // A tensor that lies in memory exactly as the written one does, or null for None.
-  void* like_written(py::handle object, const char* name, bool output) {
-    if (object.is_none()) return nullptr;
-    const TensorView t = add(object, name, output);
-    const Argument& out =
-        *std::find_if(arguments_.begin(), arguments_.end(), [](const Argument& a) { return a.output; });
-    bool same = t.ndim == out.view.ndim;
-    for (int i = 0; same && i < t.ndim; ++i)
-      same = t.shape[i] == out.view.shape[i] && (t.shape[i] == 1 || t.strides[i] == out.view.strides[i]);
-    if (!same && out.view.numel() + t.numel() > 0)
-      fail(op(), ": argument '", name, "': expected the shape and strides of ", out.name, ", got ", shape_string(t));
-    return t.data;
-  }
+  using ConvCall::ConvCall;
 
   void run(const std::string& precision, py::handle workspace, const std::string& kernel) {
     const CudaConvKernel* forced = kernel.empty() ? nullptr : &cuda_conv_kernel(kernel, op());
     const Precision exact = precision_named(precision, op());
-    for (const Argument& a : arguments_) {
-      if (!a.output) continue;
-      require_writable(a.view, op());
-      for (const Argument& b : arguments_)
-        if (&a != &b) require_apart(a.view, b.view, op(), b.name, a.name);
-    }
+    check_outputs();
     const CudaConvPlan plan = cuda_conv_plan(desc, exact, gpu_info(device_), forced);
-    void* memory = nullptr;
-    if (plan.workspace_bytes() > 0) {
-      if (workspace.is_none())
-        fail(op(), ": argument 'workspace': expected ", plan.workspace_bytes(), " bytes, got None");
-      const DeviceBytes bytes = device_bytes(workspace, &device_, op(), "workspace");
-      if (bytes.bytes < plan.workspace_bytes() || reinterpret_cast<std::uintptr_t>(bytes.data) % 16 != 0)
-        fail(op(), ": argument 'workspace': expected ", plan.workspace_bytes(), " bytes, aligned to 16, got ",
-             bytes.bytes);
-      memory = bytes.data;
-    }
+    void* const memory = workspace_memory(workspace, plan.workspace_bytes(), &device_, op());
     const Stream stream = current_stream(device_, op());
     if (log_enabled()) {
       std::string line = "cuda " + describe(desc, plan);
@@ -102,22 +41,9 @@ class Call : public ConvProblem {
   }
 
  private:
-  struct Argument {
-    TensorView view;
-    const char* name;
-    bool output;
-  };
-
-  TensorView add(py::handle object, const char* name, bool output) {
-    const TensorView t = device_view(object, &device_, op(), name);
-    if (!arguments_.empty() && t.dtype != arguments_[0].view.dtype)
-      require_dtype(t, arguments_[0].view.dtype, "as the others", op(), name);
-    arguments_.push_back({t, name, output});
-    return t;
-  }
+  TensorView look(py::handle object, const char* name) override { return device_view(object, &device_, op(), name); }
 
   int device_ = -1;
-  std::vector<Argument> arguments_;
 };
 
 int spatial(py::handle x, const char* op, const char* name) {
@@ -132,12 +58,7 @@ void run_gather(ConvPass pass, py::handle x, py::handle w, py::handle y, py::han
   const bool forward = pass == ConvPass::forward;
   Call c(pass, spatial(forward ? x : y, forward ? "fastdl.conv" : "fastdl.conv_dgrad", forward ? "input" : "grad"));
   c.tensors(x, w, y, stride, padding, dilation, groups);
-  void* b = nullptr;
-  c.add_channels(bias, "bias", forward ? c.desc.K : c.desc.C, false, &b, &c.args.bias_step);
-  c.args.bias = b;
-  c.args.activation = activation_named(activation, c.op());
-  c.args.residual = c.like_written(residual, "residual", false);
-  c.args.pre = c.like_written(pre, "pre", true);
+  c.epilogue(bias, activation, residual, pre);
   c.run(precision, workspace, kernel);
 }
 
@@ -160,7 +81,7 @@ void run_wgrad(py::handle dw, py::handle dy, py::handle x, const Sizes& stride, 
                const std::string& kernel) {
   Call c(ConvPass::wgrad, spatial(x, "fastdl.conv_wgrad", "input"));
   c.tensors(x, dw, dy, stride, padding, dilation, groups);
-  c.add_channels(dbias, "dbias", c.desc.K, true, &c.args.dbias, &c.args.dbias_step);
+  c.add_dbias(dbias);
   c.run(precision, workspace, kernel);
 }
 

@@ -19,12 +19,6 @@ namespace py = pybind11;
 namespace fastdl {
 namespace {
 
-Precision precision_named(const std::string& name, const char* op) {
-  for (Precision p : {Precision::fma, Precision::ieee, Precision::tf32, Precision::bf16})
-    if (name == precision_name(p)) return p;
-  fail(op, ": argument 'precision': expected fma, ieee, tf32 or bf16, got '", name, "'");
-}
-
 const CudaGemmKernel* forced_row(const std::string& name, const char* op) {
   return name.empty() ? nullptr : &cuda_gemm_kernel(name, op);
 }
@@ -42,16 +36,13 @@ void* like_out(py::handle object, const TensorView& out, int* device, const char
   if (object.is_none()) return nullptr;
   const TensorView t = device_view(object, device, op, argument);
   require_dtype(t, out.dtype, "as out", op, argument);
-  bool same = t.ndim == out.ndim;
-  for (int i = 0; same && i < t.ndim; ++i)
-    same = t.shape[i] == out.shape[i] && (t.shape[i] == 1 || t.strides[i] == out.strides[i]);
-  if (!same) fail(op, ": argument '", argument, "': expected the shape and strides of out, got ", shape_string(t));
+  require_alike(t, out, op, argument);
   require_apart(out, t, op, argument);
   return t.data;
 }
 
 void run_gemm(py::handle a_, py::handle b_, py::handle out_, py::handle bias_, py::handle residual, py::handle pre,
-              const std::string& activation, bool accumulate, const std::string& precision, py::handle workspace_,
+              const std::string& activation, bool accumulate, const std::string& precision, py::handle workspace,
               const std::string& kernel, int splits) {
   const char* op = "fastdl.gemm";
   int device = -1;
@@ -78,18 +69,11 @@ void run_gemm(py::handle a_, py::handle b_, py::handle out_, py::handle bias_, p
   p.args.accumulate = accumulate;
   gemm_canonicalise(&p.desc, &p.args);
   const CudaGemmPlan plan = cuda_gemm_plan(p.desc, gpu_info(device), forced_row(kernel, op), splits);
-  void* workspace = nullptr;
-  if (plan.workspace_bytes > 0) {
-    if (workspace_.is_none()) fail(op, ": argument 'workspace': expected ", plan.workspace_bytes, " bytes, got None");
-    const DeviceBytes bytes = device_bytes(workspace_, &device, op, "workspace");
-    if (bytes.bytes < plan.workspace_bytes || reinterpret_cast<std::uintptr_t>(bytes.data) % 16 != 0)
-      fail(op, ": argument 'workspace': expected ", plan.workspace_bytes, " bytes, 16-byte aligned, got ", bytes.bytes);
-    workspace = bytes.data;
-  }
+  void* const memory = workspace_memory(workspace, plan.workspace_bytes, &device, op);
   if (log_enabled()) log_once(describe(p.desc, plan));
   const Stream stream = current_stream(device, op);
   py::gil_scoped_release release;
-  cuda_gemm_run(p.desc, plan, p.args, workspace, stream);
+  cuda_gemm_run(p.desc, plan, p.args, memory, stream);
 }
 
 i64 gemm_workspace(py::handle a_, py::handle b_, py::handle out_, const std::string& precision,

@@ -18,12 +18,6 @@ namespace py = pybind11;
 namespace fastdl {
 namespace {
 
-Precision precision_named(const std::string& name, const char* op) {
-  for (Precision p : {Precision::fma, Precision::ieee, Precision::tf32, Precision::bf16})
-    if (name == precision_name(p)) return p;
-  fail(op, ": argument 'precision': expected fma, ieee, tf32 or bf16, got '", name, "'");
-}
-
 const CudaRnnKernel* forced_row(const std::string& name, const char* op) {
   return name.empty() ? nullptr : &cuda_rnn_kernel(name, op);
 }
@@ -43,16 +37,13 @@ class Call : public RnnCall {
   void run(py::handle workspace, const std::string& precision, const std::string& kernel, int multiprocessors) {
     check_outputs(nullptr);
     desc.precision = precision_named(precision, op_);
-    const DeviceBytes memory = device_bytes(workspace, &device_, op_, "workspace");
     const CudaRnnPlan plan =
         cuda_rnn_plan(desc, limited(gpu_info(device_), multiprocessors, op_), forced_row(kernel, op_));
-    if (memory.bytes < plan.workspace_bytes() || reinterpret_cast<std::uintptr_t>(memory.data) % 16 != 0)
-      fail(op_, ": argument 'workspace': expected ", plan.workspace_bytes(), " bytes, aligned to 16, got ",
-           memory.bytes);
+    void* const memory = workspace_memory(workspace, plan.workspace_bytes(), &device_, op_);
     const Stream stream = current_stream(device_, op_);
     if (log_enabled()) log_once(describe(desc, plan));
     py::gil_scoped_release release;
-    cuda_rnn_run(desc, plan, args, desc.backward ? &grads : nullptr, memory.data, stream);
+    cuda_rnn_run(desc, plan, args, desc.backward ? &grads : nullptr, memory, stream);
   }
 
   void states_before() {

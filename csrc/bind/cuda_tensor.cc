@@ -66,6 +66,18 @@ DeviceBytes device_bytes(py::handle object, int* device, const char* op, const c
   return {t.data, t.shape[0]};
 }
 
+void* workspace_memory(py::handle object, i64 bytes, int* device, const char* op) {
+  constexpr const char* kArgument = "workspace";
+  constexpr std::uintptr_t kAlignment = 16;  // of the widest access to it
+  if (object.is_none() && bytes > 0) fail(op, ": argument '", kArgument, "': expected ", bytes, " bytes, got None");
+  if (object.is_none()) return nullptr;
+  const DeviceBytes given = device_bytes(object, device, op, kArgument);
+  if (given.bytes < bytes || (bytes > 0 && reinterpret_cast<std::uintptr_t>(given.data) % kAlignment != 0))
+    fail(op, ": argument '", kArgument, "': expected ", bytes, " bytes, aligned to ", kAlignment, ", got ", given.bytes,
+         " at ", given.data);
+  return given.data;
+}
+
 DeviceIntegers device_integers(py::handle object, int* device, const char* op, const char* argument) {
   constexpr const char* kExpected = "1-D contiguous int32";
   const dlpack::Tensor t = borrow(object, device, op, argument, kExpected);

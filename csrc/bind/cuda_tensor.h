@@ -10,12 +10,14 @@ namespace fastdl {
 TensorView device_view(pybind11::handle object, int* device, const char* op, const char* argument);
 TensorView device_view_or_bool(pybind11::handle object, int* device, const char* op, const char* argument,
                                bool* boolean);
-// A contiguous tensor of bytes (torch.uint8): workspace.
+// A contiguous tensor of bytes (torch.uint8).
 struct DeviceBytes {
   void* data;
   i64 bytes;
 };
 DeviceBytes device_bytes(pybind11::handle object, int* device, const char* op, const char* argument);
+// The memory of argument 'workspace', of at least so many bytes; None where none are needed.
+void* workspace_memory(pybind11::handle object, i64 bytes, int* device, const char* op);
 // A contiguous 1-D int32 tensor on the device.
 struct DeviceIntegers {
   const std::int32_t* data;

@@ -49,10 +49,7 @@ void* like_out(py::handle object, const TensorView& out, const char* op, const c
   if (object.is_none()) return nullptr;
   const TensorView t = view(object, op, argument);
   require_dtype(t, out.dtype, "as out", op, argument);
-  bool same = t.ndim == out.ndim;
-  for (int i = 0; same && i < t.ndim; ++i)
-    same = t.shape[i] == out.shape[i] && (t.shape[i] == 1 || t.strides[i] == out.strides[i]);
-  if (!same) fail(op, ": argument '", argument, "': expected the shape and strides of out, got ", shape_string(t));
+  require_alike(t, out, op, argument);
   require_apart(out, t, op, argument);
   return t.data;
 }

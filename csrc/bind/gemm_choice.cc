@@ -29,12 +29,6 @@ Switch switch_named(const std::string& name, const char* op) {
   fail(op, ": argument 'switch': expected matmul, conv or rnn, got '", name, "'");
 }
 
-Precision precision_named(const std::string& name, const char* op) {
-  for (Precision p : {Precision::fma, Precision::ieee, Precision::tf32, Precision::bf16})
-    if (name == precision_name(p)) return p;
-  fail(op, ": argument 'precision': no precision '", name, "'");
-}
-
 // torch.backends.mkldnn.matmul.fp32_precision, inheritance and set_float32_matmul_precision resolved. About 0.1 us, so
 // it is read only where there are kernels to choose from.
 Precision asked_precision(DType dtype, Switch which) {

@@ -132,6 +132,12 @@ Activation activation_named(const std::string& name, const char* op) {
   fail(op, ": argument 'activation': expected none, relu, gelu, gelu_tanh or silu, got '", name, "'");
 }
 
+Precision precision_named(const std::string& name, const char* op) {
+  for (Precision p : {Precision::fma, Precision::ieee, Precision::tf32, Precision::bf16})
+    if (name == precision_name(p)) return p;
+  fail(op, ": argument 'precision': expected fma, ieee, tf32 or bf16, got '", name, "'");
+}
+
 void require_threads(int threads, const char* op) {
   if (threads < 0) fail(op, ": argument 'threads': expected at least 0, got ", threads);
 }

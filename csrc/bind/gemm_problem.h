@@ -39,11 +39,11 @@ bool matmul_shape(const TensorView& a, const TensorView& b, i64* shape);
 
 void require_rank(const TensorView& t, int least, const char* op, const char* argument);
 Activation activation_named(const std::string& name, const char* op);
+Precision precision_named(const std::string& name, const char* op);
 void require_threads(int threads, const char* op);
 // torch's switches of how exact float32 products must be: torch.backends.mkldnn.matmul, and so on.
 enum class Switch : std::uint8_t { matmul, conv, rnn };
 Switch switch_named(const std::string& name, const char* op);
-Precision precision_named(const std::string& name, const char* op);
 // How exact products of this dtype must be now: FASTDL_FLOAT32, or torch's own switch. Needs the GIL.
 Precision asked_precision(DType dtype, Switch which = Switch::matmul);
 const GemmKernel* forced_kernel(const std::string& name, const char* op);             // null for ""

@@ -199,6 +199,16 @@ void require_writable(const TensorView& out, const char* op) {
   }
 }
 
+void require_alike(const TensorView& t, const TensorView& out, const char* op, const char* argument,
+                   const char* written) {
+  bool alike = t.ndim == out.ndim;
+  const bool empty = out.numel() == 0;
+  for (int i = 0; alike && i < t.ndim; ++i)
+    alike = t.shape[i] == out.shape[i] && (empty || t.shape[i] == 1 || t.strides[i] == out.strides[i]);
+  if (!alike)
+    fail(op, ": argument '", argument, "': expected the shape and strides of ", written, ", got ", shape_string(t));
+}
+
 void require_apart(const TensorView& out, const TensorView& in, const char* op, const char* argument,
                    const char* written) {
   const auto end = [](const TensorView& t) {

@@ -46,6 +46,9 @@ void require_writable(const TensorView& out, const char* op);
 // Throws Error when the memory ranges of `out`, an argument named `written`, and of `in`, named `argument`, meet.
 void require_apart(const TensorView& out, const TensorView& in, const char* op, const char* argument,
                    const char* written = "out");
+// Throws Error unless t lies in memory exactly as `out` does, the argument named `written`.
+void require_alike(const TensorView& t, const TensorView& out, const char* op, const char* argument,
+                   const char* written = "out");
 // Asks for huge pages where `out` is large enough to be a mapping of its own: see base/arena.h.
 void advise_huge_pages(const TensorView& out);
 
