@@ -19,13 +19,12 @@ from typing import Any
 
 os.environ.setdefault("FASTDL_CUDA_UNVERIFIED", "1")  # before fastdl: it is read at import
 
-import torch
+from gpu_lost import leave_if_lost
 
 from fastdl.bench import runner
 from fastdl.bench.report import write_json
 from fastdl.bench.settings import Settings
 
-LOST = 87
 GRACE = 15  # seconds by which a job's last row may pass its share
 
 
@@ -36,15 +35,6 @@ def run(job: dict[str, Any], target: Path, seconds: float) -> None:
     settings = Settings(limit=max(1.0, seconds), **options)
     document = runner.run(job["operation"], settings, lambda done, total, name: print(done, total, name, flush=True))
     write_json(document, str(target))
-
-
-def gpu_is_lost() -> bool:
-    try:
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()
-    except RuntimeError:
-        return True
-    return False
 
 
 def main() -> None:
@@ -63,8 +53,7 @@ def main() -> None:
             traceback.print_exc()
             (out / f"{index}.error").write_text(f"{type(error).__name__}: {error}", encoding="utf-8")
         faulthandler.cancel_dump_traceback_later()
-        if gpu_is_lost():
-            os._exit(LOST)
+        leave_if_lost()
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from typing import Any
 os.environ.setdefault("FASTDL_CUDA_UNVERIFIED", "1")  # before fastdl: it is read at import
 
 import torch
+from gpu_lost import leave_if_lost
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -35,7 +36,6 @@ from fastdl.ops import calls
 from fastdl.testing import twin
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-LOST = 87  # exit status
 # Of the largest element, what a result may be off by: sums are short, so that few units in the last place do.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
@@ -216,16 +216,6 @@ def run(case: Case, dtype: torch.dtype, options: argparse.Namespace, seconds: fl
     return row
 
 
-def gpu_is_lost() -> bool:
-    """Whether an error of a kernel has ended this process's use of the GPU."""
-    try:
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()
-    except RuntimeError:
-        return True
-    return False
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--twin", action="store_true", help="on the host twin, without a GPU")
@@ -274,8 +264,8 @@ def main() -> None:
         write()
         said = row["failure"] or "; ".join(f"handed to torch: {why}" for why in row["handed_back"]) or "passed"
         print(f"{case.name:<26} {name:<9} {seconds:7.2f} s  {said}", flush=True)
-        if row["failure"] and gpu_is_lost():
-            os._exit(LOST)
+        if row["failure"]:
+            leave_if_lost()
     if not rows or any(row["failure"] for row in rows):
         sys.exit(1)
 

@@ -18,14 +18,13 @@ import faulthandler
 import json
 import os
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from gpu_lost import LOST, gpu_is_lost
 
-LOST = 87  # exit status: nothing runs on the GPU in this process any more
 RECORD = Path(os.environ["GPU_TESTS_RECORD"])
 ON = os.environ["GPU_TESTS_ON"]
 SECONDS = float(os.environ["GPU_TESTS_SECONDS"])
@@ -47,18 +46,6 @@ def read(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             continue
     return rows
-
-
-def gpu_is_lost() -> bool:
-    """Whether an error of a kernel has ended this process's use of the GPU, as those of memory do."""
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_initialized():
-        return False
-    try:
-        torch.cuda.synchronize()
-    except RuntimeError:
-        return True
-    return False
 
 
 def _chosen(items: list[pytest.Item]) -> list[pytest.Item]:
