@@ -46,6 +46,23 @@ FASTDL_INLINE unsigned columns_inside(i64 lo, i64 hi, i64 count) {
   return hi > lo ? (1u << hi) - (1u << lo) : 0;
 }
 
+// Columns i of x that are inside, each loaded once and given to every product it has a part in: of output j and tap e.
+template <class L, class Lanes, int COLS, int WIDTH, int STRIDE, class Load, class Multiply>
+FASTDL_INLINE void each_product(unsigned inside, const Load& load, const Multiply& multiply) {
+#pragma GCC unroll 20
+  for (int i = 0; i < (COLS - 1) * STRIDE + WIDTH; ++i) {
+    if (!(inside >> i & 1)) continue;
+    typename L::V x[Lanes::registers];
+    load(i, x);
+#pragma GCC unroll 7
+    for (int e = 0; e < WIDTH; ++e) {
+      if ((i - e) % STRIDE != 0 || i < e || (i - e) / STRIDE >= COLS) continue;
+#pragma GCC unroll 2
+      for (int v = 0; v < Lanes::registers; ++v) multiply((i - e) / STRIDE, e, v, x[v]);
+    }
+  }
+}
+
 // avx512: 7x2 sums + width x 2 weights + 2 columns, at most 30 of 32; avx2, scalar: 7 + width + 1, at most 15 of 16;
 // pairs of avx2: 3x2 + 3x2 + 2, more for windows above 3, whose weights the compiler keeps on the stack.
 template <class L, class Lanes, int COLS, int WIDTH, int STRIDE>
@@ -67,18 +84,12 @@ void slide(const SlideArgs& a, i64 j0, i64 cols, i64 c0) {
 #pragma GCC unroll 7
     for (int e = 0; e < WIDTH; ++e) lanes.load(w + e * a.w_col, wv[e]);
     const i64 at = a.off[r] + first * a.x_col + c0;
-#pragma GCC unroll 20
-    for (int i = 0; i < (COLS - 1) * STRIDE + WIDTH; ++i) {
-      if (!(inside >> i & 1)) continue;
-      typename L::V x[R];
-      lanes.load(static_cast<const T*>(a.x) + (at + i * a.x_col), x);
-#pragma GCC unroll 7
-      for (int e = 0; e < WIDTH; ++e) {
-        if ((i - e) % STRIDE != 0 || i < e || (i - e) / STRIDE >= COLS) continue;
-#pragma GCC unroll 2
-        for (int v = 0; v < R; ++v) acc[(i - e) / STRIDE][v] = L::fma(x[v], wv[e][v], acc[(i - e) / STRIDE][v]);
-      }
-    }
+    each_product<L, Lanes, COLS, WIDTH, STRIDE>(
+        inside,
+        [&](int i, typename L::V* x)
+            __attribute__((always_inline)) { lanes.load(static_cast<const T*>(a.x) + (at + i * a.x_col), x); },
+        [&](int j, int e, int v, typename L::V x)
+            __attribute__((always_inline)) { acc[j][v] = L::fma(x, wv[e][v], acc[j][v]); });
   }
   if (a.bias) {
     typename L::V b[R];
@@ -96,7 +107,7 @@ void slide(const SlideArgs& a, i64 j0, i64 cols, i64 c0) {
 
 // Its weight gradient, the other way about: COLS columns of dy stay in registers while the sums of a row of taps pass.
 template <class L, class Lanes, int COLS, int WIDTH, int STRIDE>
-void slide_grad(const SlideGradArgs& a, i64 j0, i64 cols, i64 c0) {
+void slide(const SlideGradArgs& a, i64 j0, i64 cols, i64 c0) {
   constexpr int R = Lanes::registers;
   const Lanes lanes(a.channels - c0);
   typename L::V g[COLS][R];
@@ -115,18 +126,11 @@ void slide_grad(const SlideGradArgs& a, i64 j0, i64 cols, i64 c0) {
 #pragma GCC unroll 7
     for (int e = 0; e < WIDTH; ++e) lanes.load(dw + e * a.dw_col, acc[e]);
     const i64 at = a.off[r] + first * a.x_col + c0;
-#pragma GCC unroll 20
-    for (int i = 0; i < (COLS - 1) * STRIDE + WIDTH; ++i) {
-      if (!(inside >> i & 1)) continue;
-      typename L::V x[R];
-      lanes.load(a.x + (at + i * a.x_col), x);
-#pragma GCC unroll 7
-      for (int e = 0; e < WIDTH; ++e) {
-        if ((i - e) % STRIDE != 0 || i < e || (i - e) / STRIDE >= COLS) continue;
-#pragma GCC unroll 2
-        for (int v = 0; v < R; ++v) acc[e][v] = L::fma(x[v], g[(i - e) / STRIDE][v], acc[e][v]);
-      }
-    }
+    each_product<L, Lanes, COLS, WIDTH, STRIDE>(
+        inside,
+        [&](int i, typename L::V* x) __attribute__((always_inline)) { lanes.load(a.x + (at + i * a.x_col), x); },
+        [&](int j, int e, int v, typename L::V x)
+            __attribute__((always_inline)) { acc[e][v] = L::fma(x, g[j][v], acc[e][v]); });
 #pragma GCC unroll 7
     for (int e = 0; e < WIDTH; ++e) lanes.store(dw + e * a.dw_col, acc[e]);
   }
@@ -135,21 +139,12 @@ void slide_grad(const SlideGradArgs& a, i64 j0, i64 cols, i64 c0) {
 template <class Args>
 using SlideFunction = void(const Args&, i64, i64, i64);
 
-template <class L, class Lanes, int COLS>
-constexpr SlideFunction<SlideArgs>* slide_of(const SlideArgs& a) {
-  constexpr SlideFunction<SlideArgs>* table[2][kSlideWidth] = {
+template <class L, class Lanes, int COLS, class Args>
+constexpr SlideFunction<Args>* slide_of(const Args& a) {
+  constexpr SlideFunction<Args>* table[2][kSlideWidth] = {
       {slide<L, Lanes, COLS, 1, 1>, slide<L, Lanes, COLS, 2, 1>, slide<L, Lanes, COLS, 3, 1>, nullptr,
        slide<L, Lanes, COLS, 5, 1>, nullptr, slide<L, Lanes, COLS, 7, 1>},
       {nullptr, nullptr, slide<L, Lanes, COLS, 3, 2>, nullptr, slide<L, Lanes, COLS, 5, 2>, nullptr, nullptr},
-  };
-  return table[a.stride - 1][a.width - 1];
-}
-template <class L, class Lanes, int COLS>
-constexpr SlideFunction<SlideGradArgs>* slide_of(const SlideGradArgs& a) {
-  constexpr SlideFunction<SlideGradArgs>* table[2][kSlideWidth] = {
-      {slide_grad<L, Lanes, COLS, 1, 1>, slide_grad<L, Lanes, COLS, 2, 1>, slide_grad<L, Lanes, COLS, 3, 1>, nullptr,
-       slide_grad<L, Lanes, COLS, 5, 1>, nullptr, slide_grad<L, Lanes, COLS, 7, 1>},
-      {nullptr, nullptr, slide_grad<L, Lanes, COLS, 3, 2>, nullptr, slide_grad<L, Lanes, COLS, 5, 2>, nullptr, nullptr},
   };
   return table[a.stride - 1][a.width - 1];
 }
