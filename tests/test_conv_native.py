@@ -101,6 +101,9 @@ def test_blocks_of_channels_pixels_and_columns(row, pass_):
     deep, wide = (601, 7) if pass_ == "forward" else (7, 601), (3, 300) if pass_ == "forward" else (300, 3)
     for C, K in (deep, wide):
         assert_exact(Conv(1, C, K, (3, 5), (3, 3), padding=(1, 1), dtype=dtype, high=1), pass_, kernel=row["name"])
+    apart = 4096 // dtype.itemsize  # pixels so far apart are not read in place
+    C, K = (apart, 5) if pass_ == "forward" else (5, apart)
+    assert_exact(Conv(2, C, K, (3, 5), (1, 1), dtype=dtype, high=1), pass_, kernel=row["name"])
     for size, kernel in (((3, 1100), (1, 3)), ((70, 17), (3, 1)), ((300,), (291,))):
         assert_exact(Conv(2, 2, 3, size, kernel, dtype=dtype, high=1), pass_, kernel=row["name"])
 

@@ -15,6 +15,20 @@ SPLIT = "tests/test_conv_split.py"
 
 MUTATIONS = [
     Mutation(
+        "taps of few channels gathered without the stride",
+        DENSE,
+        "b.pixel_step = axis(2).in_step * channels_",
+        "b.pixel_step = channels_",
+        f"{TESTS} -k 'test_grid_is_exact and conv_bf16_14x32_avx512bf16 and forward'",
+    ),
+    Mutation(
+        "a row of few channels staged without what is padding behind it",
+        DENSE,
+        "std::memset(to + end * pixel, 0, bytes((positions - end) * pixel));",
+        "std::memset(to + end * pixel, 0, 0);",
+        f"{TESTS} -k 'test_grid_is_exact and conv_bf16_14x32_avx512bf16 and forward'",
+    ),
+    Mutation(
         "an image's last column taken for padding",
         DENSE,
         "(x_.size[2] - 1 - w_first) / w_step + 1",
@@ -136,8 +150,8 @@ MUTATIONS = [
     Mutation(
         "convolution at the precision of matrix products",
         BIND,
-        "desc.precision = asked_precision(tx.dtype, Switch::conv);",
-        "desc.precision = asked_precision(tx.dtype);",
+        "desc.precision = asked_precision(desc.dtype, Switch::conv);",
+        "desc.precision = asked_precision(desc.dtype);",
         f"{SPLIT} -k 'test_torchs_switch and tf32'",
     ),
     Mutation(

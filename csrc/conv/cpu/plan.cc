@@ -39,11 +39,12 @@ const ConvKernel* find(const ConvDesc& d, Isa isa, Precision precision, ConvKind
   return nullptr;
 }
 
-// Whether the taps along the width make up for channels that are too few for tiles: neighbours in the image, and not
-// more of them than are computed again at a time.
+// Whether the taps along the width make up for channels that are too few for tiles, or whose last would be paired with
+// zero: neighbours in the image, and not more of them than are computed again at a time.
 bool folds(const ConvDesc& d, const ConvKernel& k) {
   const i64 channels = (d.pass == ConvPass::dgrad ? d.K : d.C) / d.groups, taps = d.kernel[2], all = taps * channels;
-  if (!conv_is_tiled(k) || d.pass == ConvPass::wgrad || d.dilation[2] != 1 || channels >= k.k_step) return false;
+  if (k.k_unit == 1 || d.pass == ConvPass::wgrad || d.dilation[2] != 1) return false;
+  if (conv_is_tiled(k) && channels >= k.k_step) return false;
   constexpr i64 kMost = 192;
   if (taps < 2 || d.stride[2] > taps || all > kMost || channels == 0) return false;
   return conv_units(k, all) < taps * conv_units(k, channels);
@@ -117,10 +118,10 @@ struct Blocks {
     p.band_bytes = page(band_floats() * 4);
     p.sum_bytes = page(pixels() * p.k_block * 4);
     p.pointer_bytes = page(pixels() * 8);
-    if (!conv_is_tiled(*p.kernel)) return;
-    i64 floats = p.kernel->mr * p.kernel->kc;
-    p.band_pixels = band_floats() / pixel_floats();
+    const bool tiled = conv_is_tiled(*p.kernel);
+    i64 floats = tiled ? p.kernel->mr * p.kernel->kc : 0;
     if (p.fold) floats += p.stage_floats = extent(axis[2], p.w_block, true) * p.c_block;
+    if (tiled) p.band_pixels = band_floats() / pixel_floats();
     if (conv_has_peaks(*p.kernel)) floats += p.band_pixels + pixels();
     if (p.repair)  // a vector of slack: see PackFunction
       floats += i64{p.kernel->mr} * p.kernel->nr + p.repair->kc * (p.repair->mr + p.kernel->nr) + 16;
@@ -147,7 +148,8 @@ void balance(const ConvDesc& d, const Blocks& b, i64 columns, int threads) {
     for (i64 cut = 1; cut <= 4 * threads && cut <= planes0 * rows0; ++cut) {
       // Whole planes while there are several, then rows.
       const i64 many = std::max<i64>(1, ceil_div(planes0, cut));
-      const i64 rows = cut <= planes0 ? rows0 : ceil_div(rows0, ceil_div(cut, planes0));
+      const i64 more = cut <= planes0 ? 0 : ceil_div(cut, planes0) - 1;
+      const i64 rows = ceil_div(height, ceil_div(height, rows0) + more);
       const i64 blocks = ceil_div(planes, many) * ceil_div(height, rows) * ceil_div(b.axis[2].count, p.w_block);
       const double parts = phases * static_cast<double>(d.groups * blocks * ceil_div(columns, k_block));
       const double rounds = std::ceil(parts / threads);
