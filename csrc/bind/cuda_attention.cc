@@ -13,7 +13,7 @@
 #include "bind/attention_call.h"
 #include "bind/cuda_bind.h"
 #include "bind/cuda_tensor.h"
-#include "gemm/gemm.h"
+#include "bind/gemm_problem.h"
 
 namespace py = pybind11;
 

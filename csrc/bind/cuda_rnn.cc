@@ -9,6 +9,7 @@
 #include "base/log.h"
 #include "bind/cuda_bind.h"
 #include "bind/cuda_tensor.h"
+#include "bind/gemm_problem.h"
 #include "bind/rnn_call.h"
 #include "rnn/cuda/layout.h"
 #include "rnn/cuda/plan.h"
