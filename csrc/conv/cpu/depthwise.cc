@@ -99,8 +99,8 @@ struct Part {
 
 struct Scratch {
   float *image, *weights, *sums, *bias;
-  i64 *off, *w_off;  // of taps, or rows of them
-  i64 packed = -1;   // the bundle of the weights
+  i64 *off, *w_off, *next;  // of taps, or rows of them
+  i64 packed = -1;          // the bundle of the weights
 };
 
 // Forward and dgrad.
@@ -186,14 +186,14 @@ struct Gather {
             ad.tap_step};
   }
 
-  // f(offset in the view, offset in the weights) of each row of taps that output row h finds there.
+  // f(offset in the view, offset in the weights) of each row of taps, from b0 on, that output row h finds there.
   template <class F>
-  void each_row(const Part& p, const View& v, i64 h, const F& f) const {
+  void each_row(const Part& p, const View& v, i64 h, const F& f, i64 b0 = 0) const {
     for (i64 a = 0; a < p.ad->taps; ++a) {
       const i64 z = p.od * p.ad->in_step + p.ad->first + a * p.ad->tap_step;
       if (!v.holds(0, z)) continue;
       const i64 plane = (p.ad->tap_first + a * p.ad->tap_inc) * d.kernel[1] + p.ah->tap_first;
-      for (i64 b = 0; b < p.ah->taps; ++b) {
+      for (i64 b = b0; b < p.ah->taps; ++b) {
         const i64 y = h * p.ah->in_step + p.ah->first + b * p.ah->tap_step;
         if (v.holds(1, y)) f(v.row(z, y), ((plane + b * p.ah->tap_inc) * d.kernel[2] + p.aw->tap_first) * width);
       }
@@ -210,6 +210,9 @@ struct Gather {
       s.off[u.rows] = row + v.column(left);
       s.w_off[u.rows++] = w;
     });
+    u.next = s.next;
+    const auto fetch = [&](i64 row, i64) { s.next[u.ahead++] = row + v.column(left); };
+    if (in_place) each_row(p, v, h + 1, fetch, std::max<i64>(0, p.ah->taps - p.ah->in_step));
     u.y = common.y, u.y_col = common.y_col, u.bias = common.bias, u.channels = common.channels;
     u.width = p.aw->taps, u.stride = p.aw->in_step, u.cols = p.w1 - p.w0;
     (split ? ops.slide_split : ops.slide)(u);
@@ -277,7 +280,7 @@ void gather(const Problem& x) {
     s.sums = s.weights + x.q.w_floats;
     s.bias = s.sums + x.q.y_floats;
     s.off = reinterpret_cast<i64*>(s.bias + direct_round(x.q.place_channels, 16));
-    s.w_off = s.off + x.taps;
+    s.w_off = s.off + x.taps, s.next = s.w_off + x.taps;
     for (i64 at = g.parts * thread / threads, end = g.parts * (thread + 1) / threads; at < end; ++at) {
       const Part p = g.part(at);
       if (!p.empty()) g.run(p, &s);
@@ -396,7 +399,7 @@ bool plan_depthwise(const ConvDesc& d, const DirectOps& ops, DirectPlan* plan) {
     q.y_floats = direct_round(wgrad ? q.channels * b[1] * b[2] : q.place_channels * b[2], 16);
     q.x_floats = std::max(q.x_floats, direct_round(q.place_channels * taps, 16));  // weights of bfloat16
     q.w_floats = direct_round((wgrad ? q.channels : q.place_channels) * taps, 16);
-    q.row_floats = direct_round(q.place_channels, 16) + 4 * direct_round(taps, 16);  // bias, and lists of taps
+    q.row_floats = direct_round(q.place_channels, 16) + 6 * direct_round(taps, 16);  // bias, and lists of taps
     return q.x_floats + q.y_floats + q.w_floats + q.row_floats <= kBudget &&
            (!small || q.channels * depth * rows * cols <= kImage);
   };

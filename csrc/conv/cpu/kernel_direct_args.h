@@ -30,6 +30,8 @@ struct SlideArgs {
   i64 y_col;
   const void* bias;  // or null
   i64 width, stride, rows, cols, channels;
+  const i64* next;  // [ahead], as off: rows that the next call reads and this one does not, to be fetched meanwhile
+  i64 ahead;
 };
 constexpr int kSlideWidth = 7;  // the widest
 constexpr bool slides(i64 width, i64 stride) {
