@@ -12,13 +12,20 @@ from fastdl.testing import UNIT_ROUNDOFF, GemmReference, assert_within_bound
 
 ROWS = [row for row in _C.kernels("conv") if row["kind"] in ("depthwise", "grouped")]
 CONVOLUTIONS = {1: torch.nn.functional.conv1d, 2: torch.nn.functional.conv2d, 3: torch.nn.functional.conv3d}
-every_row = pytest.mark.parametrize(
-    "row",
-    [
-        pytest.param(r, id=r["name"], marks=pytest.mark.skipif(not r["available"], reason=r["reason"] or "-"))
-        for r in ROWS
-    ],
-)
+
+
+def rows_of(*kinds):
+    return pytest.mark.parametrize(
+        "row",
+        [
+            pytest.param(r, id=r["name"], marks=pytest.mark.skipif(not r["available"], reason=r["reason"] or "-"))
+            for r in ROWS
+            if r["kind"] in kinds
+        ],
+    )
+
+
+every_row = rows_of("depthwise", "grouped")
 
 
 @pytest.fixture(autouse=True)
@@ -146,7 +153,7 @@ def test_tails_of_vectors_and_strips(row):
     assert {"y", "dx"} <= ran
 
 
-@pytest.mark.parametrize("row", [r for r in ROWS if r["kind"] == "depthwise"], ids=lambda r: r["name"])
+@rows_of("depthwise")
 @pytest.mark.parametrize("width, stride", [(1, 1), (2, 1), (3, 1), (5, 1), (7, 1), (3, 2), (5, 2), (4, 1), (7, 2)])
 def test_windows_that_slide(row, width, stride):
     """Around the strips of 7 (and 3) columns, with and without edges, and widths that do not slide."""
@@ -158,6 +165,15 @@ def test_windows_that_slide(row, width, stride):
             problem = Problem(2, channels, 1, 1, (3, size), (2, width), stride, (1, padding), dtype=dtype)
             ran |= check_exact(problem, row)
     assert {"y", "dx"} <= ran
+
+
+@rows_of("depthwise")
+@pytest.mark.parametrize("channels", [2, 3, 15, 16, 17, 31, 33, 54, 63, 65, 127, 130])
+def test_tails_of_channels(row, channels):
+    """Windows that slide and taps one by one, around vectors, pairs of them and blocks of channels."""
+    for width, dilation in ((3, 1), (2, 2)):
+        p = Problem(1, channels, 1, 1, (3, 9), (2, width), 1, 1, dilation, dtype=DTYPES[row["dtype"]])
+        assert {"y", "dx"} <= check_exact(p, row)
 
 
 @every_row
@@ -194,10 +210,8 @@ def test_three_dimensions_and_long_filters(row):
 
 
 @pytest.mark.parametrize("few", [(1, 2), (2, 1), (3, 3), (4, 4), (8, 8), (16, 16), (32, 32), (5, 7), (1, 9), (66, 2)])
-@pytest.mark.parametrize("row", [r for r in ROWS if r["kind"] == "grouped"], ids=lambda r: r["name"])
+@rows_of("grouped")
 def test_sizes_of_groups(row, few):
-    if not row["available"]:
-        pytest.skip(row["reason"])
     generator = torch.Generator().manual_seed(3)
     ones = lambda *shape: torch.randint(-1, 2, shape, generator=generator)  # noqa: E731  sums stay exact in 16 bits
     for groups, stride in ((3, 1), (17, 2)):

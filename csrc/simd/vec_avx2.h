@@ -66,15 +66,41 @@ struct VecAvx2 {
   }
   static FASTDL_INLINE __m128i narrow_f16(V v) { return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
 
-  // Elements 0, 2, 4.. and 1, 3, 5.. of 2 * width; join rounds as stores do.
+  // Elements 0, 2, 4.. and 1, 3, 5.. of 2 * width, or those of them that a mask of halves() holds; join rounds as
+  // stores do.
+  struct M2 {
+    int n;
+    __m256i pairs, last;  // 32-bit lanes held whole, and the one whose first half is
+  };
+  static FASTDL_INLINE M2 halves(int n) {  // 0..n-1, n <= 16
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), whole = _mm256_set1_epi32(n / 2);
+    const __m256i odd = _mm256_set1_epi32(n % 2 ? n / 2 : -1);
+    return {n, _mm256_cmpgt_epi32(whole, lane), _mm256_cmpeq_epi32(odd, lane)};
+  }
   static FASTDL_INLINE void split(const bf16* p, V* even, V* odd) {
-    const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    split(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), even, odd);
+  }
+  static FASTDL_INLINE void split(const bf16* p, const M2& m, V* even, V* odd) {
+    const __m256i x = _mm256_maskload_epi32(reinterpret_cast<const int*>(p), m.pairs);
+    split(m.n % 2 ? _mm256_blendv_epi8(x, _mm256_set1_epi32(p[m.n - 1].bits), m.last) : x, even, odd);
+  }
+  static FASTDL_INLINE void split(__m256i x, V* even, V* odd) {
     *even = _mm256_castsi256_ps(_mm256_slli_epi32(x, 16));
     *odd = _mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
   }
   static FASTDL_INLINE void join(bf16* p, V even, V odd) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), joined(even, odd));
+  }
+  static FASTDL_INLINE void join(bf16* p, const M2& m, V even, V odd) {
+    const __m256i x = joined(even, odd);
+    _mm256_maskstore_epi32(reinterpret_cast<int*>(p), m.pairs, x);
+    if (m.n % 2 == 0) return;
+    const __m256i last = _mm256_permutevar8x32_epi32(x, _mm256_set1_epi32(m.n / 2));
+    p[m.n - 1].bits = static_cast<std::uint16_t>(_mm256_cvtsi256_si32(last));
+  }
+  static FASTDL_INLINE __m256i joined(V even, V odd) {
     const __m256i low = _mm256_srli_epi32(rounded_bf16(even), 16);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_blend_epi16(low, rounded_bf16(odd), 0xaa));
+    return _mm256_blend_epi16(low, rounded_bf16(odd), 0xaa);
   }
   static FASTDL_INLINE __m256i rounded_bf16(V v) {  // in the upper half of each lane
     const __m256i u = _mm256_castps_si256(v);

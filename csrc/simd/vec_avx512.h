@@ -40,15 +40,23 @@ struct VecAvx512 {
     return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(even, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), quiet));
   }
 
-  // Elements 0, 2, 4.. and 1, 3, 5.. of 2 * width; join rounds as stores do.
-  static FASTDL_INLINE void split(const bf16* p, V* even, V* odd) {
-    const __m512i x = _mm512_loadu_si512(p);
+  // Elements 0, 2, 4.. and 1, 3, 5.. of 2 * width, or those of them that a mask of halves() holds; join rounds as
+  // stores do.
+  using M2 = __mmask32;
+  static FASTDL_INLINE M2 halves(int n) { return n >= 32 ? ~0u : (1u << n) - 1; }  // 0..n-1
+  static FASTDL_INLINE void split(const bf16* p, V* even, V* odd) { split(_mm512_loadu_si512(p), even, odd); }
+  static FASTDL_INLINE void split(const bf16* p, M2 m, V* even, V* odd) {
+    split(_mm512_maskz_loadu_epi16(m, p), even, odd);
+  }
+  static FASTDL_INLINE void split(__m512i x, V* even, V* odd) {
     *even = _mm512_castsi512_ps(_mm512_slli_epi32(x, 16));
     *odd = _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
   }
-  static FASTDL_INLINE void join(bf16* p, V even, V odd) {
+  static FASTDL_INLINE void join(bf16* p, V even, V odd) { _mm512_storeu_si512(p, joined(even, odd)); }
+  static FASTDL_INLINE void join(bf16* p, M2 m, V even, V odd) { _mm512_mask_storeu_epi16(p, m, joined(even, odd)); }
+  static FASTDL_INLINE __m512i joined(V even, V odd) {
     const __m512i low = _mm512_srli_epi32(rounded_bf16(even), 16);
-    _mm512_storeu_si512(p, _mm512_mask_blend_epi16(0xaaaaaaaa, low, rounded_bf16(odd)));
+    return _mm512_mask_blend_epi16(0xaaaaaaaa, low, rounded_bf16(odd));
   }
   static FASTDL_INLINE __m512i rounded_bf16(V v) {  // in the upper half of each lane
     const __m512i u = _mm512_castps_si512(v);

@@ -45,6 +45,27 @@ MUTATIONS = [
         f"{TESTS} -k 'test_windows_that_slide and depthwise_f32 or test_nothing_outside'",
     ),
     Mutation(
+        "the last channels of a split bfloat16 window with all their lanes",
+        SLIDE,
+        "left >= channels ? channels : static_cast<int>(left)",
+        "left >= 0 ? channels : static_cast<int>(left)",
+        f"{TESTS} -k 'test_nothing_outside and depthwise_bf16'",
+    ),
+    Mutation(
+        "the last channel of an odd number not written by AVX2",
+        "csrc/simd/vec_avx2.h",
+        "if (m.n % 2 == 0) return;",
+        "if (m.n % 2 < 2) return;",
+        f"{TESTS} -k 'test_tails_of_channels and depthwise_bf16'",
+    ),
+    Mutation(
+        "channels behind the first block of a window that slides left out",
+        SLIDE,
+        "for (i64 c = 0; c < a.channels; c += kSlideChannels) {",
+        "for (i64 c = 0; c < a.channels && c < kSlideChannels; c += kSlideChannels) {",
+        f"{TESTS} -k 'test_tails_of_channels and depthwise_f32'",
+    ),
+    Mutation(
         "a column of the interior read past the edge of the image",
         DEPTHWISE,
         "(last - right + a.in_step - 1) / a.in_step) : 0;",

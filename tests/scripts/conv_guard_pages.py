@@ -36,7 +36,7 @@ dtype, depthwise = getattr(torch, row["dtype"]), row["kind"] == "depthwise"
 calls = 0
 for groups, inputs, outputs, size, kernel, stride in (
     *((5, 2, 3, (5, 7), 3, 1), (16, 4, 4, (6, 18), 3, 2), (33, 2, 2, (40,), 31, 1)),
-    *((32, 2, 2, (3, 4, 5), 3, 1), (64, 1, 1, (7, 9), 5, 1)),
+    *((32, 2, 2, (3, 4, 5), 3, 1), (64, 1, 1, (7, 9), 5, 1), (54, 1, 1, (3, 8), 4, 1), (47, 1, 1, (9, 9), 3, 2)),
 ):
     inputs, outputs = (1, 1) if depthwise else (inputs, outputs)
     dims = len(size)

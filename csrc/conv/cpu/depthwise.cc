@@ -1,5 +1,5 @@
 // Depthwise convolutions with channels side by side. A part is a block of channels of some rows of one phase's outputs;
-// float32 images that lie so already are read in place, where edges clip the taps.
+// float32 and bfloat16 images that lie so already are read in place, where edges clip the taps.
 #include <algorithm>
 
 #include "base/arena.h"
@@ -115,7 +115,7 @@ struct Gather {
   const DirectSides sides = direct_sides(d);
   const bool bare = args.activation == Activation::none && !args.residual && !args.pre;
   // bfloat16 multiplied as it lies.
-  const bool split = bare && d.dtype == DType::bf16 && ops.strip_split && in.c_step == 1 && d.C % (2 * ops.width) == 0;
+  const bool split = bare && d.dtype == DType::bf16 && ops.strip_split && in.c_step == 1;
   const bool plain = split || (bare && d.dtype == DType::f32);  // sums are results
   const bool in_place = split || (d.dtype == DType::f32 && (in.c_step == 1 || d.C == 1));
   const i64 width = in_place ? q.place_channels : q.channels;

@@ -91,9 +91,13 @@ void run_strip(const StripArgs& a) {
 
 // The same of bfloat16 in memory: a vector of 32-bit lanes is two of floats, channels 0, 2, 4.. and 1, 3, 5.., whose
 // widening is a shift and a mask. avx512: 6x2x2 24 + 4 + 2 + 1 = 31 of 32; avx2: 5x1x2 10 + 2 + 2 + 1 = 15 of 16.
-template <class L, int NV, int COLS>
+template <class L, int NV, int COLS, bool kTail>
 void strip_split(const StripArgs& a, i64 j0, i64 c0) {
   constexpr int W = 2 * L::width;
+  const auto mask = L::halves(kTail ? static_cast<int>(a.channels - c0) - (NV - 1) * W : W);
+  const auto load = [&](const bf16* p, int v, typename L::V* even, typename L::V* odd) __attribute__((always_inline)) {
+    kTail&& v == NV - 1 ? L::split(p + v * W, mask, even, odd) : L::split(p + v * W, even, odd);
+  };
   typename L::V acc[COLS][NV][2];
 #pragma GCC unroll 6
   for (int j = 0; j < COLS; ++j)
@@ -108,14 +112,14 @@ void strip_split(const StripArgs& a, i64 j0, i64 c0) {
     const bf16* const hi = lo + 3 * col;
     typename L::V wv[NV][2];
 #pragma GCC unroll 2
-    for (int v = 0; v < NV; ++v) L::split(w + v * W, &wv[v][0], &wv[v][1]);
+    for (int v = 0; v < NV; ++v) load(w, v, &wv[v][0], &wv[v][1]);
 #pragma GCC unroll 6
     for (int j = 0; j < COLS; ++j) {
       const bf16* const p = j < 3 ? lo + j * col : hi + (j - 3) * col;
 #pragma GCC unroll 2
       for (int v = 0; v < NV; ++v) {
         typename L::V even, odd;
-        L::split(p + v * W, &even, &odd);
+        load(p, v, &even, &odd);
         acc[j][v][0] = L::fma(even, wv[v][0], acc[j][v][0]);
         acc[j][v][1] = L::fma(odd, wv[v][1], acc[j][v][1]);
       }
@@ -125,19 +129,20 @@ void strip_split(const StripArgs& a, i64 j0, i64 c0) {
 #pragma GCC unroll 2
   for (int v = 0; v < NV; ++v) {
     typename L::V even = L::zero(), odd = L::zero();
-    if (a.bias) L::split(static_cast<const bf16*>(a.bias) + c0 + v * W, &even, &odd);
+    if (a.bias) load(static_cast<const bf16*>(a.bias) + c0, v, &even, &odd);
 #pragma GCC unroll 6
     for (int j = 0; j < COLS; ++j) {
       const auto lo = a.bias ? L::add(acc[j][v][0], even) : acc[j][v][0];
       const auto hi = a.bias ? L::add(acc[j][v][1], odd) : acc[j][v][1];
-      L::join(y + j * a.y_col + v * W, lo, hi);
+      bf16* const to = y + j * a.y_col + v * W;
+      kTail&& v == NV - 1 ? L::join(to, mask, lo, hi) : L::join(to, lo, hi);
     }
   }
 }
 
 template <class L, int NV, int COLS>
 struct StripSplitTable {
-  void (*fn[NV][COLS])(const StripArgs&, i64, i64) = {};
+  void (*fn[NV][COLS][2])(const StripArgs&, i64, i64) = {};
 
   constexpr StripSplitTable() { vectors<NV>(); }
   template <int V>
@@ -147,7 +152,8 @@ struct StripSplitTable {
   }
   template <int V, int C>
   constexpr void columns() {
-    fn[V - 1][C - 1] = strip_split<L, V, C>;
+    fn[V - 1][C - 1][0] = strip_split<L, V, C, false>;
+    fn[V - 1][C - 1][1] = strip_split<L, V, C, true>;
     if constexpr (C > 1) columns<V, C - 1>();
   }
 };
@@ -157,8 +163,11 @@ void run_strip_split(const StripArgs& a) {
   constexpr int W = 2 * L::width, NV = L::width == 16 ? 2 : 1, COLS = L::width == 16 ? 6 : 5;
   static constexpr StripSplitTable<L, NV, COLS> table;
   for (i64 c = 0; c < a.channels; c += NV * W) {
-    const int vectors = a.channels - c < NV * W ? 1 : NV;
-    for (i64 j = 0; j < a.cols; j += COLS) table.fn[vectors - 1][(a.cols - j < COLS ? a.cols - j : COLS) - 1](a, j, c);
+    const i64 left = a.channels - c;
+    const int vectors = left >= NV * W ? NV : static_cast<int>((left + W - 1) / W);
+    const bool tail = left < vectors * W;
+    for (i64 j = 0; j < a.cols; j += COLS)
+      table.fn[vectors - 1][(a.cols - j < COLS ? a.cols - j : COLS) - 1][tail](a, j, c);
   }
 }
 

@@ -102,7 +102,7 @@ struct DirectOps {
   CopyFunction* copy_f32;
   CopyFunction* image;  // as copy; of pairs: those of src[2*i*i_step + j*j_step] and i_step behind it
   void (*strip)(const StripArgs&);
-  void (*strip_split)(const StripArgs&);  // channels: a multiple of two vectors; or null
+  void (*strip_split)(const StripArgs&);  // or null
   void (*slide)(const SlideArgs&);
   void (*slide_split)(const SlideArgs&);  // as strip_split
   void (*strip_grad)(const StripGradArgs&);

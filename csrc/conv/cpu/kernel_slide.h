@@ -31,13 +31,18 @@ struct SlideFloats {
     }
   }
 };
-template <class L>
+template <class L, bool kMasked>
 struct SlidePairs {
   using T = bf16;
   static constexpr int registers = 2, channels = 2 * L::width;
-  explicit SlidePairs(i64) {}
-  FASTDL_INLINE void load(const bf16* p, typename L::V* to) const { L::split(p, to, to + 1); }
-  FASTDL_INLINE void store(bf16* p, const typename L::V* from) const { L::join(p, from[0], from[1]); }
+  typename L::M2 mask;
+  explicit SlidePairs(i64 left) : mask(L::halves(!kMasked || left >= channels ? channels : static_cast<int>(left))) {}
+  FASTDL_INLINE void load(const bf16* p, typename L::V* to) const {
+    kMasked ? L::split(p, mask, to, to + 1) : L::split(p, to, to + 1);
+  }
+  FASTDL_INLINE void store(bf16* p, const typename L::V* from) const {
+    kMasked ? L::join(p, mask, from[0], from[1]) : L::join(p, from[0], from[1]);
+  }
 };
 
 template <int N, class T>
@@ -192,14 +197,14 @@ void run_slide(const Args& a) {
   slide_all<L, SlideFloats<L, NV, false>, SlideFloats<L, 1, true>, 7>(a);
 }
 
-// Of bfloat16, where a level takes such vectors apart; channels: a multiple of two vectors.
+// Of bfloat16, where a level takes such vectors apart.
 template <class L, class T, class = void>
 struct SlideSplit {
   static constexpr void (*run)(const SlideArgs&) = nullptr;
 };
 template <class L>
 void run_slide_split(const SlideArgs& a) {
-  slide_all<L, SlidePairs<L>, SlidePairs<L>, L::width == 16 ? 7 : 3>(a);
+  slide_all<L, SlidePairs<L, false>, SlidePairs<L, true>, L::width == 16 ? 7 : 3>(a);
 }
 template <class L>
 struct SlideSplit<L, bf16, decltype(L::split(nullptr, nullptr, nullptr))> {
