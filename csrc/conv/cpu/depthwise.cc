@@ -288,15 +288,18 @@ void gather(const Problem& x) {
   });
 }
 
+bool splits_grad(const ConvDesc& d, const DirectOps& ops) { return d.dtype == DType::bf16 && ops.slide_grad_split; }
+
 void gradient(const Problem& x) {
   const ConvDesc& d = x.d;
   const DirectPlan& q = x.q;
   const DirectOps& ops = x.ops;
   const ConvTensor &in = x.args.x, &dy = x.args.y;
   const ConvAxis a[3] = {conv_axis(d, 0, 0), conv_axis(d, 1, 0), conv_axis(d, 2, 0)};
-  const bool in_place = d.dtype == DType::f32 && (dy.c_step == 1 || d.C == 1);
   const bool sliding = a[2].tap_step == 1 && slides(a[2].taps, a[2].in_step);
-  const bool reads_x = sliding && d.dtype == DType::f32 && (in.c_step == 1 || d.C == 1);  // in place
+  const bool split = sliding && splits_grad(d, ops) && in.c_step == 1 && dy.c_step == 1;  // multiplied as it lies
+  const bool in_place = split || (d.dtype == DType::f32 && (dy.c_step == 1 || d.C == 1));
+  const bool reads_x = split || (sliding && d.dtype == DType::f32 && (in.c_step == 1 || d.C == 1));  // in place
   const i64 bundles = blocks_of(d.C, q.channels), taps = x.taps;
   const i64 row_blocks = blocks_of(a[1].count, q.block[1]), col_blocks = blocks_of(a[2].count, q.block[2]);
   ArenaLease scratch(x.p.workspace_bytes());
@@ -323,23 +326,24 @@ void gradient(const Problem& x) {
         const void* const origin = direct_at(in.data, n * in.n_step + c0 * in.c_step, d.dtype);
         if (!reads_x) copy_image(ops, in, origin, d.dtype, d.in, first, a[0].tap_step, extent, channels, image, row);
         StripGradArgs g = {};
+        const void* grad = nullptr;  // dy of this unit
         const i64 at = n * dy.n_step + c0 * dy.c_step + od * dy.step[0] + h0 * dy.step[1] + w0 * dy.step[2];
         if (in_place) {
-          g.dy = static_cast<const float*>(dy.data) + at, g.dy_row = dy.step[1], g.dy_col = dy.step[2];
+          grad = direct_at(dy.data, at, d.dtype), g.dy_row = dy.step[1], g.dy_col = dy.step[2];
         } else {
-          g.dy = grads, g.dy_row = cols * row, g.dy_col = row;
+          grad = grads, g.dy_row = cols * row, g.dy_col = row;
           for (i64 y = 0; y < rows; ++y)
             ops.copy(direct_at(dy.data, at + y * dy.step[1], d.dtype), dy.step[2], dy.c_step, cols, channels,
                      grads + y * g.dy_row, row);
         }
         if (sliding) {
           SlideGradArgs u = {};
-          u.x = reads_x ? static_cast<const float*>(origin) : image, u.x_col = reads_x ? in.step[2] : row;
+          u.x = reads_x ? origin : image, u.x_col = reads_x ? in.step[2] : row;
           u.lo = reads_x ? -first[2] : 0, u.hi = reads_x ? d.in[2] - first[2] : extent[2];
           u.dy_col = g.dy_col, u.dw = dw, u.dw_col = row, u.off = off, u.dw_off = off + taps;
           u.width = a[2].taps, u.stride = a[2].in_step, u.cols = cols, u.channels = channels;
           for (i64 h = 0; h < rows; ++h) {
-            u.dy = g.dy + h * g.dy_row, u.rows = 0;
+            u.dy = direct_at(grad, h * g.dy_row, split ? DType::bf16 : DType::f32), u.rows = 0;
             for (i64 z = 0; z < a[0].taps; ++z) {
               const i64 id = first[0] + z * a[0].tap_step;
               for (i64 y = 0; y < a[1].taps; ++y) {
@@ -350,7 +354,7 @@ void gradient(const Problem& x) {
                 off[taps + u.rows++] = (z * a[1].taps + y) * a[2].taps * row;
               }
             }
-            ops.slide_grad(u);
+            (split ? ops.slide_grad_split : ops.slide_grad)(u);
           }
           continue;
         }
@@ -359,12 +363,19 @@ void gradient(const Problem& x) {
           for (i64 y = 0; y < a[1].taps; ++y)
             for (i64 e = 0; e < a[2].taps; ++e)
               off[t++] = ((z * extent[1] + y * a[1].tap_step) * extent[2] + e * a[2].tap_step) * row;
-        g.x = image, g.x_row = a[1].in_step * extent[2] * row, g.x_col = a[2].in_step * row;
+        g.dy = static_cast<const float*>(grad), g.x = image, g.x_row = a[1].in_step * extent[2] * row,
+        g.x_col = a[2].in_step * row;
         g.off = off, g.taps = taps, g.rows = rows, g.cols = cols, g.channels = channels;
         g.dw = dw, g.dw_tap = row;
         ops.strip_grad(g);
       }
-      ops.copy_f32(dw, 1, row, channels, taps, partial + (chunk * d.C + c0) * taps, taps);
+      float* const sums = partial + (chunk * d.C + c0) * taps;
+      if (!split) ops.copy_f32(dw, 1, row, channels, taps, sums, taps);
+      for (i64 c = 0; split && c < row; c += ops.width) {  // a vector of channels that lie two apart
+        const i64 first = c / ops.width % 2 + c / (2 * ops.width) * 2 * ops.width;
+        const i64 count = std::min<i64>(ops.width, (channels - first + 1) / 2);
+        if (count > 0) ops.copy_f32(dw + c, 1, row, count, taps, sums + first * taps, 2 * taps);
+      }
     }
   });
   direct_combine(d, partial, q.chunks, x.args.w, x.p.threads);
@@ -391,7 +402,7 @@ bool plan_depthwise(const ConvDesc& d, const DirectOps& ops, DirectPlan* plan) {
       if (i == 0) depth = std::max(depth, a.taps);
     }
   }
-  q.channels = direct_round(std::min(d.C, kChannels), ops.width);
+  q.channels = direct_round(std::min(d.C, kChannels), wgrad && splits_grad(d, ops) ? 2 * ops.width : ops.width);
   q.place_channels = std::max(q.channels, std::min(direct_round(d.C, ops.width), kPlaceFloats / taps / 64 * 64));
   const auto fits = [&](const i64* b, bool small) {
     const i64 rows = (b[1] - 1) * step[1] + most[1] + 1, cols = (b[2] - 1) * step[2] + most[2] + 1;

@@ -53,12 +53,13 @@ struct StripGradArgs {
 
 // The same by rows of taps: dw(e, c + dw_off_r) += sum_j dy(j,c) x(j*stride + e, c + off_r), e < width.
 struct SlideGradArgs {
-  const float* x;  // x, x_col, lo, hi, off: as of SlideArgs
+  const void* x;  // x, x_col, lo, hi, off: as of SlideArgs
   i64 x_col, lo, hi;
   const i64* off;
-  const float* dy;
+  const void* dy;  // as x
   i64 dy_col;
-  float* dw;  // dw(e,c) = dw[e*dw_col + c]
+  // dw(e,c) = dw[e*dw_col + c]; of slide_grad_split the even channels of each pair of vectors before the odd ones.
+  float* dw;
   i64 dw_col;
   const i64* dw_off;  // [rows]
   i64 width, stride, rows, cols, channels;
@@ -107,6 +108,7 @@ struct DirectOps {
   void (*slide_split)(const SlideArgs&);  // as strip_split
   void (*strip_grad)(const StripGradArgs&);
   void (*slide_grad)(const SlideGradArgs&);
+  void (*slide_grad_split)(const SlideGradArgs&);  // as strip_split
   void (*plane)(const PlaneArgs&);
   void (*plane_grad)(const PlaneGradArgs&);
 };

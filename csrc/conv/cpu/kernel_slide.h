@@ -30,6 +30,8 @@ struct SlideFloats {
       }
     }
   }
+  FASTDL_INLINE void load_sums(const float* p, typename L::V* to) const { load(p, to); }
+  FASTDL_INLINE void store_sums(float* p, const typename L::V* from) const { store(p, from); }
 };
 template <class L, bool kMasked>
 struct SlidePairs {
@@ -42,6 +44,13 @@ struct SlidePairs {
   }
   FASTDL_INLINE void store(bf16* p, const typename L::V* from) const {
     kMasked ? L::join(p, mask, from[0], from[1]) : L::join(p, from[0], from[1]);
+  }
+  // Sums of floats stay taken apart, in whole vectors.
+  FASTDL_INLINE void load_sums(const float* p, typename L::V* to) const {
+    for (int v = 0; v < 2; ++v) to[v] = L::load(p + v * L::width);
+  }
+  FASTDL_INLINE void store_sums(float* p, const typename L::V* from) const {
+    for (int v = 0; v < 2; ++v) L::store(p + v * L::width, from[v]);
   }
 };
 
@@ -124,10 +133,11 @@ void slide(const SlideArgs& a, i64 j0, i64 cols, i64 c0) {
 // Its weight gradient, the other way about: COLS columns of dy stay in registers while the sums of a row of taps pass.
 template <class L, class Lanes, int COLS, int WIDTH, int STRIDE>
 void slide(const SlideGradArgs& a, i64 j0, i64 cols, i64 c0) {
+  using T = typename Lanes::T;
   constexpr int R = Lanes::registers;
   const Lanes lanes(a.channels - c0);
   typename L::V g[COLS][R];
-  const float* const dy = a.dy + j0 * a.dy_col + c0;
+  const T* const dy = static_cast<const T*>(a.dy) + j0 * a.dy_col + c0;
 #pragma GCC unroll 7
   for (int j = 0; j < COLS; ++j) {
 #pragma GCC unroll 2
@@ -140,15 +150,16 @@ void slide(const SlideGradArgs& a, i64 j0, i64 cols, i64 c0) {
     float* const dw = a.dw + a.dw_off[r] + c0;
     typename L::V acc[WIDTH][R];
 #pragma GCC unroll 7
-    for (int e = 0; e < WIDTH; ++e) lanes.load(dw + e * a.dw_col, acc[e]);
+    for (int e = 0; e < WIDTH; ++e) lanes.load_sums(dw + e * a.dw_col, acc[e]);
     const i64 at = a.off[r] + first * a.x_col + c0;
     each_product<L, Lanes, COLS, WIDTH, STRIDE>(
         inside,
-        [&](int i, typename L::V* x) __attribute__((always_inline)) { lanes.load(a.x + (at + i * a.x_col), x); },
+        [&](int i, typename L::V* x)
+            __attribute__((always_inline)) { lanes.load(static_cast<const T*>(a.x) + (at + i * a.x_col), x); },
         [&](int j, int e, int v, typename L::V x)
             __attribute__((always_inline)) { acc[e][v] = L::fma(x, g[j][v], acc[e][v]); });
 #pragma GCC unroll 7
-    for (int e = 0; e < WIDTH; ++e) lanes.store(dw + e * a.dw_col, acc[e]);
+    for (int e = 0; e < WIDTH; ++e) lanes.store_sums(dw + e * a.dw_col, acc[e]);
   }
 }
 
@@ -198,17 +209,17 @@ void run_slide(const Args& a) {
 }
 
 // Of bfloat16, where a level takes such vectors apart.
-template <class L, class T, class = void>
+template <class L, class T, class Args, class = void>
 struct SlideSplit {
-  static constexpr void (*run)(const SlideArgs&) = nullptr;
+  static constexpr void (*run)(const Args&) = nullptr;
 };
-template <class L>
-void run_slide_split(const SlideArgs& a) {
+template <class L, class Args>
+void run_slide_split(const Args& a) {
   slide_all<L, SlidePairs<L, false>, SlidePairs<L, true>, L::width == 16 ? 7 : 3>(a);
 }
-template <class L>
-struct SlideSplit<L, bf16, decltype(L::split(nullptr, nullptr, nullptr))> {
-  static constexpr void (*run)(const SlideArgs&) = run_slide_split<L>;
+template <class L, class Args>
+struct SlideSplit<L, bf16, Args, decltype(L::split(nullptr, nullptr, nullptr))> {
+  static constexpr void (*run)(const Args&) = run_slide_split<L, Args>;
 };
 
 }  // namespace
