@@ -340,17 +340,21 @@ void gradient(const Problem& x) {
           SlideGradArgs u = {};
           u.x = reads_x ? origin : image, u.x_col = reads_x ? in.step[2] : row;
           u.lo = reads_x ? -first[2] : 0, u.hi = reads_x ? d.in[2] - first[2] : extent[2];
-          u.dy_col = g.dy_col, u.dw = dw, u.dw_col = row, u.off = off, u.dw_off = off + taps;
+          u.dy_col = g.dy_col, u.dw = dw, u.dw_col = row, u.off = off, u.dw_off = off + taps, u.next = off + 2 * taps;
           u.width = a[2].taps, u.stride = a[2].in_step, u.cols = cols, u.channels = channels;
           for (i64 h = 0; h < rows; ++h) {
-            u.dy = direct_at(grad, h * g.dy_row, split ? DType::bf16 : DType::f32), u.rows = 0;
+            u.dy = direct_at(grad, h * g.dy_row, split ? DType::bf16 : DType::f32), u.rows = u.ahead = 0;
             for (i64 z = 0; z < a[0].taps; ++z) {
               const i64 id = first[0] + z * a[0].tap_step;
+              const i64 plane = id * in.step[0] + first[2] * in.step[2];
               for (i64 y = 0; y < a[1].taps; ++y) {
                 const i64 down = h * a[1].in_step + y * a[1].tap_step, ih = first[1] + down;
+                const i64 below = ih + a[1].in_step;  // of the row after it, where no other tap is yet
+                if (reads_x && id >= 0 && id < d.in[0] && y + a[1].in_step >= a[1].taps && below >= 0 &&
+                    below < d.in[1])
+                  off[2 * taps + u.ahead++] = plane + below * in.step[1];
                 if (reads_x && (id < 0 || id >= d.in[0] || ih < 0 || ih >= d.in[1])) continue;
-                off[u.rows] = reads_x ? id * in.step[0] + ih * in.step[1] + first[2] * in.step[2]
-                                      : (z * extent[1] + down) * extent[2] * row;
+                off[u.rows] = reads_x ? plane + ih * in.step[1] : (z * extent[1] + down) * extent[2] * row;
                 off[taps + u.rows++] = (z * a[1].taps + y) * a[2].taps * row;
               }
             }

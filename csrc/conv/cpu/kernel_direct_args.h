@@ -63,6 +63,8 @@ struct SlideGradArgs {
   i64 dw_col;
   const i64* dw_off;  // [rows]
   i64 width, stride, rows, cols, channels;
+  const i64* next;  // as of SlideArgs
+  i64 ahead;
 };
 
 // Grouped, vectors over pixels: y(o,i) = [y(o,i) +] sum_t w(t,o) x(i + off_t) [+ bias(o)], i < count, o < outputs.

@@ -60,6 +60,17 @@ FASTDL_INLINE void prefetch_lines(const T* p) {
   for (int i = 0; i < N; i += 64 / static_cast<int>(sizeof(T))) __builtin_prefetch(p + i);
 }
 
+// Of the next call's new rows of x those columns that lie as the strip's do. Large images: 0.85 of the time; between
+// the products of a row of taps it costs registers.
+template <class Lanes, int N, class Args>
+FASTDL_INLINE void fetch_ahead(const Args& a, i64 at) {
+  for (i64 r = 0; r < a.ahead; ++r) {
+    const auto* const next = static_cast<const typename Lanes::T*>(a.x) + (a.next[r] + at);
+#pragma GCC unroll 14
+    for (int i = 0; i < N; ++i) prefetch_lines<Lanes::channels>(next + i * a.x_col);
+  }
+}
+
 // Bit i: whether column i of the first `count` is one of lo..hi-1.
 FASTDL_INLINE unsigned columns_inside(i64 lo, i64 hi, i64 count) {
   lo = lo > 0 ? lo : 0, hi = hi < count ? hi : count;
@@ -111,11 +122,7 @@ void slide(const SlideArgs& a, i64 j0, i64 cols, i64 c0) {
         [&](int j, int e, int v, typename L::V x)
             __attribute__((always_inline)) { acc[j][v] = L::fma(x, wv[e][v], acc[j][v]); });
   }
-  for (i64 r = 0; r < a.ahead; ++r) {  // large images: 0.85 of the time. Within the loop above it costs registers
-    const T* const next = static_cast<const T*>(a.x) + (a.next[r] + first * a.x_col + c0);
-#pragma GCC unroll 14
-    for (int i = 0; i < COLS * STRIDE; ++i) prefetch_lines<Lanes::channels>(next + i * a.x_col);
-  }
+  fetch_ahead<Lanes, COLS * STRIDE>(a, first * a.x_col + c0);
   if (a.bias) {
     typename L::V b[R];
     lanes.load(static_cast<const T*>(a.bias) + c0, b);
@@ -161,6 +168,7 @@ void slide(const SlideGradArgs& a, i64 j0, i64 cols, i64 c0) {
 #pragma GCC unroll 7
     for (int e = 0; e < WIDTH; ++e) lanes.store_sums(dw + e * a.dw_col, acc[e]);
   }
+  fetch_ahead<Lanes, COLS * STRIDE>(a, first * a.x_col + c0);
 }
 
 template <class Args>
