@@ -91,7 +91,7 @@ NATIVE = {
 }  # fmt: skip
 OPTIONAL = {"bias", "residual", "pre", "mask", "lse", "dq", "dk", "dv", "dmask", "dbias"}
 OPTIONAL |= {"h_n", "c_n", "h0", "c0", "b_hh"}
-OPTIONAL |= {"dh0", "dc0", "dh_n", "dc_n"} | {("rnn_backward", "dy"), ("rnn_backward", "workspace")}
+OPTIONAL |= {"dh0", "dc0", "dh_n", "dc_n"} | {("rnn_backward", "dy"), "workspace"}
 # What the tensors of convolutions are called in messages, as in the CPU's.
 CALLED = {
     "conv": {"y": "out", "x": "input", "w": "weight"},

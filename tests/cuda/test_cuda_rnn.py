@@ -279,8 +279,9 @@ def test_arguments_are_checked(gpu):
     empty = torch.empty(3, dtype=torch.uint8, device=gpu.device)
     y = torch.empty(2, 2, 4, device=gpu.device)
     x, w = problem.x.to(gpu.device), problem.w.to(gpu.device)
-    with pytest.raises(RuntimeError, match=r"'workspace': expected .* bytes"):
-        gpu.module.rnn(y, None, None, None, x, None, None, w, None, None, empty, mode="lstm")
+    for workspace, got in ((empty, "3 at"), (None, "None")):
+        with pytest.raises(RuntimeError, match=rf"'workspace': expected \d+ bytes.*, got {got}"):
+            gpu.module.rnn(y, None, None, None, x, None, None, w, None, None, workspace, mode="lstm")
     with pytest.raises(RuntimeError, match="expected gru in bf16, got lstm in f32"):
         gpu.module.rnn_plan(2, 2, 4, kernel="gru_bf16_16x32_steps_sm80")
     with pytest.raises(RuntimeError, match="expected one of"):
