@@ -79,6 +79,22 @@ def test_every_timed_section_is_prepared():
     assert len(prepared) == len(calls) == 10
 
 
+def test_a_warm_side_runs_once_itself_ahead(monkeypatch):
+    order = []
+    calls = (lambda: order.append("a"), lambda: order.append("b"))
+    monkeypatch.setattr(harness, "_seconds", lambda call, inner: (call(), order.append("|"), 1.0)[2])
+    harness.compare(calls, lambda: None, inner=1, rounds=2, warm=(True, False))
+    assert "".join(order) == "aa|b|b|aa|"
+    order.clear()
+    harness.Stopwatch(0.0).measure(calls, "warm")  # a second each: too slow to be warmed
+    assert "aa" not in "".join(order)
+    monkeypatch.setattr(harness, "_seconds", lambda call, inner: (call(), order.append("|"), 1e-3)[2])
+    for regime, runs in (("warm", "aa|bb|bb|aa|"), ("idle", "a|b|b|a|")):
+        order.clear()
+        harness.Stopwatch(0.0).measure(calls, regime)
+        assert runs in "".join(order)
+
+
 def test_quartiles_and_means():
     assert harness.quartiles([3.0]) == (3.0, 3.0, 3.0)
     assert harness.quartiles([4.0, 1.0, 2.0, 3.0, 5.0]) == (2.0, 3.0, 4.0)

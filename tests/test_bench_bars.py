@@ -121,9 +121,14 @@ def test_bars_with_the_same_settings_share_a_run(document):
         runs.append([bar.name for bar in bars])
         return document
 
-    bars = [make_bar(name="a"), make_bar(name="b", threads=1), make_bar(name="c")]
-    verdicts, _ = check.check(bars, measure)
+    bars, so_far = [make_bar(name="a"), make_bar(name="b", threads=1), make_bar(name="c")], []
+
+    def after_run(verdicts, documents):
+        so_far.append(([verdict.bar.name for verdict in verdicts], len(documents)))
+
+    verdicts, _ = check.check(bars, measure, after_run)
     assert runs == [["a", "c"], ["b"]]
+    assert so_far == [(["a", "c"], 1), (["a", "b", "c"], 2)]
     assert [verdict.bar.name for verdict in verdicts] == ["a", "b", "c"]
     text = printed(check.print_verdicts, verdicts)
     assert f"{sum(verdict.met for verdict in verdicts)} of 3 met" in text

@@ -268,10 +268,17 @@ def bench_check(only: str, path: Path | None, target: str) -> None:
         chosen = bars.load_bars(path or bars.find_bars(Path.cwd()), only)
     except (ValueError, FileNotFoundError) as error:
         raise click.ClickException(str(error)) from None
-    verdicts, documents = bars.check(chosen, bars.measure)
-    bars.print_verdicts(verdicts, _results(target))
-    if target:
+
+    def save(verdicts: list[bars.Verdict], documents: list[dict[str, Any]]) -> None:
         write_json({"bars": [bars.as_json(verdict) for verdict in verdicts], "runs": documents}, target)
+
+    if target in ("", "-"):
+        verdicts, documents = bars.check(chosen, bars.measure)
+    else:
+        verdicts, documents = bars.check(chosen, bars.measure, save)
+    bars.print_verdicts(verdicts, _results(target))
+    if target == "-":
+        save(verdicts, documents)
     if not all(verdict.met for verdict in verdicts):
         sys.exit(1)
 

@@ -96,7 +96,11 @@ void strip_split(const StripArgs& a, i64 j0, i64 c0) {
   constexpr int W = 2 * L::width;
   const auto mask = L::halves(kTail ? static_cast<int>(a.channels - c0) - (NV - 1) * W : W);
   const auto load = [&](const bf16* p, int v, typename L::V* even, typename L::V* odd) __attribute__((always_inline)) {
-    kTail&& v == NV - 1 ? L::split(p + v * W, mask, even, odd) : L::split(p + v * W, even, odd);
+    if (kTail && v == NV - 1) {
+      L::split(p + v * W, mask, even, odd);
+    } else {
+      L::split(p + v * W, even, odd);
+    }
   };
   typename L::V acc[COLS][NV][2];
 #pragma GCC unroll 6

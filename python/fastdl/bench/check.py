@@ -211,9 +211,14 @@ def judge(bar: Bar, document: dict[str, Any]) -> Verdict:
 
 
 def check(
-    bars: list[Bar], measure_run: Callable[[list[Bar]], dict[str, Any]]
+    bars: list[Bar],
+    measure_run: Callable[[list[Bar]], dict[str, Any]],
+    after_run: Callable[[list[Verdict], list[dict[str, Any]]], None] = lambda verdicts, documents: None,
 ) -> tuple[list[Verdict], list[dict[str, Any]]]:
-    """Verdicts in the order of `bars`, and the documents of the runs behind them."""
+    """Verdicts in the order of `bars`, and the documents of the runs behind them.
+
+    after_run: called after each run with those there are, for all of them may take more than an hour.
+    """
     verdicts: dict[str, Verdict] = {}
     documents = []
     for run in dict.fromkeys(bar.run for bar in bars):
@@ -226,6 +231,7 @@ def check(
                 problem = str(error)
         for bar in members:
             verdicts[bar.name] = Verdict(bar, None, problem) if problem else judge(bar, documents[-1])
+        after_run([verdicts[bar.name] for bar in bars if bar.name in verdicts], documents)
     return [verdicts[bar.name] for bar in bars], documents
 
 

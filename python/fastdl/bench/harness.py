@@ -28,7 +28,8 @@ _IDLE_S = 0.02  # long enough for the thread team to fall asleep
 _SLOW_S = 0.05  # beyond this, a call neither notices a cold cache nor a sleeping team
 
 REGIMES = ("warm", "cold", "idle")
-"""warm: operands as the last call left them. cold: caches flushed before each call. idle: the thread team asleep."""
+"""warm: operands as the side's own last call left them, a slow call's as the other side's did. cold: caches flushed
+before each call. idle: the thread team asleep."""
 
 
 @dataclass(frozen=True)
@@ -130,14 +131,19 @@ def _timing(seconds: list[float], inner: int) -> Timing:
     return Timing(median, q1, q3, len(seconds), inner)
 
 
-def compare(calls: tuple[Call, Call], before: Call, inner: int, rounds: int) -> Comparison:
-    """Time (candidate, baseline) over `rounds`; `before` runs untimed ahead of every timed section."""
+def compare(
+    calls: tuple[Call, Call], before: Call, inner: int, rounds: int, warm: tuple[bool, bool] = (False, False)
+) -> Comparison:
+    """Time (candidate, baseline) over `rounds`; `before` runs untimed ahead of every timed section.
+
+    warm: sides that also run once themselves first, for what the other side left in the caches is its own.
+    """
     seconds: tuple[list[float], list[float]] = ([], [])
     for r in range(rounds):
         for side in (0, 1) if r % 2 == 0 else (1, 0):
             before()
-            if inner > 1:
-                calls[side]()  # the other side's operands and code are still in the caches
+            if warm[side]:
+                calls[side]()
             seconds[side].append(_seconds(calls[side], inner))
     q1, speedup, q3 = quartiles([baseline / candidate for candidate, baseline in zip(*seconds, strict=True)])
     return Comparison(_timing(seconds[0], inner), _timing(seconds[1], inner), speedup, q1, q3)
@@ -163,14 +169,17 @@ class Stopwatch:
     def measure(self, calls: tuple[Call, Call], regime: str = "warm", grad: bool = False) -> Comparison | None:
         """One regime of a pair of calls, None where it makes no difference to calls this long."""
         with _quiet(grad):
-            first = max(_seconds(call, 1) for call in calls)  # also allocates, packs, fills caches
-            once = first if first > _SLOW_S else max(_seconds(call, 3) for call in calls)
+            first = [_seconds(call, 1) for call in calls]  # also allocates, packs, fills caches
+            sides = first if max(first) > _SLOW_S else [_seconds(call, 3) for call in calls]
+            once = max(sides)
             if regime != "warm" and (once > _SLOW_S or (regime == "idle" and place.current != "cpu")):
                 return None
             before, extra = self._before(regime)
             inner = max(1, min(1000, math.ceil(_BATCH_S / once))) if regime == "warm" else 1
-            rounds = int(self._budget_s / (2 * (inner * once + extra)))
-            return compare(calls, before, inner, max(3 if once > _SLOW_S else 7, min(_MAX_ROUNDS, rounds)))
+            warm = tuple(regime == "warm" and seconds <= _SLOW_S for seconds in sides)
+            a_round = sum((inner + own) * seconds + extra for own, seconds in zip(warm, sides, strict=True))
+            rounds = max(3 if once > _SLOW_S else 7, min(_MAX_ROUNDS, int(self._budget_s / a_round)))
+            return compare(calls, before, inner, rounds, warm)
 
 
 def run_check(case: Case) -> tuple[Check, dict[str, int]]:
