@@ -73,8 +73,8 @@ void* workspace_memory(py::handle object, i64 bytes, int* device, const char* op
   if (object.is_none()) return nullptr;
   const DeviceBytes given = device_bytes(object, device, op, kArgument);
   if (given.bytes < bytes || (bytes > 0 && reinterpret_cast<std::uintptr_t>(given.data) % kAlignment != 0))
-    fail(op, ": argument '", kArgument, "': expected ", bytes, " bytes, aligned to ", kAlignment, ", got ", given.bytes,
-         " at ", given.data);
+    fail(op, ": argument '", kArgument, "': expected ", bytes, " bytes, ", kAlignment, "-byte aligned, got ",
+         given.bytes, " at ", given.data);
   return given.data;
 }
 
