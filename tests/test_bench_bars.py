@@ -144,12 +144,15 @@ def test_the_shipped_bars_can_be_measured_as_stated():
         assert bar.reached(bar.aim, bar.must), bar.name
 
 
+def shipped(issue):
+    """The figures that an issue asks for: name -> (metric, or "worst", must, aim)."""
+    bars = [bar for bar in check.load_bars(check.find_bars(ROOT)) if bar.issue == issue]
+    return {bar.name: ("worst" if bar.over == "worst" else bar.metric, bar.must, bar.aim) for bar in bars}
+
+
 def test_bars_of_the_float32_path():
-    """The figures asked of float32 on FMA units, as (metric, must, aim)."""
-    bars = {
-        bar.name: (bar.metric, bar.must, bar.aim) for bar in check.load_bars(check.find_bars(ROOT)) if bar.issue == 2
-    }
-    assert bars == {
+    """The figures asked of float32 on FMA units."""
+    assert shipped(2) == {
         "gemm float32 avx512": ("speedup", 0.95, 1.05),
         "gemm float32 avx2": ("speedup", 0.95, 1.05),
         "gemm float32 avx512 peak 256^3..4096^3": ("fma_percent", 85, 93),
@@ -162,12 +165,7 @@ def test_bars_of_the_float32_path():
 
 
 def test_bars_of_attention():
-    """Its figures, as (metric, must, aim)."""
-    bars = {
-        bar.name.removeprefix("attention "): ("worst" if bar.over == "worst" else bar.metric, bar.must, bar.aim)
-        for bar in check.load_bars(check.find_bars(ROOT))
-        if bar.issue == 4
-    }
+    bars = {name.removeprefix("attention "): figures for name, figures in shipped(4).items()}
     both = {"float32": 1.5, "bfloat16": 2.2}
     expected = {
         "forward bfloat16 full, L >= 512": ("speedup", 1.7, 2.6),
