@@ -27,6 +27,7 @@ def main(isa):
             dict(C=1, K=1, size=(1,), kernel=(1,)),
             dict(C=3, K=nr + 1, size=(5, mr + 1), kernel=(2, 3), padding=(0, 1)),
             dict(C=17, K=3, size=(4, 9), kernel=(3, 3), stride=(2, 2), padding=(1, 1)),
+            dict(C=5, K=7, size=(3, 4), kernel=(1, 1)),
             dict(C=nr + 1, K=35, size=(2, 17), kernel=(1, 1)),
             dict(C=9, K=9, size=(33,), kernel=(5,), dilation=(3,)),
             dict(C=2, K=5, size=(3, 4, 5), kernel=(2, 2, 2)),
