@@ -176,6 +176,15 @@ def test_tails_of_channels(row, channels):
         assert {"y", "dx"} <= check_exact(p, row)
 
 
+@rows_of("depthwise")
+@pytest.mark.parametrize("stride", [1, 2])
+def test_images_of_many_bytes(row, stride):
+    """Whose rows to come are fetched ahead: over the image's last, and where windows sit between them."""
+    dtype = DTYPES[row["dtype"]]
+    size = (1 + (8 << 20) // (64 * 128 * dtype.itemsize), 128)
+    assert {"y", "dx"} <= check_exact(Problem(1, 64, 1, 1, size, (3, 3), stride, (2, 1), dtype=dtype), row)
+
+
 @every_row
 @pytest.mark.parametrize("stride", [1, 2, 3])
 def test_strides_dilation_and_padding(row, stride):

@@ -59,11 +59,11 @@ MUTATIONS = [
         f"{TESTS} -k 'test_tails_of_channels and depthwise_bf16'",
     ),
     Mutation(
-        "channels behind the first block of a window that slides left out",
+        "channels behind the first step of the last ones left out",
         SLIDE,
-        "for (i64 c = 0; c < a.channels; c += kSlideChannels) {",
-        "for (i64 c = 0; c < a.channels && c < kSlideChannels; c += kSlideChannels) {",
-        f"{TESTS} -k 'test_tails_of_channels and depthwise_f32'",
+        "for (; c < a.channels; c += Last::channels)",
+        "if (c < a.channels)",
+        f"{TESTS} -k 'test_tails_of_vectors_and_strips and f32'",
     ),
     Mutation(
         "odd channels of few left out of a weight gradient that is taken apart",

@@ -28,8 +28,8 @@ struct SlideArgs {
   const i64* w_off;  // [rows]
   void* y;           // y(j,c) = y[j*y_col + c]
   i64 y_col;
-  const void* bias;  // or null
-  i64 width, stride, rows, cols, channels;
+  const void* bias;                         // or null
+  i64 width, stride, rows, cols, channels;  // cols > 0
   const i64* next;  // [ahead], as off: rows that the next call reads and this one does not, to be fetched meanwhile
   i64 ahead;
 };
