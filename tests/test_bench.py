@@ -107,6 +107,8 @@ def test_long_calls_are_measured_warm_only(monkeypatch):
     watch, calls = harness.Stopwatch(0.0), (lambda: None, lambda: None)
     assert watch.measure(calls, "cold") is None and watch.measure(calls, "idle") is None
     assert watch.measure(calls, "warm").fastdl.rounds == 3
+    monkeypatch.setattr(harness, "_LONG_S", 1e-9)
+    assert watch.measure(calls, "warm").torch.rounds == 1
 
 
 def make_case(multiply, failure=""):

@@ -88,7 +88,7 @@ AttentionSpan attention_span(const AttentionDesc& d, const AttentionArgs& args, 
 void advise_result(void* data, const AttentionStrides& step, i64 batch, i64 heads, i64 rows, i64 depth, DType dtype) {
   if (!data || batch == 0 || heads == 0 || rows == 0 || step.batch < 0 || step.head < 0 || step.row < 0) return;
   const i64 elements = (batch - 1) * step.batch + (heads - 1) * step.head + (rows - 1) * step.row + depth;
-  advise_huge_pages(data, elements * kItemSize[static_cast<int>(dtype)]);
+  advise_huge_pages(data, elements * item_size(dtype));
 }
 
 AttentionPlan attention(const AttentionDesc& d, const AttentionArgs& args, const AttentionKernel* forced, int threads) {

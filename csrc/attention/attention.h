@@ -13,7 +13,8 @@
 
 #include "attention/cpu/kernel_args.h"
 #include "base/cpu_info.h"
-#include "base/types.h"
+#include "base/names.h"
+#include "base/sizes.h"
 
 namespace fastdl {
 
@@ -110,6 +111,7 @@ AttentionPlan attention_plan(const AttentionDesc& desc, const Machine& machine,
                              const AttentionKernel* forced = nullptr);
 std::vector<std::string> attention_candidates(const AttentionDesc& desc, const Machine& machine,
                                               const AttentionPlan& chosen);
+std::string describe(const AttentionDesc& desc);
 std::string describe(const AttentionDesc& desc, const AttentionPlan& plan);
 
 void attention_run(const AttentionDesc& desc, const AttentionPlan& plan, const AttentionArgs& args);

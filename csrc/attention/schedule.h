@@ -4,9 +4,6 @@
 
 namespace fastdl {
 
-inline i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
-inline i64 round_up(i64 a, i64 b) { return ceil_div(a, b) * b; }
-
 // Where nothing but a positive scale comes between product and exp, the scale waits until exp is taken.
 inline bool plain(const AttentionDesc& d) {
   return d.mask == MaskKind::none && !(d.softcap > 0) && d.scale > 1e-30f && d.scale < 1e30f;

@@ -6,6 +6,8 @@
 #include <new>
 #include <vector>
 
+#include "base/sizes.h"
+
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -32,7 +34,7 @@ constexpr i64 kHugePage = i64{2} << 20;
 
 Buffer allocate(i64 bytes) {
   const i64 unit = bytes >= kHugePage ? kHugePage : 4096;
-  const i64 size = (bytes + unit - 1) / unit * unit;
+  const i64 size = round_up(bytes, unit);
   void* p = nullptr;
   if (posix_memalign(&p, static_cast<std::size_t>(unit), static_cast<std::size_t>(size)) != 0) throw std::bad_alloc();
 #if defined(__linux__)

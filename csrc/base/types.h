@@ -8,7 +8,6 @@ namespace fastdl {
 using i64 = std::int64_t;
 
 enum class DType : std::uint8_t { f32, bf16, f16 };
-constexpr int kItemSize[] = {4, 2, 2};  // bytes, by DType
 
 // How exact products of float32 operands are, in falling order; a kernel at least as exact as asked may run.
 enum class Precision : std::uint8_t {

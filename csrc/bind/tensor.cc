@@ -212,15 +212,13 @@ void require_alike(const TensorView& t, const TensorView& out, const char* op, c
 void require_apart(const TensorView& out, const TensorView& in, const char* op, const char* argument,
                    const char* written) {
   const auto end = [](const TensorView& t) {
-    return static_cast<const char*>(t.data) + extent(t) * kItemSize[static_cast<int>(t.dtype)];
+    return static_cast<const char*>(t.data) + extent(t) * item_size(t.dtype);
   };
   if (extent(out) == 0 || extent(in) == 0 || end(out) <= in.data || end(in) <= out.data) return;
   fail(op, ": argument '", written, "': expected memory apart from the inputs, got an overlap with '", argument, "'");
 }
 
-void advise_huge_pages(const TensorView& out) {
-  advise_huge_pages(out.data, extent(out) * kItemSize[static_cast<int>(out.dtype)]);
-}
+void advise_huge_pages(const TensorView& out) { advise_huge_pages(out.data, extent(out) * item_size(out.dtype)); }
 
 void init_tensors() {
   const py::object tensor = py::module_::import("torch").attr("Tensor");

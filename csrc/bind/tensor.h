@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "base/types.h"
+#include "base/sizes.h"
 #include "bind/dlpack.h"
 
 namespace fastdl {

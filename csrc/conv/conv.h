@@ -29,7 +29,7 @@ struct DirectPlan {
   i64 x_floats, y_floats, w_floats, row_floats;
   i64 partial_bytes;  // for all threads
 
-  i64 per_thread_bytes() const { return (4 * (x_floats + y_floats + w_floats + row_floats) + 4095) / 4096 * 4096; }
+  i64 per_thread_bytes() const { return round_up(4 * (x_floats + y_floats + w_floats + row_floats), 4096); }
 };
 
 struct ConvPlan {
@@ -73,7 +73,7 @@ inline const GemmKernel& conv_tiles(const ConvKernel& kernel) {
 inline bool conv_has_peaks(const ConvKernel& kernel) { return conv_is_tiled(kernel) && kernel.dtype == DType::f32; }
 // Floats of a packed row or column that hold so many channels.
 inline i64 conv_units(const ConvKernel& kernel, i64 channels) {
-  return (channels + kernel.k_step - 1) / kernel.k_step * (kernel.k_step / kernel.k_unit * kernel.planes);
+  return ceil_div(channels, kernel.k_step) * (kernel.k_step / kernel.k_unit * kernel.planes);
 }
 
 const std::vector<ConvKernel>& conv_kernels();

@@ -3,11 +3,21 @@
 #include <algorithm>
 #include <numeric>
 
+#include "base/check.h"
+
 namespace fastdl {
 
 const char* conv_pass_name(ConvPass pass) {
   constexpr const char* kNames[] = {"forward", "dgrad", "wgrad"};
   return kNames[static_cast<int>(pass)];
+}
+
+std::string describe(const ConvDesc& d) {
+  const auto three = [](const i64* x) { return concat(x[0], "x", x[1], "x", x[2]); };
+  return concat(conv_pass_name(d.pass), " ", dtype_name(d.dtype, d.precision), d.channels_last ? " NHWC" : " NCHW",
+                " N=", d.N, " C=", d.C, " K=", d.K, " groups=", d.groups, " in=", three(d.in), " out=", three(d.out),
+                " kernel=", three(d.kernel), " stride=", three(d.stride), " pad=", three(d.pad),
+                " dilation=", three(d.dilation), d.frozen ? " frozen" : "");
 }
 
 ConvAxis conv_axis(const ConvDesc& d, int i, i64 phase) {

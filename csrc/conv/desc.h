@@ -6,7 +6,10 @@
 // x, dx [N,C,in], y, dy [N,K,out], w, dw [K,C/G,kernel]. Sums are float32 in an order that the shape and the kernel
 // fix, rounded once.
 #pragma once
-#include "base/types.h"
+#include <string>
+
+#include "base/names.h"
+#include "base/sizes.h"
 #include "simd/activation.h"
 
 namespace fastdl {
@@ -50,6 +53,7 @@ struct ConvArgs {
 };
 
 const char* conv_pass_name(ConvPass pass);
+std::string describe(const ConvDesc& desc);
 ConvAxis conv_axis(const ConvDesc& desc, int dim, i64 phase);
 
 }  // namespace fastdl

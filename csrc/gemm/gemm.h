@@ -8,7 +8,8 @@
 #include <vector>
 
 #include "base/cpu_info.h"
-#include "base/types.h"
+#include "base/names.h"
+#include "base/sizes.h"
 #include "gemm/cpu/kernel_args.h"
 
 namespace fastdl {
@@ -71,8 +72,6 @@ struct GemmArgs {
   GemmPairs pairs;
 };
 
-const char* dtype_name(DType dtype);
-const char* precision_name(Precision precision);
 const std::vector<GemmKernel>& gemm_kernels();
 const GemmKernel& gemm_kernel(const std::string& name, const char* op);  // throws Error naming the rows
 // The row that frozen packs are laid out for.
@@ -86,6 +85,7 @@ std::vector<std::string> gemm_candidates(const GemmDesc& desc, const Machine& ma
 // Whether the frozen pack of B beats reading B where it lies; desc: as it is without the pack.
 bool gemm_pack_pays(const GemmDesc& desc, const Machine& machine);
 void gemm_use_pack(GemmDesc* desc, GemmArgs* args, const GemmKernel& kernel);
+std::string describe(const GemmDesc& desc);
 std::string describe(const GemmDesc& desc, const GemmPlan& plan);
 
 void gemm_run(const GemmDesc& desc, const GemmPlan& plan, const GemmArgs& args);

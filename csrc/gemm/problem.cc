@@ -1,18 +1,14 @@
 // What the CPU and the CUDA side share: names, and the one form of a problem that gets a kernel.
 #include <utility>
 
+#include "base/check.h"
 #include "gemm/gemm.h"
 
 namespace fastdl {
 
-const char* dtype_name(DType dtype) {
-  constexpr const char* kNames[] = {"f32", "bf16", "f16"};
-  return kNames[static_cast<int>(dtype)];
-}
-
-const char* precision_name(Precision precision) {
-  constexpr const char* kNames[] = {"fma", "ieee", "tf32", "bf16"};
-  return kNames[static_cast<int>(precision)];
+std::string describe(const GemmDesc& d) {
+  return concat(dtype_name(d.dtype, d.precision), " batch=", d.batch, " M=", d.M, " N=", d.N, " K=", d.K, " A(",
+                d.a_row, ",", d.a_col, ") B(", d.b_row, ",", d.b_col, ")", d.packed ? " packed" : "");
 }
 
 namespace {

@@ -13,7 +13,6 @@
 #include <vector>
 
 #include "base/cpu_info.h"
-#include "base/types.h"
 #include "gemm/gemm.h"
 #include "rnn/cpu/kernel_args.h"
 
@@ -112,6 +111,8 @@ const RnnKernel& rnn_kernel(const std::string& name, const char* op);  // throws
 
 RnnPlan rnn_plan(const RnnDesc& desc, const Machine& machine, const RnnKernel* forced = nullptr);
 std::vector<std::string> rnn_candidates(const RnnDesc& desc, const Machine& machine, const RnnPlan& chosen);
+const char* rnn_cell_name(RnnCell cell);
+std::string describe(const RnnDesc& desc);
 std::string describe(const RnnDesc& desc, const RnnPlan& plan);
 
 void rnn_run(const RnnDesc& desc, const RnnPlan& plan, const RnnArgs& args);
@@ -131,6 +132,6 @@ struct RnnColumns {
 RnnColumns rnn_packed_columns(const RnnDesc& desc, const RnnKernel& kernel, const GemmKernel& product);
 
 // Floats of a row of h in scratch: whole cache lines, an odd number of them, so that rows fall on different sets.
-inline i64 rnn_padded(i64 floats) { return ((floats + 15) / 16 | 1) * 16; }
+inline i64 rnn_padded(i64 floats) { return (ceil_div(floats, 16) | 1) * 16; }
 
 }  // namespace fastdl

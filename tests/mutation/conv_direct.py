@@ -4,7 +4,10 @@ from mutation import Mutation
 
 TESTS = "tests/test_conv_direct.py"
 DEPTHWISE = "csrc/conv/cpu/depthwise.cc"
+DEPTHWISE_GRAD = "csrc/conv/cpu/depthwise_wgrad.cc"
+DIRECT = "csrc/conv/cpu/direct.cc"
 GROUPED = "csrc/conv/cpu/grouped.cc"
+GROUPED_PACK = "csrc/conv/cpu/grouped_pack.cc"
 
 SLIDE = "csrc/conv/cpu/kernel_slide.h"
 
@@ -32,9 +35,9 @@ MUTATIONS = [
     ),
     Mutation(
         "a row above the image in a weight gradient read in place",
-        DEPTHWISE,
-        "if (reads_x && (id < 0 || id >= d.in[0] || ih < 0 || ih >= d.in[1])) continue;",
-        "if (reads_x && (id < 0 || id >= d.in[0] || ih >= d.in[1])) continue;",
+        DEPTHWISE_GRAD,
+        "const auto holds = [&](i64 ih) { return ih >= 0 && ih < d.in[1]; };",
+        "const auto holds = [&](i64 ih) { return ih < d.in[1]; };",
         f"{TESTS} -k 'test_windows_that_slide and depthwise_f32'",
     ),
     Mutation(
@@ -67,21 +70,21 @@ MUTATIONS = [
     ),
     Mutation(
         "odd channels of few left out of a weight gradient that is taken apart",
-        DEPTHWISE,
-        "for (i64 c = 0; split && c < row; c += ops.width) {",
-        "for (i64 c = 0; split && c < channels; c += ops.width) {",
+        DEPTHWISE_GRAD,
+        "for (i64 c = 0; c < row; c += ops.width) {",
+        "for (i64 c = 0; c < channels; c += ops.width) {",
         f"{TESTS} -k 'test_tails_of_channels and depthwise_bf16'",
     ),
     Mutation(
         "a column of the interior read past the edge of the image",
         DEPTHWISE,
-        "(last - right + a.in_step - 1) / a.in_step) : 0;",
-        "(last - right + a.in_step - 1) / a.in_step + 1) : 0;",
+        "ceil_div(last - right, a.in_step)) : 0;",
+        "ceil_div(last - right, a.in_step) + 1) : 0;",
         f"{TESTS} -k 'test_tails_of_vectors_and_strips and depthwise_f32'",
     ),
     Mutation(
         "the last chunk of a weight gradient left out",
-        GROUPED,
+        DIRECT,
         "for (i64 p = 1; p < chunks; ++p) sum +=",
         "for (i64 p = 1; p + 1 < chunks; ++p) sum +=",
         f"{TESTS} -k 'test_tails_of_vectors_and_strips and f32'",
@@ -95,7 +98,7 @@ MUTATIONS = [
     ),
     Mutation(
         "scratch around an image not cleared",
-        GROUPED,
+        GROUPED_PACK,
         "if (!inside(0) || !inside(1) || !inside(2)) std::memset",
         "if (!inside(0) && !inside(1) && !inside(2)) std::memset",
         f"{TESTS} -k 'test_strides_dilation_and_padding and grouped_f32'",

@@ -88,14 +88,9 @@ AttentionBackwardPlan attention_backward_plan(const AttentionDesc& d, const Mach
 }
 
 std::string describe(const AttentionDesc& d, const AttentionBackwardPlan& p) {
-  constexpr const char* kTypes[] = {"f32", "bf16", "f16"};
-  constexpr const char* kMasks[] = {"none", "bool", "f32", "same"};
-  return concat("attention backward ", kTypes[static_cast<int>(d.dtype)], " B=", d.B, " H=", d.H, "/", d.Hkv,
-                " Lq=", d.Lq, " Lk=", d.Lk, " D=", d.D, "/", d.Dv,
-                d.sequences ? concat(" sequences=", d.sequences) : std::string(),
-                d.lo == INT64_MIN && d.hi == INT64_MAX ? "" : " window", " mask=", kMasks[static_cast<int>(d.mask)],
-                " -> ", p.kernel->name, " strips=", p.strips, " key_block=", p.key_block, " chunks=", p.chunks,
-                " threads=", p.threads, " workspace=", p.workspace_bytes(), "B: ", p.why);
+  return concat("attention backward ", describe(d), " -> ", p.kernel->name, " strips=", p.strips,
+                " key_block=", p.key_block, " chunks=", p.chunks, " threads=", p.threads,
+                " workspace=", p.workspace_bytes(), "B: ", p.why);
 }
 
 void attention_backward(const AttentionDesc& d, const AttentionArgs& args, const AttentionGrads& grads,

@@ -33,7 +33,7 @@ struct Decode {
     const i64 chunk = unit % p.blocks, head = unit / p.blocks % d.Hkv, sequence = unit / p.blocks / d.Hkv;
     const AttentionSpan span = attention_span(d, args, sequence);
     const i64 batch = d.sequences ? 0 : sequence, key = chunk * p.key_block;
-    const i64 n = std::min(p.key_block, span.Lk - key), Lq = span.Lq, item = kItemSize[static_cast<int>(d.dtype)];
+    const i64 n = std::min(p.key_block, span.Lk - key), Lq = span.Lq, item = item_size(d.dtype);
     const Seen all = seen(d, span, 0, Lq);
     const i64 begin = std::max<i64>(0, all.begin - key) / 16 * 16, end = std::min(n, all.end - key);
     float* const max_out = max + unit * rows;

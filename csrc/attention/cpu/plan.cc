@@ -181,13 +181,9 @@ std::vector<std::string> attention_candidates(const AttentionDesc& d, const Mach
 }
 
 std::string describe(const AttentionDesc& d, const AttentionPlan& p) {
-  constexpr const char* kTypes[] = {"f32", "bf16", "f16"};
-  constexpr const char* kMasks[] = {"none", "bool", "f32", "same"};
-  return concat("attention ", kTypes[static_cast<int>(d.dtype)], " B=", d.B, " H=", d.H, "/", d.Hkv, " Lq=", d.Lq,
-                " Lk=", d.Lk, " D=", d.D, "/", d.Dv, d.sequences ? concat(" sequences=", d.sequences) : std::string(),
-                d.lo == INT64_MIN && d.hi == INT64_MAX ? "" : " window", " mask=", kMasks[static_cast<int>(d.mask)],
-                " -> ", p.kernel->name, " strips=", p.strips, " key_block=", p.key_block, p.keep_k ? " keep" : "",
-                p.pack_v ? " pack_v" : "", " threads=", p.threads, " workspace=", p.workspace_bytes(), "B: ", p.why);
+  return concat("attention ", describe(d), " -> ", p.kernel->name, " strips=", p.strips, " key_block=", p.key_block,
+                p.keep_k ? " keep" : "", p.pack_v ? " pack_v" : "", " threads=", p.threads,
+                " workspace=", p.workspace_bytes(), "B: ", p.why);
 }
 
 }  // namespace fastdl

@@ -139,7 +139,7 @@ void prefetch_mask(const Head& h, const AttentionKernel& kernel, const StripBloc
   const auto [begin, end] = strip_columns(h, kernel, x);
   const SoftmaxArgs f = softmax_args(d, h.args, h.span, h.sequence, x.head, x.begin, x.key, x.n);
   if (f.mask_col != 1) return;
-  const i64 item = d.mask == MaskKind::boolean ? 1 : d.mask == MaskKind::f32 ? 4 : kItemSize[static_cast<int>(d.dtype)];
+  const i64 item = d.mask == MaskKind::boolean ? 1 : d.mask == MaskKind::f32 ? 4 : item_size(d.dtype);
   for (int i = 0; i < (f.mask_row ? x.m : 1); ++i) {
     const char* const row = static_cast<const char*>(f.mask) + i * f.mask_row * item;
     for (i64 j = begin * item; j < end * item; j += 64) __builtin_prefetch(row + j, 0, 2);  // L2: L1 is full of scores

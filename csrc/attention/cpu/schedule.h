@@ -8,13 +8,6 @@
 
 namespace fastdl {
 
-inline const void* at(const void* p, i64 elements, DType dtype) {
-  return static_cast<const char*>(p) + elements * kItemSize[static_cast<int>(dtype)];
-}
-inline void* at(void* p, i64 elements, DType dtype) {
-  return static_cast<char*>(p) + elements * kItemSize[static_cast<int>(dtype)];
-}
-
 // Floats of the running values of a strip: whole vectors at any level.
 inline i64 row_slots(const AttentionKernel& k) { return round_up(k.mr, 16); }
 

@@ -23,7 +23,7 @@ constexpr i64 kLongest = i64{1} << 29;
 
 constexpr CudaAttentionKernel forward_row(const char* name, DType dtype, int depth, int m, int keys, int split,
                                           decltype(CudaAttentionKernel::forward) run) {
-  const int rows = 64 * m / split, item = kItemSize[static_cast<int>(dtype)];
+  const int rows = 64 * m / split, item = item_size(dtype);
   return {name,
           dtype,
           split > 1 ? CudaAttentionKind::kDecode : CudaAttentionKind::kTile,
@@ -39,7 +39,7 @@ constexpr CudaAttentionKernel forward_row(const char* name, DType dtype, int dep
 
 constexpr CudaAttentionKernel grad_row(const char* name, DType dtype, int depth, bool keys,
                                        decltype(CudaAttentionKernel::grad) run) {
-  const int item = kItemSize[static_cast<int>(dtype)], cols = attention_stream_rows(item, depth);
+  const int item = item_size(dtype), cols = attention_stream_rows(item, depth);
   const int stage = attention_stage_bytes(cols, depth, item, keys);
   return {name,
           dtype,
@@ -141,11 +141,6 @@ int stages_of(const CudaAttentionKernel& k, const Gpu& gpu) {
   return blocks(two) >= 2 || blocks(k.shared_bytes) < 2 ? 2 : 1;
 }
 
-// Where products are of fewer parts than all.
-std::string precision_of(const AttentionDesc& d) {
-  return d.dtype == DType::f32 && d.precision != Precision::ieee ? concat(" ", precision_name(d.precision)) : "";
-}
-
 }  // namespace
 
 CudaAttentionPlan cuda_attention_plan(const AttentionDesc& d, const Gpu& gpu, const CudaAttentionKernel* forced) {
@@ -176,7 +171,7 @@ CudaAttentionPlan cuda_attention_plan(const AttentionDesc& d, const Gpu& gpu, co
                              std::clamp<i64>(keys / (kTilesOfChunk * k.cols), 1, kMaxChunks));
   plan.chunks = static_cast<int>(chunks);
   plan.slots = plan.chunks * k.split;
-  plan.columns = static_cast<int>(ceil_div(d.Dv, attention_out_columns(k.depth, kItemSize[static_cast<int>(d.dtype)])));
+  plan.columns = static_cast<int>(ceil_div(d.Dv, attention_out_columns(k.depth, item_size(d.dtype))));
   plan.blocks = blocks * chunks * plan.columns;
   check_blocks(plan.blocks);
   if (plan.slots > 1) plan.workspace_bytes = plan.slots * d.B * d.H * d.Lq * (d.Dv + 2) * 4;
@@ -207,14 +202,12 @@ std::string cuda_attention_refusal(DType dtype, i64 D, i64 Dv, const Gpu& gpu) {
 }
 
 std::string describe(const AttentionDesc& d, const CudaAttentionPlan& p) {
-  return concat("attention B=", d.B, " H=", d.H, " Hkv=", d.Hkv, " Lq=", d.Lq, " Lk=", d.Lk, " D=", d.D, " Dv=", d.Dv,
-                precision_of(d), " -> ", p.kernel->name, ", ", p.tiles, " tiles, ", p.chunks, " chunks of keys, ",
-                p.blocks, " blocks, workspace ", p.workspace_bytes, " bytes: ", p.why);
+  return concat("attention ", describe(d), " -> ", p.kernel->name, ", ", p.tiles, " tiles, ", p.chunks,
+                " chunks of keys, ", p.blocks, " blocks, workspace ", p.workspace_bytes, " bytes: ", p.why);
 }
 
 std::string describe(const AttentionDesc& d, const CudaAttentionBackwardPlan& p) {
-  return concat("attention_backward B=", d.B, " H=", d.H, " Hkv=", d.Hkv, " Lq=", d.Lq, " Lk=", d.Lk, " D=", d.D,
-                " Dv=", d.Dv, precision_of(d), " -> ", p.query->name, ", ", p.key->name, ", workspace ",
+  return concat("attention backward ", describe(d), " -> ", p.query->name, ", ", p.key->name, ", workspace ",
                 p.workspace_bytes, " bytes");
 }
 

@@ -20,7 +20,7 @@ constexpr int kWarpsOfBlock = 4;
 
 // Whether cp.async may read 16 bytes at each multiple of 16 of every row.
 bool is_vector(const void* data, const AttentionStrides& step, DType dtype) {
-  const i64 unit = 16 / kItemSize[static_cast<int>(dtype)];
+  const i64 unit = 16 / item_size(dtype);
   return reinterpret_cast<std::uintptr_t>(data) % 16 == 0 && step.col == 1 && step.batch % unit == 0 &&
          step.head % unit == 0 && step.row % unit == 0;
 }
@@ -39,7 +39,7 @@ CudaAttentionProblem problem_of(const AttentionDesc& d, const AttentionArgs& arg
   p.mask_item = d.mask == MaskKind::none      ? 0
                 : d.mask == MaskKind::boolean ? 1
                 : d.mask == MaskKind::f32     ? 4
-                                              : kItemSize[static_cast<int>(d.dtype)];
+                                              : item_size(d.dtype);
   p.parts = d.precision == Precision::tf32 ? 2 : d.precision == Precision::bf16 ? 1 : 3;
   const AttentionStrides& m = d.mask_step;
   p.mask_step = {m.batch * p.mask_item, m.head * p.mask_item, m.row * p.mask_item, m.col * p.mask_item};
@@ -99,8 +99,7 @@ void cuda_attention_backward_run(const AttentionDesc& d, const CudaAttentionBack
     const i64 tiles = d.sequences > 0 ? length / k.rows + d.sequences : ceil_div(length, k.rows);
     if (tiles * heads * d.B == 0) return;
     a.tiles = static_cast<int>(tiles), a.stages = stages;
-    a.parts = static_cast<int>(
-        ceil_div(std::max(d.D, d.Dv), attention_sum_columns(k.depth, kItemSize[static_cast<int>(d.dtype)])));
+    a.parts = static_cast<int>(ceil_div(std::max(d.D, d.Dv), attention_sum_columns(k.depth, item_size(d.dtype))));
     k.grad(a, static_cast<int>(tiles * heads * d.B * a.parts), k.shared_bytes + (stages - 1) * k.stage_bytes, stream);
   };
   if (grads.dq) {

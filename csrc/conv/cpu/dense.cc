@@ -117,7 +117,7 @@ class Part {
   // other. (Zen 4, a core, 1x1 stride 2 of 1024 -> 2048 channels, 8x14x14: copied, float32 73 -> 90 GFLOP/s, bfloat16
   // 148 -> 174. At 2048 bytes copying loses 5%.)
   bool pixels_collide() const {
-    const i64 step = axis(2).in_step * x_.in.step[2] * kItemSize[static_cast<int>(x_.d.dtype)];
+    const i64 step = axis(2).in_step * x_.in.step[2] * item_size(x_.d.dtype);
     return !conv_is_tiled(kernel_) && step % 4096 == 0;
   }
 
@@ -220,7 +220,7 @@ class Part {
   // stage = positions of a row of the image and their channels, side by side; zeros but for those from begin to end.
   void stage_row(const void* src, i64 begin, i64 end, i64 positions) {
     const ConvTensor& in = x_.in;
-    const i64 item = kItemSize[static_cast<int>(x_.d.dtype)], pixel = channels_ * item;
+    const i64 item = item_size(x_.d.dtype), pixel = channels_ * item;
     const auto bytes = [](i64 n) { return static_cast<std::size_t>(n); };
     const char* const from = static_cast<const char*>(src);
     char* const to = reinterpret_cast<char*>(stage_);

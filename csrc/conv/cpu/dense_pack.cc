@@ -15,7 +15,7 @@ void pack_folded(const Problem& x, const ConvPhase& phase, const void* first, co
                  i64 w_column, int n, float* out, float* peak) {
   const ConvAxis* const axis = phase.axis;
   const i64 nr = x.p.kernel->nr, all = axis[2].taps * x.channels, step = x.p.kernel->k_step;
-  const i64 item = kItemSize[static_cast<int>(x.d.dtype)];
+  const i64 item = item_size(x.d.dtype);
   float some[32 * 32];  // [column][32]
   for (i64 t = 0; t < axis[0].taps * axis[1].taps; ++t) {
     const i64 t0 = t / axis[1].taps, t1 = t % axis[1].taps;

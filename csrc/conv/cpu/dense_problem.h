@@ -7,14 +7,6 @@
 
 namespace fastdl::dense {
 
-inline const void* at(const void* p, i64 elements, DType dtype) {
-  return static_cast<const char*>(p) + elements * kItemSize[static_cast<int>(dtype)];
-}
-inline void* at(void* p, i64 elements, DType dtype) {
-  return static_cast<char*>(p) + elements * kItemSize[static_cast<int>(dtype)];
-}
-inline i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
-
 // The problem as forward sees it: `in` is read, `out` is written.
 struct Problem {
   const ConvDesc& d;

@@ -4,87 +4,24 @@
 
 #include "base/arena.h"
 #include "base/parallel.h"
-#include "conv/cpu/direct.h"
+#include "conv/cpu/depthwise_problem.h"
 
 namespace fastdl {
+namespace depthwise {
 namespace {
 
-constexpr i64 kBudget = i64{320} << 10;  // floats of scratch a thread, of all kinds
-constexpr i64 kImage = i64{64} << 10;    // of them the copied image, where more than one row
-constexpr i64 kChannels = 64;            // of a part whose image is copied
+constexpr i64 kChannels = 64;  // of a part whose image is copied
 // Of a part of wgrad, where they fit. 64: 1.12 times the time at 96 and 128 channels side by side (Zen 4); of copied
 // images 96 are 0.92, others the same.
 constexpr i64 kGradChannels = 128;
 constexpr i64 kPlaceFloats = 32 << 10;  // weights of a part whose image is read in place
-// Images from which rows to come are fetched ahead, 0.8 of the time at 14 MB; of what the caches hold, as the 3 MB of
-// 8x512x14x14, the processor's own prefetching is ahead, and more of it costs up to 1.05 times (Zen 4).
-constexpr i64 kFetchBytes = i64{8} << 20;
-constexpr i64 kChunks = 32;  // wgrad: parts to aim for
-
-i64 blocks_of(i64 n, i64 block) { return (n + block - 1) / block; }
-
-bool fetch_pays(const ConvDesc& d) {
-  const DirectSides s = direct_sides(d);
-  return d.N * d.C * s.in[0] * s.in[1] * s.in[2] * kItemSize[static_cast<int>(d.dtype)] >= kFetchBytes;
-}
-
-// Pixels between the first and the last that the taps of an axis meet.
-i64 reach(const ConvAxis& a) { return a.taps ? (a.taps - 1) * a.tap_step : 0; }
 
 // The outputs lo..hi-1 all of whose taps lie in first..last-1.
 void interior(const ConvAxis& a, i64 first, i64 last, i64* lo, i64* hi) {
   const i64 left = a.first - first, right = a.first + reach(a);
-  *lo = left < 0 ? std::min(a.count, (-left + a.in_step - 1) / a.in_step) : 0;
-  *hi = right < last ? std::min(a.count, (last - right + a.in_step - 1) / a.in_step) : 0;
+  *lo = left < 0 ? std::min(a.count, ceil_div(-left, a.in_step)) : 0;
+  *hi = right < last ? std::min(a.count, ceil_div(last - right, a.in_step)) : 0;
   *hi = std::max(*lo, *hi);
-}
-
-struct Problem {
-  const ConvDesc& d;
-  const ConvPlan& p;
-  const DirectPlan& q;
-  const ConvArgs& args;
-  const DirectOps& ops;
-  i64 taps;  // of all phases
-
-  Problem(const ConvDesc& desc, const ConvPlan& plan, const ConvArgs& a)
-      : d(desc), p(plan), q(plan.direct), args(a), ops(*plan.kernel->functions->direct) {
-    taps = d.kernel[0] * d.kernel[1] * d.kernel[2];
-  }
-
-  // dst[tap][row] = the weights of the channels c0..c0+channels-1.
-  void copy_weights(i64 c0, i64 channels, float* dst, i64 row) const {
-    const ConvTensor& w = args.w;
-    const void* const from = direct_at(w.data, c0 * w.n_step, d.dtype);
-    if (w.step[2] == 1 && w.step[1] == d.kernel[2] && w.step[0] == d.kernel[1] * d.kernel[2])
-      return ops.copy(from, 1, w.n_step, taps, channels, dst, row);
-    for (i64 z = 0; z < d.kernel[0]; ++z)
-      for (i64 y = 0; y < d.kernel[1]; ++y, dst += d.kernel[2] * row)
-        ops.copy(direct_at(from, z * w.step[0] + y * w.step[1], d.dtype), w.step[2], w.n_step, d.kernel[2], channels,
-                 dst, row);
-  }
-};
-
-// dst[z][y][x][row] = channels of the pixels from `first` on, `extent` of them, zeros outside the image; depths lie
-// depth_step apart.
-void copy_image(const DirectOps& ops, const ConvTensor& x, const void* origin, DType dtype, const i64* size,
-                const i64* first, i64 depth_step, const i64* extent, i64 channels, float* dst, i64 row) {
-  for (i64 z = 0; z < extent[0]; ++z) {
-    const i64 id = first[0] + z * depth_step;
-    for (i64 y = 0; y < extent[1]; ++y, dst += extent[2] * row) {
-      const i64 ih = first[1] + y;
-      i64 lo = extent[2], hi = extent[2];
-      if (id >= 0 && id < size[0] && ih >= 0 && ih < size[1]) {
-        lo = std::min(extent[2], std::max<i64>(0, -first[2]));
-        hi = std::max(lo, std::min(extent[2], size[2] - first[2]));
-      }
-      std::fill(dst, dst + lo * row, 0.0f);
-      std::fill(dst + hi * row, dst + extent[2] * row, 0.0f);
-      if (lo == hi) continue;
-      const i64 at = id * x.step[0] + ih * x.step[1] + (first[2] + lo) * x.step[2];
-      ops.copy(direct_at(origin, at, dtype), x.step[2], x.c_step, hi - lo, channels, dst + lo * row, row);
-    }
-  }
 }
 
 // The image as a part reads it: in place, or a copy of all that its taps meet, zeros around the image included.
@@ -139,18 +76,18 @@ struct Gather {
     for (int i = 0; i < 3; ++i)
       for (i64 f = 0; f < sides.phases[i]; ++f) axes[i].push_back(conv_axis(d, i, f));
     const i64 rows = axes[1][0].count, phases = sides.phases[0] * sides.phases[1] * sides.phases[2];
-    col_blocks = blocks_of(axes[2][0].count, q.block[2]);
-    const i64 whole = d.N * blocks_of(d.C, width) * phases * axes[0][0].count * col_blocks;
+    col_blocks = ceil_div(axes[2][0].count, q.block[2]);
+    const i64 whole = d.N * ceil_div(d.C, width) * phases * axes[0][0].count * col_blocks;
     // In place nothing is copied: few rows a part keep all threads busy to the end.
     row_block = in_place ? std::max<i64>(1, std::min(q.block[1], whole * rows / (8 * x.p.threads))) : q.block[1];
-    row_blocks = blocks_of(rows, row_block);
+    row_blocks = ceil_div(rows, row_block);
     parts = whole * row_blocks;
   }
 
-  Part part(i64 at) const {
+  Part part(i64 i) const {
     const auto digit = [&](i64 n) {
-      const i64 r = at % n;
-      at /= n;
+      const i64 r = i % n;
+      i /= n;
       return r;
     };
     Part p;
@@ -158,7 +95,7 @@ struct Gather {
     p.aw = &axes[2][digit(sides.phases[2])];
     p.ah = &axes[1][digit(sides.phases[1])];
     p.ad = &axes[0][digit(sides.phases[0])];
-    p.n = digit(d.N), p.bundle = at, p.c0 = p.bundle * width, p.channels = std::min(width, d.C - p.c0);
+    p.n = digit(d.N), p.bundle = i, p.c0 = p.bundle * width, p.channels = std::min(width, d.C - p.c0);
     p.h1 = std::min(p.ah->count, p.h0 + row_block), p.w1 = std::min(p.aw->count, p.w0 + q.block[2]);
     return p;
   }
@@ -168,18 +105,18 @@ struct Gather {
     s->packed = p.bundle;
     x.copy_weights(p.c0, p.channels, s->weights, width);
     if (args.bias)
-      ops.copy(direct_at(args.bias, p.c0 * args.bias_step, d.dtype), 0, args.bias_step, 1, p.channels, s->bias, 0);
+      ops.copy(at(args.bias, p.c0 * args.bias_step, d.dtype), 0, args.bias_step, 1, p.channels, s->bias, 0);
     if (!split) return;
     FinishArgs e = {};  // back to bfloat16, exactly: copied only to lie side by side
     e.sum = s->weights, e.sum_row = e.c_row = width, e.c = s->image;
     e.m = static_cast<int>(x.taps), e.n = static_cast<int>(p.channels);
     helpers.finish(e);
-    e.sum = s->bias, e.c = direct_at(static_cast<void*>(s->image), x.taps * width, d.dtype), e.m = 1;
+    e.sum = s->bias, e.c = at(s->image, x.taps * width, d.dtype), e.m = 1;
     if (args.bias) helpers.finish(e);
   }
 
   View view(const Part& p, const Scratch& s) const {
-    const void* const origin = direct_at(in.data, p.n * in.n_step + p.c0 * in.c_step, d.dtype);
+    const void* const origin = at(in.data, p.n * in.n_step + p.c0 * in.c_step, d.dtype);
     if (in_place)
       return {origin, {}, {sides.in[0], sides.in[1], sides.in[2]}, {}, {in.step[0], in.step[1], in.step[2]}, 1};
     const ConvAxis &ad = *p.ad, &ah = *p.ah, &aw = *p.aw;
@@ -188,7 +125,7 @@ struct Gather {
     const i64 z = p.od * ad.in_step + ad.first, y = p.h0 * ah.in_step + ah.first, e = p.w0 * aw.in_step + aw.first;
     if (ad.taps > 0 && ah.taps > 0 && aw.taps > 0) {
       const i64 first[3] = {z, y, e}, extent[3] = {depths, rows, cols};
-      copy_image(ops, in, origin, d.dtype, sides.in, first, ad.tap_step, extent, p.channels, s.image, width);
+      copy_image(x, in, origin, sides.in, first, ad.tap_step, extent, p.channels, s.image, width);
     }
     return {s.image,
             {z, y, e},
@@ -240,12 +177,12 @@ struct Gather {
       next = j == lo && lo < hi ? hi : j + 1;
       StripArgs t = common;
       t.x = v.data, t.x_col = aw.in_step * v.step[2], t.off = s.off, t.w_off = s.w_off;
-      t.y = direct_at(common.y, (j - p.w0) * t.y_col, split ? DType::bf16 : DType::f32), t.cols = next - j;
+      t.y = at(common.y, (j - p.w0) * t.y_col, split ? DType::bf16 : DType::f32), t.cols = next - j;
       each_row(p, v, h, [&](i64 row, i64 w) {
         for (i64 c = 0; c < aw.taps; ++c) {
-          const i64 at = j * aw.in_step + aw.first + c * aw.tap_step;
-          if (!v.holds(2, at)) continue;
-          s.off[t.taps] = row + v.column(at);
+          const i64 column = j * aw.in_step + aw.first + c * aw.tap_step;
+          if (!v.holds(2, column)) continue;
+          s.off[t.taps] = row + v.column(column);
           s.w_off[t.taps++] = w + c * aw.tap_inc * width;
         }
       });
@@ -260,21 +197,20 @@ struct Gather {
     const bool sliding = aw.tap_step == 1 && slides(aw.taps, aw.in_step);
     StripArgs t = {};
     t.w = split ? s->image : s->weights, t.channels = p.channels;
-    if (args.bias)
-      t.bias =
-          split ? direct_at(static_cast<void*>(s->image), x.taps * width, d.dtype) : reinterpret_cast<char*>(s->bias);
+    if (args.bias) t.bias = split ? at(s->image, x.taps * width, d.dtype) : s->bias;
     t.y_col = plain ? aw.out_step * out.step[2] : p.channels;
     for (i64 h = p.h0; h < p.h1; ++h) {
-      const i64 at = p.n * out.n_step + p.c0 * out.c_step + (p.od * ad.out_step + ad.out_first) * out.step[0] +
-                     (h * ah.out_step + ah.out_first) * out.step[1] + (p.w0 * aw.out_step + aw.out_first) * out.step[2];
-      t.y = plain ? static_cast<void*>(direct_at(out.data, at, d.dtype)) : s->sums;
+      const i64 first = p.n * out.n_step + p.c0 * out.c_step + (p.od * ad.out_step + ad.out_first) * out.step[0] +
+                        (h * ah.out_step + ah.out_first) * out.step[1] +
+                        (p.w0 * aw.out_step + aw.out_first) * out.step[2];
+      t.y = plain ? at(out.data, first, d.dtype) : s->sums;
       sliding ? slide_row(p, v, *s, h, t) : strip_row(p, v, *s, h, t);
       if (plain) continue;
       FinishArgs e = {};
-      e.sum = s->sums, e.sum_row = p.channels, e.c = direct_at(out.data, at, d.dtype);
+      e.sum = s->sums, e.sum_row = p.channels, e.c = at(out.data, first, d.dtype);
       e.c_row = aw.out_step * out.step[2];
-      e.residual = args.residual ? direct_at(args.residual, at, d.dtype) : nullptr;
-      e.pre = args.pre ? direct_at(args.pre, at, d.dtype) : nullptr;
+      e.residual = args.residual ? at(args.residual, first, d.dtype) : nullptr;
+      e.pre = args.pre ? at(args.pre, first, d.dtype) : nullptr;
       e.activation = args.activation;
       e.m = static_cast<int>(p.w1 - p.w0), e.n = static_cast<int>(p.channels);
       helpers.finish(e);
@@ -291,114 +227,17 @@ void gather(const Problem& x) {
     s.weights = s.image + x.q.x_floats;
     s.sums = s.weights + x.q.w_floats;
     s.bias = s.sums + x.q.y_floats;
-    s.off = reinterpret_cast<i64*>(s.bias + direct_round(x.q.place_channels, 16));
+    s.off = reinterpret_cast<i64*>(s.bias + round_up(x.q.place_channels, 16));
     s.w_off = s.off + x.taps, s.next = s.w_off + x.taps;
-    for (i64 at = g.parts * thread / threads, end = g.parts * (thread + 1) / threads; at < end; ++at) {
-      const Part p = g.part(at);
+    for (i64 i = g.parts * thread / threads, end = g.parts * (thread + 1) / threads; i < end; ++i) {
+      const Part p = g.part(i);
       if (!p.empty()) g.run(p, &s);
     }
   });
 }
 
-bool splits_grad(const ConvDesc& d, const DirectOps& ops) { return d.dtype == DType::bf16 && ops.slide_grad_split; }
-
-void gradient(const Problem& x) {
-  const ConvDesc& d = x.d;
-  const DirectPlan& q = x.q;
-  const DirectOps& ops = x.ops;
-  const ConvTensor &in = x.args.x, &dy = x.args.y;
-  const ConvAxis a[3] = {conv_axis(d, 0, 0), conv_axis(d, 1, 0), conv_axis(d, 2, 0)};
-  const bool sliding = a[2].tap_step == 1 && slides(a[2].taps, a[2].in_step);
-  const bool split = sliding && splits_grad(d, ops) && in.c_step == 1 && dy.c_step == 1;  // multiplied as it lies
-  const bool in_place = split || (d.dtype == DType::f32 && (dy.c_step == 1 || d.C == 1));
-  const bool reads_x = split || (sliding && d.dtype == DType::f32 && (in.c_step == 1 || d.C == 1));  // in place
-  const bool fetches = reads_x && fetch_pays(d);
-  const i64 bundles = blocks_of(d.C, q.channels), taps = x.taps;
-  const i64 row_blocks = blocks_of(a[1].count, q.block[1]), col_blocks = blocks_of(a[2].count, q.block[2]);
-  ArenaLease scratch(x.p.workspace_bytes());
-  float* const partial = reinterpret_cast<float*>(scratch.data() + x.p.threads * q.per_thread_bytes());
-
-  parallel(x.p.threads, [&](int thread, int threads) {
-    float* const image = reinterpret_cast<float*>(scratch.data() + thread * q.per_thread_bytes());
-    float* const dw = image + q.x_floats;
-    float* const grads = dw + q.w_floats;
-    i64* const off = reinterpret_cast<i64*>(grads + q.y_floats);
-    const i64 parts = bundles * q.chunks, units = d.N * a[0].count * row_blocks * col_blocks;
-    for (i64 part = parts * thread / threads, end = parts * (thread + 1) / threads; part < end; ++part) {
-      const i64 chunk = part % q.chunks, c0 = part / q.chunks * q.channels;
-      const i64 channels = std::min(q.channels, d.C - c0), row = q.channels;
-      std::fill(dw, dw + taps * row, 0.0f);
-      for (i64 unit = units * chunk / q.chunks, stop = units * (chunk + 1) / q.chunks; unit < stop; ++unit) {
-        const i64 w0 = unit % col_blocks * q.block[2], h0 = unit / col_blocks % row_blocks * q.block[1];
-        const i64 od = unit / col_blocks / row_blocks % a[0].count, n = unit / col_blocks / row_blocks / a[0].count;
-        const i64 rows = std::min(q.block[1], a[1].count - h0), cols = std::min(q.block[2], a[2].count - w0);
-        const i64 first[3] = {od * a[0].in_step + a[0].first, h0 * a[1].in_step + a[1].first,
-                              w0 * a[2].in_step + a[2].first};
-        const i64 extent[3] = {a[0].taps, (rows - 1) * a[1].in_step + reach(a[1]) + 1,
-                               (cols - 1) * a[2].in_step + reach(a[2]) + 1};
-        const void* const origin = direct_at(in.data, n * in.n_step + c0 * in.c_step, d.dtype);
-        if (!reads_x) copy_image(ops, in, origin, d.dtype, d.in, first, a[0].tap_step, extent, channels, image, row);
-        StripGradArgs g = {};
-        const void* grad = nullptr;  // dy of this unit
-        const i64 at = n * dy.n_step + c0 * dy.c_step + od * dy.step[0] + h0 * dy.step[1] + w0 * dy.step[2];
-        if (in_place) {
-          grad = direct_at(dy.data, at, d.dtype), g.dy_row = dy.step[1], g.dy_col = dy.step[2];
-        } else {
-          grad = grads, g.dy_row = cols * row, g.dy_col = row;
-          for (i64 y = 0; y < rows; ++y)
-            ops.copy(direct_at(dy.data, at + y * dy.step[1], d.dtype), dy.step[2], dy.c_step, cols, channels,
-                     grads + y * g.dy_row, row);
-        }
-        if (sliding) {
-          SlideGradArgs u = {};
-          u.x = reads_x ? origin : image, u.x_col = reads_x ? in.step[2] : row;
-          u.lo = reads_x ? -first[2] : 0, u.hi = reads_x ? d.in[2] - first[2] : extent[2];
-          u.dy_col = g.dy_col, u.dw = dw, u.dw_col = row, u.off = off, u.dw_off = off + taps, u.next = off + 2 * taps;
-          u.width = a[2].taps, u.stride = a[2].in_step, u.cols = cols, u.channels = channels;
-          for (i64 h = 0; h < rows; ++h) {
-            u.dy = direct_at(grad, h * g.dy_row, split ? DType::bf16 : DType::f32), u.rows = u.ahead = 0;
-            for (i64 z = 0; z < a[0].taps; ++z) {
-              const i64 id = first[0] + z * a[0].tap_step;
-              const i64 plane = id * in.step[0] + first[2] * in.step[2];
-              for (i64 y = 0; y < a[1].taps; ++y) {
-                const i64 down = h * a[1].in_step + y * a[1].tap_step, ih = first[1] + down;
-                const i64 below = ih + a[1].in_step;  // of the row after it, where no other tap is yet
-                if (fetches && id >= 0 && id < d.in[0] && y + a[1].in_step >= a[1].taps && below >= 0 &&
-                    below < d.in[1])
-                  off[2 * taps + u.ahead++] = plane + below * in.step[1];
-                if (reads_x && (id < 0 || id >= d.in[0] || ih < 0 || ih >= d.in[1])) continue;
-                off[u.rows] = reads_x ? plane + ih * in.step[1] : (z * extent[1] + down) * extent[2] * row;
-                off[taps + u.rows++] = (z * a[1].taps + y) * a[2].taps * row;
-              }
-            }
-            (split ? ops.slide_grad_split : ops.slide_grad)(u);
-          }
-          continue;
-        }
-        i64 t = 0;
-        for (i64 z = 0; z < a[0].taps; ++z)
-          for (i64 y = 0; y < a[1].taps; ++y)
-            for (i64 e = 0; e < a[2].taps; ++e)
-              off[t++] = ((z * extent[1] + y * a[1].tap_step) * extent[2] + e * a[2].tap_step) * row;
-        g.dy = static_cast<const float*>(grad), g.x = image, g.x_row = a[1].in_step * extent[2] * row,
-        g.x_col = a[2].in_step * row;
-        g.off = off, g.taps = taps, g.rows = rows, g.cols = cols, g.channels = channels;
-        g.dw = dw, g.dw_tap = row;
-        ops.strip_grad(g);
-      }
-      float* const sums = partial + (chunk * d.C + c0) * taps;
-      if (!split) ops.copy_f32(dw, 1, row, channels, taps, sums, taps);
-      for (i64 c = 0; split && c < row; c += ops.width) {  // a vector of channels that lie two apart
-        const i64 first = c / ops.width % 2 + c / (2 * ops.width) * 2 * ops.width;
-        const i64 count = std::min<i64>(ops.width, (channels - first + 1) / 2);
-        if (count > 0) ops.copy_f32(dw + c, 1, row, count, taps, sums + first * taps, 2 * taps);
-      }
-    }
-  });
-  direct_combine(d, partial, q.chunks, x.args.w, x.p.threads);
-}
-
 }  // namespace
+}  // namespace depthwise
 
 bool plan_depthwise(const ConvDesc& d, const DirectOps& ops, DirectPlan* plan) {
   DirectPlan& q = *plan;
@@ -414,61 +253,53 @@ bool plan_depthwise(const ConvDesc& d, const DirectOps& ops, DirectPlan* plan) {
     for (i64 f = 0; f < s.phases[i]; ++f) {
       const ConvAxis a = conv_axis(d, i, f);
       count[i] = std::max(count[i], a.count);
-      most[i] = std::max(most[i], reach(a));
+      most[i] = std::max(most[i], depthwise::reach(a));
       step[i] = a.in_step;
       if (i == 0) depth = std::max(depth, a.taps);
     }
   }
-  const i64 unit = wgrad && splits_grad(d, ops) ? 2 * ops.width : ops.width;
+  const i64 unit = wgrad && depthwise::splits_grad(d, ops) ? 2 * ops.width : ops.width;
   const auto set_channels = [&](i64 most) {
-    q.channels = direct_round(std::min(d.C, most), unit);
-    q.place_channels = std::max(q.channels, std::min(direct_round(d.C, ops.width), kPlaceFloats / taps / 64 * 64));
+    q.channels = round_up(std::min(d.C, most), unit);
+    q.place_channels =
+        std::max(q.channels, std::min(round_up(d.C, ops.width), depthwise::kPlaceFloats / taps / 64 * 64));
   };
-  set_channels(wgrad ? kGradChannels : kChannels);
+  set_channels(wgrad ? depthwise::kGradChannels : depthwise::kChannels);
   const auto fits = [&](const i64* b, bool small) {
     const i64 rows = (b[1] - 1) * step[1] + most[1] + 1, cols = (b[2] - 1) * step[2] + most[2] + 1;
-    q.x_floats = direct_round(q.channels * depth * rows * cols, 16);
-    q.y_floats = direct_round(wgrad ? q.channels * b[1] * b[2] : q.place_channels * b[2], 16);
-    q.x_floats = std::max(q.x_floats, direct_round(q.place_channels * taps, 16));  // weights of bfloat16
-    q.w_floats = direct_round((wgrad ? q.channels : q.place_channels) * taps, 16);
-    q.row_floats = direct_round(q.place_channels, 16) + 6 * direct_round(taps, 16);  // bias, and lists of taps
-    return q.x_floats + q.y_floats + q.w_floats + q.row_floats <= kBudget &&
-           (!small || q.channels * depth * rows * cols <= kImage);
+    q.x_floats = round_up(q.channels * depth * rows * cols, 16);
+    q.y_floats = round_up(wgrad ? q.channels * b[1] * b[2] : q.place_channels * b[2], 16);
+    q.x_floats = std::max(q.x_floats, round_up(q.place_channels * taps, 16));  // weights of bfloat16
+    q.w_floats = round_up((wgrad ? q.channels : q.place_channels) * taps, 16);
+    q.row_floats = round_up(q.place_channels, 16) + 6 * round_up(taps, 16);  // bias, and lists of taps
+    return q.x_floats + q.y_floats + q.w_floats + q.row_floats <= kDirectBudget &&
+           (!small || q.channels * depth * rows * cols <= kDirectImage);
   };
   i64* const b = q.block;
   b[0] = b[1] = b[2] = 1;
-  if (wgrad && !fits(b, false)) set_channels(kChannels);
+  if (wgrad && !fits(b, false)) set_channels(depthwise::kChannels);
   if (!fits(b, false)) return false;
-  const auto grow = [&](int i, bool small) {  // to the most that fits, then evenly
-    for (i64 top = count[i]; b[i] < top;) {
-      const i64 old = b[i], half = (b[i] + top + 1) / 2;
-      b[i] = half;
-      if (fits(b, small)) continue;
-      b[i] = old, top = half - 1;
-    }
-    const i64 blocks = blocks_of(count[i], b[i]);
-    b[i] = blocks_of(count[i], blocks);
-  };
+  const auto grow = [&](int i, bool small) { direct_grow(count[i], b + i, [&] { return fits(b, small); }); };
   grow(2, true);
   if (b[2] < std::min<i64>(count[2], 16)) grow(2, false);
   grow(1, true);
   fits(b, false);
   if (wgrad) {
-    const i64 bundles = blocks_of(d.C, q.channels);
-    const i64 units = d.N * count[0] * blocks_of(count[1], b[1]) * blocks_of(count[2], b[2]);
-    q.chunks = std::max<i64>(1, std::min(units, blocks_of(kChunks, bundles)));
+    const i64 bundles = ceil_div(d.C, q.channels);
+    const i64 units = d.N * count[0] * ceil_div(count[1], b[1]) * ceil_div(count[2], b[2]);
+    q.chunks = std::max<i64>(1, std::min(units, ceil_div(kDirectChunks, bundles)));
     q.partial_bytes = q.chunks * d.C * taps * 4;
   }
   return true;
 }
 
 void conv_run_depthwise(const ConvDesc& d, const ConvPlan& p, const ConvArgs& args) {
-  const Problem problem(d, p, args);
+  const depthwise::Problem problem(d, p, args);
   if (d.pass == ConvPass::wgrad) {
-    gradient(problem);
+    depthwise::gradient(problem);
     direct_bias_grad(d, p, args);
   } else {
-    gather(problem);
+    depthwise::gather(problem);
   }
 }
 

@@ -5,18 +5,12 @@
 // so that a whole block of them is one line and every tap a shift of it.
 #pragma once
 #include "conv/conv.h"
-#include "gemm/gemm.h"
 
 namespace fastdl {
 
-// Along one dimension and phase: copies ("planes") of every in_step-th element from base on, and where taps read in
-// them.
-struct DirectAxis {
-  i64 count = 0, in_step = 1, out_step = 1, out_first = 0, span = 0;  // span: the largest shift
-  std::vector<i64> base;
-  std::vector<i64> plane, shift, tap;  // of each tap; tap: its index in the weight
-};
-DirectAxis direct_axis(const ConvDesc& d, int dim, i64 phase);
+constexpr i64 kDirectBudget = i64{320} << 10;  // floats of scratch a thread, of all kinds
+constexpr i64 kDirectImage = i64{64} << 10;    // of them the copied image, where more than one row
+constexpr i64 kDirectChunks = 32;              // wgrad: parts to aim for
 
 // The image that is read and the one that is written: of forward and wgrad x and y, of dgrad dy and dx.
 struct DirectSides {
@@ -29,19 +23,21 @@ DirectSides direct_sides(const ConvDesc& d);
 bool plan_depthwise(const ConvDesc& d, const DirectOps& ops, DirectPlan* plan);
 bool plan_grouped(const ConvDesc& d, const DirectOps& ops, DirectPlan* plan);
 
+// *block, of `count` pixels, to the most that fits(), which reads it, allows; then evenly.
+template <class Fits>
+void direct_grow(i64 count, i64* block, const Fits& fits) {
+  for (i64 most = count; *block < most;) {
+    const i64 old = *block, half = (old + most + 1) / 2;
+    *block = half;
+    if (!fits()) *block = old, most = half - 1;
+  }
+  *block = ceil_div(count, ceil_div(count, *block));
+}
+
 // dbias, where it is wanted.
 void direct_bias_grad(const ConvDesc& d, const ConvPlan& p, const ConvArgs& args);
 
-inline i64 direct_round(i64 n, i64 unit) { return (n + unit - 1) / unit * unit; }
-
 // dw = the sums of `chunks` partial sums float[K][C/G * taps] each, in their order, narrowed.
 void direct_combine(const ConvDesc& d, const float* partial, i64 chunks, const ConvTensor& dw, int threads);
-
-inline const char* direct_at(const void* p, i64 elements, DType dtype) {
-  return static_cast<const char*>(p) + elements * kItemSize[static_cast<int>(dtype)];
-}
-inline char* direct_at(void* p, i64 elements, DType dtype) {
-  return static_cast<char*>(p) + elements * kItemSize[static_cast<int>(dtype)];
-}
 
 }  // namespace fastdl

@@ -9,8 +9,6 @@
 namespace fastdl {
 namespace {
 
-i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
-i64 round_up(i64 a, i64 b) { return ceil_div(a, b) * b; }
 // The smallest block of a multiple of `unit` that cuts `size` into as many blocks as `limit` would: no short last one.
 i64 even_block(i64 size, i64 limit, i64 unit) {
   if (size <= limit) return std::max(unit, round_up(size, unit));
@@ -326,15 +324,9 @@ std::vector<std::string> conv_candidates(const ConvDesc& d, const Machine& machi
 }
 
 std::string describe(const ConvDesc& d, const ConvPlan& p) {
-  const auto three = [](const i64* x) { return concat(x[0], "x", x[1], "x", x[2]); };
-  return concat("conv ", conv_pass_name(d.pass), " ", dtype_name(d.dtype),
-                d.dtype == DType::f32 && d.precision != Precision::ieee ? concat(" ", precision_name(d.precision)) : "",
-                d.channels_last ? " NHWC" : " NCHW", " N=", d.N, " C=", d.C, " K=", d.K, " groups=", d.groups,
-                " in=", three(d.in), " out=", three(d.out), " kernel=", three(d.kernel), " stride=", three(d.stride),
-                " pad=", three(d.pad), " dilation=", three(d.dilation), d.frozen ? " frozen" : "", " -> ",
-                p.kernel->name, " c_block=", p.c_block, " k_block=", p.k_block, " planes=", p.planes, " rows=", p.rows,
-                " w_block=", p.w_block, " phases=", p.phases.size(), " chunks=", p.wgrad.chunks, " threads=", p.threads,
-                " workspace=", p.workspace_bytes(), "B: ", p.why);
+  return concat("conv ", describe(d), " -> ", p.kernel->name, " c_block=", p.c_block, " k_block=", p.k_block,
+                " planes=", p.planes, " rows=", p.rows, " w_block=", p.w_block, " phases=", p.phases.size(),
+                " chunks=", p.wgrad.chunks, " threads=", p.threads, " workspace=", p.workspace_bytes(), "B: ", p.why);
 }
 
 }  // namespace fastdl

@@ -35,7 +35,7 @@ class Ahead {
   Ahead(const Part& x, const Block* next) : x_(x), next_(next) {
     if (!next) return;
     const ConvTensor& t = x.args.y;
-    const i64 item = kItemSize[static_cast<int>(x.d.dtype)];
+    const i64 item = item_size(x.d.dtype);
     const bool across = t.c_step == 1;  // a segment is the channels of a pixel, else the pixels of a channel
     if (!across && t.step[2] != 1) return;
     segments_ = across ? next->width : x.k.size();

@@ -7,15 +7,6 @@
 
 namespace fastdl::wgrad {
 
-inline i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
-inline i64 round_up(i64 a, i64 b) { return ceil_div(a, b) * b; }
-inline const void* at(const void* p, i64 elements, DType dtype) {
-  return static_cast<const char*>(p) + elements * kItemSize[static_cast<int>(dtype)];
-}
-inline void* at(void* p, i64 elements, DType dtype) {
-  return static_cast<char*>(p) + elements * kItemSize[static_cast<int>(dtype)];
-}
-
 constexpr i64 kSlack = 64;  // floats: what packing writes past its rows
 constexpr i64 kRuns = 256;  // pixels of a block at most
 

@@ -4,7 +4,7 @@
 namespace fastdl {
 namespace {
 
-using wgrad::ceil_div, wgrad::round_up, wgrad::kSlack, wgrad::kRuns, wgrad::vector_width;
+using wgrad::kSlack, wgrad::kRuns, wgrad::vector_width;
 
 i64 even(i64 size, i64 limit) { return size <= limit ? size : ceil_div(size, ceil_div(size, limit)); }
 i64 page(i64 bytes) { return round_up(bytes, 4096); }
@@ -22,7 +22,7 @@ void measure_tiles(const ConvKernel& kernel, ConvWgradPlan* plan) {
             lines = p.box[0] * p.box[1] * p.box[2] * p.c_block + 1;
   p.band_bytes = page(steps * (kernel.mr + 16) * 4);
   p.y_bytes = page(steps * p.k_block * 4);
-  p.stage_bytes = page(round_up(pixels, 32) * kernel.mr * kItemSize[static_cast<int>(kernel.dtype)]);
+  p.stage_bytes = page(round_up(pixels, 32) * kernel.mr * item_size(kernel.dtype));
   const i64 width = vector_width(kernel), taps = p.box[0] * p.box[1] * p.box[2];
   const i64 leave = taps * width * width + 2 * width * round_up(taps, width) + 4 * kSlack;
   p.stage_bytes = std::max(p.stage_bytes, page(leave * 4));

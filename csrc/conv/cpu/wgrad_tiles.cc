@@ -25,7 +25,7 @@ struct Pixels {
 bool by_pixel(const ConvTensor& t, i64 channels) { return t.c_step == 1 && channels > kFewChannels; }
 
 bool follow_each_other(const Part& x, const Block& b, const Pixels& p) {
-  const i64 bytes = b.width * p.pixel_step * kItemSize[static_cast<int>(x.d.dtype)];
+  const i64 bytes = b.width * p.pixel_step * item_size(x.d.dtype);
   for (int r = 0; r < b.count; ++r) {
     if (p.lines[r].begin != 0 || p.lines[r].end != b.width) return false;
     if (r > 0 && p.lines[r].first != p.lines[r - 1].first + bytes) return false;
@@ -35,7 +35,7 @@ bool follow_each_other(const Part& x, const Block& b, const Pixels& p) {
 
 // Copies them to rows `at` and on of a panel in stage.
 void stage_pixels(const Part& x, const Block& b, const Pixels& p, int at, float* stage) {
-  const i64 item = kItemSize[static_cast<int>(x.d.dtype)];
+  const i64 item = item_size(x.d.dtype);
   const i64 step = p.by_pixel ? x.kernel.mr : 1, row = p.by_pixel ? 1 : b.count * b.width;
   char* const to = reinterpret_cast<char*>(stage) + at * row * item;
   const auto bytes = [&](i64 count) { return static_cast<std::size_t>(count * item); };
@@ -105,7 +105,7 @@ void compute_again(const Part& x, const Scratch& s, const SuspectArgs& suspect, 
   float* const a = out + i64{x.kernel.mr} * nr;
   float* const b = a + exact.kc * exact.mr;
   std::fill_n(out, i64{x.kernel.mr} * nr, 0.0f);
-  const i64 item = kItemSize[static_cast<int>(d.dtype)], pixel_step = d.stride[2] * x.args.x.step[2];
+  const i64 item = item_size(d.dtype), pixel_step = d.stride[2] * x.args.x.step[2];
   const auto element = [&](const Line& line, i64 channel, i64 pixel) {
     if (!tap) return 1.0f;
     if (pixel < line.begin || pixel >= line.end) return 0.0f;
@@ -174,7 +174,7 @@ void run_tiles(const Part& x, const Block& b, const Scratch& s, bool accumulate)
   const i64 C = x.c.size(), lines_of_tap = x.taps[2] * C;
   for (i64 tap = 0; tap < x.taps[0] * x.taps[1]; ++tap) {
     for (i64 first = 0; first < lines_of_tap; first += mr) {
-      const int m = static_cast<int>(std::min(mr, lines_of_tap - first)), panel = (m + 15) / 16 * 16;
+      const int m = static_cast<int>(std::min(mr, lines_of_tap - first)), panel = static_cast<int>(round_up(m, 16));
       const i64 row = tap * lines_of_tap + first;
       float* const peak = row_peaks ? row_peaks + row : nullptr;
       bool packed = false;

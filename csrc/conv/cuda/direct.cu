@@ -24,7 +24,7 @@ void direct(const ConvDesc& d, const CudaConvPlan& p, const ConvArgs& args, cons
   std::copy_n(dgrad ? d.out : d.in, 3, a.size);
   std::copy_n(dgrad ? d.in : d.out, 3, a.written);
   a.out = conv_epilogue<T>(d, args);
-  const i64 blocks = (a.columns + kDirectColumns - 1) / kDirectColumns * d.groups;
+  const i64 blocks = ceil_div(a.columns, kDirectColumns) * d.groups;
   a.total = d.N * a.written[0] * a.written[1] * a.written[2] * blocks;
   if (a.total > 0) launch(conv_direct_kernel<T>, conv_elements(a.total, p), stream, a);
 }
@@ -40,7 +40,7 @@ void depthwise_gather(const ConvDesc& d, const CudaConvPlan& p, const ConvArgs& 
   i64 most = 0;
   for (int i = 0; i < p.phases; ++i) {
     const GatherPhase& x = p.phase[i];
-    const i64 blocks = (x.axis[2].count + kStrip - 1) / kStrip;
+    const i64 blocks = ceil_div(x.axis[2].count, kStrip);
     most = std::max(most, d.N * x.axis[0].count * x.axis[1].count * blocks * a.vectors);
   }
   LaunchShape shape = conv_elements(most, p);

@@ -70,7 +70,7 @@ void launch_conv_tiles(const CudaConvPlan& p, const Stream& stream, const typena
 inline LaunchShape conv_elements(i64 total, const CudaConvPlan& p, int threads = kConvThreads) {
   LaunchShape shape;
   shape.threads = threads;
-  shape.grid[0] = static_cast<int>(std::clamp<i64>((total + threads - 1) / threads, 1, 16 * p.multiprocessors));
+  shape.grid[0] = static_cast<int>(std::clamp<i64>(ceil_div(total, threads), 1, 16 * p.multiprocessors));
   return shape;
 }
 

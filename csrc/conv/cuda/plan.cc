@@ -7,18 +7,12 @@
 namespace fastdl {
 namespace {
 
-i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
-i64 aligned(i64 bytes) { return (bytes + 255) / 256 * 256; }
+i64 aligned(i64 bytes) { return round_up(bytes, 256); }
 
 constexpr i64 kMostCount = i64{1} << 30;  // of pixels, of products of a sum, of channels
 constexpr i64 kMostGroups = 65535;        // of a grid's second dimension
 constexpr i64 kMostPartial = i64{1} << 30;
 constexpr i64 kMostMerged = 64;  // columns of groups that are one: those of the smaller tile
-
-const char* dtype_of(DType dtype) {
-  constexpr const char* kNames[] = {"float32", "bfloat16", "float16"};
-  return kNames[static_cast<int>(dtype)];
-}
 
 bool multiply(i64 a, i64 b, i64* out) { return !__builtin_mul_overflow(a, b, out) && *out <= kMostCount; }
 
@@ -137,7 +131,7 @@ void plan_tile(const ConvDesc& d, const Gpu& gpu, CudaConvPlan* p) {
     steps = std::max(steps, ceil_div(x.depth, k.tile_k)), pixels += x.pixels;
     pack = x.pack + p->groups * p->columns * x.pack_row;
   }
-  p->pack_bytes = aligned(pack * kItemSize[static_cast<int>(d.dtype)]);
+  p->pack_bytes = aligned(pack * item_size(d.dtype));
   // A block alone takes 8 steps to pay for writing its sums and reading them again.
   const i64 sum_bytes = 4 * pixels * p->columns * p->groups;
   cut(p, steps, p->tiles * p->groups, gpu.multiprocessors, 8,
@@ -214,7 +208,7 @@ struct Gathers {
 
 // "" or why this row cannot run it.
 std::string refusal(const ConvDesc& d, Precision precision, const Gathers& gathers, const CudaConvKernel& k) {
-  if (k.dtype != d.dtype) return concat("needs ", dtype_of(k.dtype));
+  if (k.dtype != d.dtype) return concat("needs ", dtype_name(k.dtype));
   if (k.kind == CudaConvKind::kDirect) return "";
   const CudaConvPlan& p = gathers.of(k);
   const char* gather = is_tile(k) ? gathers.tiles_why : gathers.apart_why;
@@ -332,11 +326,7 @@ std::vector<std::string> cuda_conv_candidates(const ConvDesc& d, Precision preci
 }
 
 std::string describe(const ConvDesc& d, const CudaConvPlan& p) {
-  const auto three = [](const i64* x) { return concat(x[0], "x", x[1], "x", x[2]); };
-  return concat("conv ", conv_pass_name(d.pass), " ", dtype_of(d.dtype), d.channels_last ? " NHWC" : " NCHW",
-                " N=", d.N, " C=", d.C, " K=", d.K, " groups=", d.groups, " in=", three(d.in), " out=", three(d.out),
-                " kernel=", three(d.kernel), " stride=", three(d.stride), " pad=", three(d.pad),
-                " dilation=", three(d.dilation), " -> ", p.kernel->name, " phases=", p.phases, " merged=", p.merged,
+  return concat("conv ", describe(d), " -> ", p.kernel->name, " phases=", p.phases, " merged=", p.merged,
                 " tiles=", p.tiles, " chunks=", p.chunks, " workspace=", p.workspace_bytes(), "B: ", p.why);
 }
 

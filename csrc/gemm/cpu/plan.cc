@@ -9,8 +9,6 @@
 namespace fastdl {
 namespace {
 
-i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
-i64 round_up(i64 a, i64 b) { return ceil_div(a, b) * b; }
 // The smallest block of a multiple of `unit` that cuts `size` into as many blocks as `limit` would: no short last one.
 i64 even_block(i64 size, i64 limit, i64 unit) {
   if (size <= limit) return round_up(size, unit);
@@ -60,7 +58,7 @@ double products(const GemmDesc& d, const GemmKernel& k) {  // with an element of
 // takes longer.
 double tile_cost(const GemmDesc& d, const GemmKernel& k) {
   const double work = products(d, k) + (d.packed ? 0 : pack_cost(k));
-  const double bytes = d.packed ? 4.0 * k.planes / k.k_unit : kItemSize[static_cast<int>(d.dtype)];
+  const double bytes = d.packed ? 4.0 * k.planes / k.k_unit : item_size(d.dtype);
   return std::max(work, bytes * kByteCost);
 }
 
@@ -216,7 +214,7 @@ bool gemm_pack_pays(const GemmDesc& d, const Machine& machine) {
   const GemmKernel* dot = find(machine.isa, d.dtype, d.precision, GemmKind::kDot);
   if (!dot || !dot_applies(d)) return true;
   const GemmKernel& row = gemm_pack_kernel(machine.isa, d.dtype, d.precision);
-  const double item = kItemSize[static_cast<int>(d.dtype)], rows = static_cast<double>(d.M) / dot->k_unit;
+  const double item = item_size(d.dtype), rows = static_cast<double>(d.M) / dot->k_unit;
   if (is_tiled(row)) {  // three parts are 6 bytes an element against 4
     GemmDesc packed = d;
     packed.packed = true;
@@ -254,11 +252,8 @@ std::vector<std::string> gemm_candidates(const GemmDesc& d, const Machine& machi
 }
 
 std::string describe(const GemmDesc& d, const GemmPlan& p) {
-  return concat("gemm ", dtype_name(d.dtype),
-                d.dtype == DType::f32 && d.precision != Precision::ieee ? concat(" ", precision_name(d.precision)) : "",
-                " batch=", d.batch, " M=", d.M, " N=", d.N, " K=", d.K, " A(", d.a_row, ",", d.a_col, ") B(", d.b_row,
-                ",", d.b_col, ")", d.packed ? " packed" : "", " -> ", p.kernel->name, " mc=", p.mc, " nc=", p.nc,
-                " kc=", p.kc, " pack=", p.pack_a ? "A" : "", p.pack_b ? "B" : "", p.pack_a || p.pack_b ? "" : "none",
+  return concat("gemm ", describe(d), " -> ", p.kernel->name, " mc=", p.mc, " nc=", p.nc, " kc=", p.kc,
+                " pack=", p.pack_a ? "A" : "", p.pack_b ? "B" : "", p.pack_a || p.pack_b ? "" : "none",
                 " grid=", p.grid_m, "x", p.grid_n, " threads=", p.threads, " workspace=", p.workspace_bytes(),
                 "B: ", p.why);
 }

@@ -22,13 +22,6 @@ struct Part {
   i64 m_begin, m_end, n_begin, n_end;
 };
 
-const void* at(const void* p, i64 elements, DType dtype) {
-  return static_cast<const char*>(p) + elements * kItemSize[static_cast<int>(dtype)];
-}
-void* at(void* p, i64 elements, DType dtype) {
-  return static_cast<char*>(p) + elements * kItemSize[static_cast<int>(dtype)];
-}
-
 // Part `index` of batch x grid_m x grid_n.
 Part part_at(const GemmDesc& d, const GemmPlan& p, const GemmArgs& args, i64 index) {
   const i64 grid = i64{p.grid_m} * p.grid_n;
@@ -43,7 +36,7 @@ Part part_at(const GemmDesc& d, const GemmPlan& p, const GemmArgs& args, i64 ind
     part.c_offset += step * args.batch.c[i];
   }
   part.c = at(args.c, part.c_offset, d.dtype);
-  const i64 nr = p.kernel->nr, panels = (d.N + nr - 1) / nr;
+  const i64 nr = p.kernel->nr, panels = ceil_div(d.N, nr);
   part.m_begin = d.M * im / p.grid_m;
   part.m_end = d.M * (im + 1) / p.grid_m;
   part.n_begin = panels * in / p.grid_n * nr;
@@ -53,7 +46,7 @@ Part part_at(const GemmDesc& d, const GemmPlan& p, const GemmArgs& args, i64 ind
 
 // Floats of all panels of B[K,N].
 i64 packed_panels(i64 K, i64 N, const GemmKernel& kernel) {
-  return (N + kernel.nr - 1) / kernel.nr * kernel.nr * gemm_packed_steps(K, kernel);
+  return round_up(N, kernel.nr) * gemm_packed_steps(K, kernel);
 }
 
 // out = the panels of B[k0 .. k0+depth, n0 .. n0+n], `kc` rows of storage each. Rows that are contiguous along N are
@@ -191,8 +184,8 @@ void run_tiles(const GemmPlan& p, const Blocks& x, TileArgs t, const FinishArgs*
     if (origin.bias) t.bias = origin.bias + j * t.bias_step;
     for (i64 i = 0; i < m; i += t.m) {
       // What is not packed can be cut evenly: a last tile of two rows would load more than it multiplies.
-      const i64 tiles = (m - i + p.tile_m - 1) / p.tile_m;
-      t.m = static_cast<int>(dot ? (m - i + tiles - 1) / tiles : std::min<i64>(p.tile_m, m - i));
+      const i64 tiles = ceil_div(m - i, p.tile_m);
+      t.m = static_cast<int>(dot ? ceil_div(m - i, tiles) : std::min<i64>(p.tile_m, m - i));
       t.a = dot ? at(x.a, i * x.a_row, x.dtype) : at(x.a, i / p.tile_m * x.a_tile, x.dtype);
       t.c = origin.c + i * t.c_row + j;
       p.kernel->tile(t);
@@ -313,7 +306,7 @@ void gemm_run(const GemmDesc& d, const GemmPlan& p, const GemmArgs& args) {
 }
 
 i64 gemm_packed_steps(i64 depth, const GemmKernel& kernel) {
-  return (depth + kernel.k_step - 1) / kernel.k_step * kernel.k_step / kernel.k_unit * kernel.planes;
+  return round_up(depth, kernel.k_step) / kernel.k_unit * kernel.planes;
 }
 
 i64 gemm_repair_bytes(const GemmPlan& p, i64 rows, i64 cols) {
@@ -325,7 +318,7 @@ void gemm_add_repaired(i64 elements) { g_repaired.fetch_add(elements, std::memor
 
 i64 gemm_pack_size(i64 K, i64 N, const GemmKernel& kernel) {
   const bool peaks = kernel.helpers->suspects && kernel.dtype == DType::f32;
-  return packed_panels(K, N, kernel) + (peaks ? (N + kernel.nr - 1) / kernel.nr * kernel.nr : 0);
+  return packed_panels(K, N, kernel) + (peaks ? round_up(N, kernel.nr) : 0);
 }
 
 void gemm_pack_panels(const void* b, i64 b_row, i64 b_col, i64 K, i64 N, const GemmKernel& kernel, float* out,
@@ -362,7 +355,7 @@ void gemm_activation_grad(const void* dy, const void* z, i64 count, Activation a
                           Isa isa, int threads) {
   const GemmHelpers& helpers = *gemm_pack_kernel(isa, dtype).helpers;
   constexpr i64 kUnit = 1024, kSerial = 1 << 14;
-  const i64 units = (count + kUnit - 1) / kUnit;
+  const i64 units = ceil_div(count, kUnit);
   parallel(count < kSerial ? 1 : threads, [&](int thread, int n) {
     const i64 begin = units * thread / n * kUnit, end = std::min(count, units * (thread + 1) / n * kUnit);
     if (begin < end)
@@ -376,7 +369,7 @@ void gemm_sum_rows(const void* x, const RowsDesc& d, void* out, Isa isa, int thr
   i64 outer = 1;
   for (int i = 0; i + 1 < d.dims; ++i) outer *= d.size[i];
   const i64 rows = d.dims ? d.size[d.dims - 1] : 1, row = d.dims ? d.stride[d.dims - 1] : 0;
-  const i64 units = (d.cols + kUnit - 1) / kUnit;
+  const i64 units = ceil_div(d.cols, kUnit);
   const bool narrow = d.dtype != DType::f32;
   ArenaLease scratch(narrow ? d.cols * 4 : 0);
   float* const sum = narrow ? reinterpret_cast<float*>(scratch.data()) : static_cast<float*>(out);

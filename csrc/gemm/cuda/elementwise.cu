@@ -94,13 +94,13 @@ void launch_as(void (*const (&kernels)[3])(const Args), DType dtype, i64 blocks,
 void cuda_activation_grad(const void* dy, const void* z, void* dz, i64 count, Activation activation, DType dtype,
                           const Stream& stream) {
   if (count == 0) return;
-  const u64 quad = static_cast<u64>(kFinish * kItemSize[static_cast<int>(dtype)]);
+  const u64 quad = static_cast<u64>(kFinish * item_size(dtype));
   bool vector = true;
   for (const void* p : {dy, z, static_cast<const void*>(dz)})
     vector = vector && reinterpret_cast<std::uintptr_t>(p) % quad == 0;
   constexpr i64 block = kGradThreads * kFinish;
   launch_as<GradArgs>({activation_grad_kernel<float>, activation_grad_kernel<bf16>, activation_grad_kernel<f16>}, dtype,
-                      (count + block - 1) / block, kGradThreads, 0, {dy, z, dz, count, activation, vector}, stream);
+                      ceil_div(count, block), kGradThreads, 0, {dy, z, dz, count, activation, vector}, stream);
 }
 
 void cuda_sum_rows(const void* x, const RowsDesc& desc, void* out, const Stream& stream) {
@@ -108,7 +108,7 @@ void cuda_sum_rows(const void* x, const RowsDesc& desc, void* out, const Stream&
   SumArgs args = {x, out, desc, 1};
   for (int i = 0; i < desc.dims; ++i) args.count *= desc.size[i];
   launch_as<SumArgs>({sum_rows_kernel<float>, sum_rows_kernel<bf16>, sum_rows_kernel<f16>}, desc.dtype,
-                     (desc.cols + kWarp - 1) / kWarp, kSumThreads, kSumThreads * 4, args, stream);
+                     ceil_div(desc.cols, kWarp), kSumThreads, kSumThreads * 4, args, stream);
 }
 
 }  // namespace fastdl

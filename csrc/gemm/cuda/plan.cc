@@ -16,9 +16,6 @@ namespace fastdl {
 
 namespace {
 
-i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
-i64 round_up(i64 a, i64 b) { return ceil_div(a, b) * b; }
-
 constexpr int shared_bytes(int element, int parts, int m, int n, int depth, int slots) {
   const int load = slots * (m + n) * depth * element;
   const int finish = (m * n + (element == 4 && parts > 0 ? m + n : 0)) * 4;
@@ -73,7 +70,7 @@ double efficiency(const CudaGemmKernel& k) {
 double split_microseconds(const GemmDesc& d, const Gpu& gpu, int splits) {
   if (splits == 1) return 0;
   const double bytes = static_cast<double>(d.batch) * static_cast<double>(d.M) * static_cast<double>(d.N) *
-                       (8.0 * splits + kItemSize[static_cast<int>(d.dtype)]);
+                       (8.0 * splits + item_size(d.dtype));
   return kLaunch + bytes / (rates(gpu).bytes * gpu.multiprocessors) / kCyclesPerMicrosecond;
 }
 
@@ -83,8 +80,8 @@ double dot_microseconds(const GemmDesc& d, const Gpu& gpu, const CudaGemmKernel&
   const double few = static_cast<double>(std::min(d.M, d.N)), many = static_cast<double>(std::max(d.M, d.N));
   const double batch = static_cast<double>(d.batch), depth = static_cast<double>(d.K);
   const double blocks = static_cast<double>(p.blocks(d.batch));
-  const double bytes = batch * kItemSize[static_cast<int>(d.dtype)] *
-                       (depth * (static_cast<double>(p.tiles_m) * many + few) + many * few);
+  const double bytes =
+      batch * item_size(d.dtype) * (depth * (static_cast<double>(p.tiles_m) * many + few) + many * few);
   const double memory = bytes / std::min(rate.bytes * gpu.multiprocessors, kDotBytes * blocks);
   const double macs = batch * few * many * depth;
   const double at_work = std::min<double>(gpu.multiprocessors, blocks);
@@ -94,7 +91,7 @@ double dot_microseconds(const GemmDesc& d, const Gpu& gpu, const CudaGemmKernel&
 
 double microseconds(const GemmDesc& d, const Gpu& gpu, const CudaGemmKernel& k, i64 tiles, int splits, i64 depth) {
   const Rates rate = rates(gpu);
-  const double item = kItemSize[static_cast<int>(d.dtype)], batch = static_cast<double>(d.batch);
+  const double item = item_size(d.dtype), batch = static_cast<double>(d.batch);
   const i64 blocks = tiles * splits * d.batch;
   // A multiprocessor takes its blocks together as far as they fit; the fullest one is waited for. One block alone
   // leaves it waiting for memory half of the time.
@@ -188,21 +185,21 @@ const std::vector<CudaGemmKernel>& cuda_gemm_kernels() {
    n,                                                                                               \
    depth,                                                                                           \
    (m / warp_m) * (n / warp_n) * 32,                                                                \
-   shared_bytes(kItemSize[static_cast<int>(DType::dtype)], parts, m, n, depth, slots),              \
+   shared_bytes(item_size(DType::dtype), parts, m, n, depth, slots),                                \
    blocks,                                                                                          \
    name},
-#define CUDA_GEMM_DOT(name, dtype, rows)                         \
-  {#name,                                                        \
-   DType::dtype,                                                 \
-   Precision::fma,                                               \
-   true,                                                         \
-   0,                                                            \
-   rows,                                                         \
-   kDotColumns,                                                  \
-   kDotThreads * 16 / kItemSize[static_cast<int>(DType::dtype)], \
-   kDotThreads,                                                  \
-   kDotThreads / 32 * rows * kDotColumns * 4,                    \
-   kDotBlocks,                                                   \
+#define CUDA_GEMM_DOT(name, dtype, rows)       \
+  {#name,                                      \
+   DType::dtype,                               \
+   Precision::fma,                             \
+   true,                                       \
+   0,                                          \
+   rows,                                       \
+   kDotColumns,                                \
+   kDotThreads * 16 / item_size(DType::dtype), \
+   kDotThreads,                                \
+   kDotThreads / 32 * rows * kDotColumns * 4,  \
+   kDotBlocks,                                 \
    name},
   static const std::vector<CudaGemmKernel> table = {
 #include "gemm/cuda/kernels.inc"
@@ -241,10 +238,9 @@ CudaGemmPlan cuda_gemm_plan(const GemmDesc& d, const Gpu& gpu, const CudaGemmKer
 }
 
 std::string describe(const GemmDesc& d, const CudaGemmPlan& p) {
-  return concat("gemm ", dtype_name(d.dtype), " ", d.batch, " x ", d.M, " x ", d.N, " x ", d.K, ", A strides (",
-                d.a_row, ", ", d.a_col, "), B strides (", d.b_row, ", ", d.b_col, ") -> ", p.kernel->name, ", ",
-                p.tiles_m, " x ", p.tiles_n, " tiles, ", p.splits, " splits of ", p.split_depth, ", workspace ",
-                p.workspace_bytes, " bytes, about ", p.microseconds, " us: ", p.why);
+  return concat("gemm ", describe(d), " -> ", p.kernel->name, ", ", p.tiles_m, " x ", p.tiles_n, " tiles, ", p.splits,
+                " splits of ", p.split_depth, ", workspace ", p.workspace_bytes, " bytes, about ", p.microseconds,
+                " us: ", p.why);
 }
 
 }  // namespace fastdl

@@ -59,7 +59,7 @@ bool aligned(const void* p, i64 bytes) { return reinterpret_cast<std::uintptr_t>
 CudaOperand operand(const void* data, i64 lines, i64 line_step, i64 k_step, DType dtype, const GemmBatch& batch,
                     const i64 (&steps)[kMaxBatchDims]) {
   CudaOperand o = {data, line_step, k_step, line_step == 1 && k_step != 1, false};
-  const i64 chunk = 16 / kItemSize[static_cast<int>(dtype)];
+  const i64 chunk = 16 / item_size(dtype);
   if (o.transposed)
     o.vector = k_step % chunk == 0;
   else
@@ -92,13 +92,13 @@ void cuda_gemm_run(const GemmDesc& d, const CudaGemmPlan& plan, const GemmArgs& 
   p.bias = args.bias, p.bias_step = args.bias_step;
   p.residual = args.residual, p.pre = args.pre;
   p.activation = args.activation, p.accumulate = args.accumulate;
-  const i64 quad = kFinish * kItemSize[static_cast<int>(d.dtype)];
+  const i64 quad = kFinish * item_size(d.dtype);
   p.c_vector =
       args.c_row % kFinish == 0 && aligned(args.c, quad) && aligned(args.residual, quad) && aligned(args.pre, quad);
   for (int i = 0; i < args.batch.dims; ++i) p.c_vector = p.c_vector && args.batch.c[i] % kFinish == 0;
   plan.kernel->launch(p, plan.blocks(d.batch), stream);
   if (plan.splits == 1) return;
-  const i64 blocks = (d.batch * d.M * (plan.partial_row / kFinish) + kThreads - 1) / kThreads;
+  const i64 blocks = ceil_div(d.batch * d.M * (plan.partial_row / kFinish), kThreads);
   if (blocks > 0x7fffffff) fail("fastdl.gemm: expected at most 2^31 - 1 blocks, got ", blocks);
   LaunchShape shape;
   shape.grid[0] = static_cast<int>(blocks);

@@ -8,13 +8,7 @@
 namespace fastdl {
 namespace {
 
-i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
-i64 round_up(i64 a, i64 b) { return ceil_div(a, b) * b; }
-const char* cell_name(RnnCell cell) {
-  constexpr const char* kNames[] = {"lstm", "gru", "rnn"};
-  return kNames[static_cast<int>(cell)];
-}
-i64 bytes(i64 floats) { return ceil_div(floats * 4, 4096) * 4096; }
+i64 bytes(i64 floats) { return round_up(floats * 4, 4096); }
 
 // Below this much work a step, the barrier that ends it and the lines of h that change hands cost more than a second
 // thread gains.
@@ -103,8 +97,8 @@ RnnPlan rnn_plan(const RnnDesc& d, const Machine& machine, const RnnKernel* forc
   if (!forced) p.kernel = choose(d, machine, &p.why);
   const RnnKernel& kernel = *p.kernel;
   if (kernel.dtype != d.dtype || kernel.cell != d.cell)
-    fail("fastdl.rnn: kernel '", kernel.name, "': expected ", cell_name(kernel.cell), " in ", dtype_name(kernel.dtype),
-         ", got ", cell_name(d.cell), " in ", dtype_name(d.dtype));
+    fail("fastdl.rnn: kernel '", kernel.name, "': expected ", rnn_cell_name(kernel.cell), " in ",
+         dtype_name(kernel.dtype), ", got ", rnn_cell_name(d.cell), " in ", dtype_name(d.dtype));
   p.product = &gemm_pack_kernel(kernel.isa, d.dtype, kernel.precision);
 
   p.direct = direct_kernel(d, kernel, *p.product);
@@ -167,11 +161,9 @@ std::vector<std::string> rnn_candidates(const RnnDesc& d, const Machine& machine
 }
 
 std::string describe(const RnnDesc& d, const RnnPlan& p) {
-  return concat(cell_name(d.cell), d.backward ? " backward " : " ", dtype_name(d.dtype),
-                d.dtype == DType::f32 && d.precision != Precision::ieee ? concat(" ", precision_name(d.precision)) : "",
-                " T=", d.T, " B=", d.B, " H=", d.H, d.projected ? concat(" P=", d.P) : std::string(), " -> ",
-                p.kernel->name, " product=", p.product->name, " W=", p.direct ? p.direct->name : "packed",
-                " rows=", p.row_block, " threads=", p.threads, " workspace=", p.workspace_bytes(), "B: ", p.why);
+  return concat(describe(d), " -> ", p.kernel->name, " product=", p.product->name,
+                " W=", p.direct ? p.direct->name : "packed", " rows=", p.row_block, " threads=", p.threads,
+                " workspace=", p.workspace_bytes(), "B: ", p.why);
 }
 
 }  // namespace fastdl

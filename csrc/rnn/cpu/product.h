@@ -7,13 +7,6 @@
 
 namespace fastdl::recurrent {
 
-inline const void* at(const void* p, i64 elements, DType dtype) {
-  return static_cast<const char*>(p) + elements * kItemSize[static_cast<int>(dtype)];
-}
-inline void* at(void* p, i64 elements, DType dtype) {
-  return static_cast<char*>(p) + elements * kItemSize[static_cast<int>(dtype)];
-}
-
 // A matrix in scratch in the form that products read: rows of `row` floats, each `unit` elements; or rows of float32
 // with their bf16 parts behind them, from `parts` on, `part` floats apart (RnnKernel::split).
 struct Operand {
@@ -30,7 +23,7 @@ inline Operand operand_of(const RnnKernel& kernel, i64 K, float* data, float* pe
   return {data, rnn_padded(kernel.row_steps(K)), kernel.state_unit(), kernel.parts_at(K), kernel.part_steps(K), peaks};
 }
 inline i64 operand_floats(const RnnKernel& kernel, i64 K, i64 B) {
-  return (kernel.tiled() ? (B + 15) / 16 * 16 : B) * rnn_padded(kernel.row_steps(K));
+  return (kernel.tiled() ? round_up(B, 16) : B) * rnn_padded(kernel.row_steps(K));
 }
 
 // A line that another core has read since this one wrote it: written to, it costs the whole way between the two, and
@@ -77,7 +70,7 @@ struct Product {
     a_kc = g.kc / g.k_unit, kc = a_kc * g.planes;
   }
   // Tile rows of m, cut evenly where tiles are not 16 rows each: tile i is [begin(i), begin(i + 1)).
-  i64 tiles(i64 m) const { return (m + mr - 1) / mr; }
+  i64 tiles(i64 m) const { return ceil_div(m, mr); }
   i64 begin(i64 m, i64 count, i64 i) const { return tiled ? std::min(m, i * mr) : m * i / count; }
 };
 

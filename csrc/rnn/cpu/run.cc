@@ -18,7 +18,7 @@ struct Range {
 };
 // The part of `count` things, `unit` of them to a block, that a thread owns; whole blocks.
 Range share(i64 count, i64 unit, int thread, int threads) {
-  const i64 blocks = (count + unit - 1) / unit;
+  const i64 blocks = ceil_div(count, unit);
   return {std::min(count, blocks * thread / threads * unit), std::min(count, blocks * (thread + 1) / threads * unit)};
 }
 

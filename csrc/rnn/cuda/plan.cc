@@ -17,17 +17,7 @@ namespace fastdl {
 namespace {
 constexpr bool resident = true, steps = false;
 
-constexpr i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
-constexpr i64 aligned(i64 bytes) { return ceil_div(bytes, 256) * 256; }
-
-const char* cell_name(RnnCell cell) {
-  constexpr const char* kNames[] = {"lstm", "gru", "rnn"};
-  return kNames[static_cast<int>(cell)];
-}
-const char* type_name(DType dtype) {
-  constexpr const char* kNames[] = {"f32", "bf16", "f16"};
-  return kNames[static_cast<int>(dtype)];
-}
+constexpr i64 aligned(i64 bytes) { return round_up(bytes, 256); }
 
 // A row at least as exact as asked.
 bool serves(const CudaRnnKernel& k, const RnnDesc& d) {
@@ -138,8 +128,8 @@ CudaRnnPlan cuda_rnn_plan(const RnnDesc& d, const Gpu& gpu, const CudaRnnKernel*
     fail("fastdl.rnn: expected T and B of at most ", kMost, " and sizes of at most ", kMost / 4, ", got T=", d.T,
          " B=", d.B, " H=", d.H, " P=", d.P);
   if (forced && (forced->dtype != d.dtype || forced->cell != d.cell))
-    fail("fastdl.rnn: kernel '", forced->name, "': expected ", cell_name(forced->cell), " in ",
-         type_name(forced->dtype), ", got ", cell_name(d.cell), " in ", type_name(d.dtype));
+    fail("fastdl.rnn: kernel '", forced->name, "': expected ", rnn_cell_name(forced->cell), " in ",
+         dtype_name(forced->dtype), ", got ", rnn_cell_name(d.cell), " in ", dtype_name(d.dtype));
   for (const CudaRnnKernel& k : cuda_rnn_kernels()) {
     if (forced ? &k != forced : !serves(k, d)) continue;
     CudaRnnPlan p = sizes(d, k);
@@ -156,7 +146,7 @@ CudaRnnPlan cuda_rnn_plan(const RnnDesc& d, const Gpu& gpu, const CudaRnnKernel*
       fail("fastdl.rnn: kernel '", k.name, "': expected W_hh to fit into ", gpu.shared_bytes, " bytes on each of ",
            gpu.multiprocessors, " multiprocessors, got ", resident_bytes(p, p.unit_blocks, p.tile_rows), " bytes");
   }
-  fail("fastdl.rnn: no kernel for ", cell_name(d.cell), " in ", type_name(d.dtype));
+  fail("fastdl.rnn: no kernel for ", rnn_cell_name(d.cell), " in ", dtype_name(d.dtype));
 }
 
 std::vector<std::string> cuda_rnn_candidates(const RnnDesc& d, const Gpu& gpu, const CudaRnnPlan& chosen) {
@@ -175,10 +165,8 @@ std::vector<std::string> cuda_rnn_candidates(const RnnDesc& d, const Gpu& gpu, c
 }
 
 std::string describe(const RnnDesc& d, const CudaRnnPlan& p) {
-  return concat(cell_name(d.cell), d.backward ? " backward " : " ", type_name(d.dtype), " T=", d.T, " B=", d.B,
-                " H=", d.H, d.projected ? concat(" P=", d.P) : std::string(), " -> ", p.kernel->name,
-                " grid=", p.unit_blocks, "x", p.batch_blocks, " tile=", p.tile_rows, " shared=", p.shared_bytes,
-                "B workspace=", p.workspace_bytes(), "B: ", p.why);
+  return concat(describe(d), " -> ", p.kernel->name, " grid=", p.unit_blocks, "x", p.batch_blocks,
+                " tile=", p.tile_rows, " shared=", p.shared_bytes, "B workspace=", p.workspace_bytes(), "B: ", p.why);
 }
 
 }  // namespace fastdl

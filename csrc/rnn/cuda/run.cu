@@ -190,7 +190,7 @@ class Pass {
         a_.phase_begin = phase, a_.phase_end = phase + 1;
         LaunchShape shape;
         shape.grid[0] = p_.product[phase].groups;
-        shape.grid[1] = static_cast<int>(std::min<i64>(p_.batch_blocks, (rows + p_.tile_rows - 1) / p_.tile_rows));
+        shape.grid[1] = static_cast<int>(std::min<i64>(p_.batch_blocks, ceil_div(rows, p_.tile_rows)));
         shape.threads = kRnnThreads, shape.shared_bytes = p_.shared_bytes;
         launch_steps(shape);
       }

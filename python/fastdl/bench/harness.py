@@ -26,6 +26,7 @@ _BATCH_S = 1e-3  # calls shorter than this are timed several at a time
 _MAX_ROUNDS = 101
 _IDLE_S = 0.02  # long enough for the thread team to fall asleep
 _SLOW_S = 0.05  # beyond this, a call neither notices a cold cache nor a sleeping team
+_LONG_S = 10.0  # beyond this, the first call of each side is the measurement
 
 REGIMES = ("warm", "cold", "idle")
 """warm: operands as the side's own last call left them, a slow call's as the other side's did. cold: caches flushed
@@ -131,6 +132,11 @@ def _timing(seconds: list[float], inner: int) -> Timing:
     return Timing(median, q1, q3, len(seconds), inner)
 
 
+def _comparison(seconds: tuple[list[float], list[float]], inner: int) -> Comparison:
+    q1, speedup, q3 = quartiles([baseline / candidate for candidate, baseline in zip(*seconds, strict=True)])
+    return Comparison(_timing(seconds[0], inner), _timing(seconds[1], inner), speedup, q1, q3)
+
+
 def compare(
     calls: tuple[Call, Call], before: Call, inner: int, rounds: int, warm: tuple[bool, bool] = (False, False)
 ) -> Comparison:
@@ -145,8 +151,7 @@ def compare(
             if warm[side]:
                 calls[side]()
             seconds[side].append(_seconds(calls[side], inner))
-    q1, speedup, q3 = quartiles([baseline / candidate for candidate, baseline in zip(*seconds, strict=True)])
-    return Comparison(_timing(seconds[0], inner), _timing(seconds[1], inner), speedup, q1, q3)
+    return _comparison(seconds, inner)
 
 
 class Stopwatch:
@@ -170,6 +175,8 @@ class Stopwatch:
         """One regime of a pair of calls, None where it makes no difference to calls this long."""
         with _quiet(grad):
             first = [_seconds(call, 1) for call in calls]  # also allocates, packs, fills caches
+            if max(first) > _LONG_S and regime == "warm":
+                return _comparison(([first[0]], [first[1]]), 1)
             sides = first if max(first) > _SLOW_S else [_seconds(call, 3) for call in calls]
             once = max(sides)
             if regime != "warm" and (once > _SLOW_S or (regime == "idle" and place.current != "cpu")):

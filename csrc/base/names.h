@@ -1,0 +1,13 @@
+// Names in messages and logs.
+#pragma once
+#include <string>
+
+#include "base/types.h"
+
+namespace fastdl {
+
+const char* dtype_name(DType dtype);
+const char* precision_name(Precision precision);
+std::string dtype_name(DType dtype, Precision precision);  // with the precision where float32 is multiplied below ieee
+
+}  // namespace fastdl
