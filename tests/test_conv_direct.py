@@ -336,18 +336,21 @@ def test_workspace(row):
 
 def test_choice():
     """Which schedule takes what."""
-    for groups, few, last, pass_, schedule in (
-        (64, (1, 1), True, "forward", "depthwise"),
-        (64, (1, 1), False, "forward", "grouped"),
-        (64, (1, 1), False, "wgrad", "depthwise"),
-        (64, (1, 2), True, "dgrad", "grouped"),
-        (32, (4, 4), True, "forward", "grouped"),
-        (1, (64, 64), True, "forward", "dense"),
-        (2, (8192, 64), True, "forward", "dense"),
+    for groups, few, size, stride, last, pass_, schedule in (
+        (64, (1, 1), 14, 1, True, "forward", "depthwise"),
+        (64, (1, 1), 14, 1, False, "forward", "depthwise"),
+        (64, (1, 1), 56, 1, False, "forward", "grouped"),
+        (64, (1, 1), 56, 2, False, "dgrad", "depthwise"),
+        (12, (1, 1), 14, 1, False, "dgrad", "grouped"),
+        (64, (1, 1), 14, 1, False, "wgrad", "depthwise"),
+        (64, (1, 2), 14, 1, True, "dgrad", "grouped"),
+        (32, (4, 4), 14, 1, True, "forward", "grouped"),
+        (1, (64, 64), 14, 1, True, "forward", "dense"),
+        (2, (8192, 64), 14, 1, True, "forward", "dense"),
     ):
         with torch.device("meta"):
-            p = Problem(1, groups, *few, (14, 14), 3, 1, 1, dtype=torch.float32, values=torch.empty)
-        assert p.plan(pass_, last)["schedule"] == schedule, (groups, few, last, pass_)
+            p = Problem(1, groups, *few, (size, size), 3, stride, 1, dtype=torch.float32, values=torch.empty)
+        assert p.plan(pass_, last)["schedule"] == schedule, (groups, few, size, stride, last, pass_)
 
 
 @every_row

@@ -69,6 +69,20 @@ MUTATIONS = [
         f"{TESTS} -k 'test_tails_of_vectors_and_strips and f32'",
     ),
     Mutation(
+        "rows of a phase turned over as if they followed each other",
+        DEPTHWISE,
+        "out.step[1] == cols ? rows : 1",
+        "out.step[1] >= cols ? rows : 1",
+        f"{TESTS} -k 'test_strides_dilation_and_padding and depthwise_f32'",
+    ),
+    Mutation(
+        "columns of a phase laid over the first's",
+        DEPTHWISE,
+        "(h - p.h0) * line + aw.out_first * p.channels : 0",
+        "(h - p.h0) * line : 0",
+        f"{TESTS} -k 'test_strides_dilation_and_padding and depthwise_f32'",
+    ),
+    Mutation(
         "odd channels of few left out of a weight gradient that is taken apart",
         DEPTHWISE_GRAD,
         "for (i64 c = 0; c < row; c += ops.width) {",

@@ -62,11 +62,13 @@ struct Gather {
   const ConvTensor& out = d.pass == ConvPass::dgrad ? args.x : args.y;
   const DirectSides sides = direct_sides(d);
   const bool bare = args.activation == Activation::none && !args.residual && !args.pre;
+  const bool turning = turns(d);
   // bfloat16 multiplied as it lies.
-  const bool split = bare && d.dtype == DType::bf16 && ops.strip_split && in.c_step == 1;
+  const bool split = !turning && bare && d.dtype == DType::bf16 && ops.strip_split && in.c_step == 1;
   const bool plain = split || (bare && d.dtype == DType::f32);  // sums are results
-  const bool in_place = split || (d.dtype == DType::f32 && (in.c_step == 1 || d.C == 1));
+  const bool in_place = split || (!turning && d.dtype == DType::f32 && (in.c_step == 1 || d.C == 1));
   const bool fetches = in_place && fetch_pays(d);
+  const i64 row_phases = turning ? 1 : sides.phases[2];  // that are parts of their own
   const i64 width = in_place ? q.place_channels : q.channels;
   const GemmHelpers& helpers = *gemm_pack_kernel(x.p.kernel->isa, d.dtype).helpers;
   std::vector<ConvAxis> axes[3];
@@ -75,7 +77,7 @@ struct Gather {
   explicit Gather(const Problem& problem) : x(problem) {
     for (int i = 0; i < 3; ++i)
       for (i64 f = 0; f < sides.phases[i]; ++f) axes[i].push_back(conv_axis(d, i, f));
-    const i64 rows = axes[1][0].count, phases = sides.phases[0] * sides.phases[1] * sides.phases[2];
+    const i64 rows = axes[1][0].count, phases = sides.phases[0] * sides.phases[1] * row_phases;
     col_blocks = ceil_div(axes[2][0].count, q.block[2]);
     const i64 whole = d.N * ceil_div(d.C, width) * phases * axes[0][0].count * col_blocks;
     // In place nothing is copied: few rows a part keep all threads busy to the end.
@@ -92,7 +94,7 @@ struct Gather {
     };
     Part p;
     p.h0 = digit(row_blocks) * row_block, p.w0 = digit(col_blocks) * q.block[2], p.od = digit(axes[0][0].count);
-    p.aw = &axes[2][digit(sides.phases[2])];
+    p.aw = &axes[2][digit(row_phases)];
     p.ah = &axes[1][digit(sides.phases[1])];
     p.ad = &axes[0][digit(sides.phases[0])];
     p.n = digit(d.N), p.bundle = i, p.c0 = p.bundle * width, p.channels = std::min(width, d.C - p.c0);
@@ -190,30 +192,69 @@ struct Gather {
     }
   }
 
-  void run(const Part& p, Scratch* s) const {
-    pack_weights(p, s);
-    const View v = view(p, *s);
-    const ConvAxis &ad = *p.ad, &ah = *p.ah, &aw = *p.aw;
+  // The rows of a part. Turning: sums of row h from s->sums + (h - h0)*line on, columns of all phases in their order.
+  void run_rows(const Part& p, const Scratch& s, i64 line) const {
+    const View v = view(p, s);
+    const ConvAxis& aw = *p.aw;
     const bool sliding = aw.tap_step == 1 && slides(aw.taps, aw.in_step);
     StripArgs t = {};
-    t.w = split ? s->image : s->weights, t.channels = p.channels;
-    if (args.bias) t.bias = split ? at(s->image, x.taps * width, d.dtype) : s->bias;
-    t.y_col = plain ? aw.out_step * out.step[2] : p.channels;
+    t.w = split ? s.image : s.weights, t.channels = p.channels;
+    if (args.bias) t.bias = split ? at(s.image, x.taps * width, d.dtype) : s.bias;
+    const i64 step = aw.out_step * out.step[2];
+    t.y_col = turning ? aw.out_step * p.channels : plain ? step : p.channels;
     for (i64 h = p.h0; h < p.h1; ++h) {
-      const i64 first = p.n * out.n_step + p.c0 * out.c_step + (p.od * ad.out_step + ad.out_first) * out.step[0] +
-                        (h * ah.out_step + ah.out_first) * out.step[1] +
-                        (p.w0 * aw.out_step + aw.out_first) * out.step[2];
-      t.y = plain ? at(out.data, first, d.dtype) : s->sums;
-      sliding ? slide_row(p, v, *s, h, t) : strip_row(p, v, *s, h, t);
-      if (plain) continue;
-      FinishArgs e = {};
-      e.sum = s->sums, e.sum_row = p.channels, e.c = at(out.data, first, d.dtype);
-      e.c_row = aw.out_step * out.step[2];
-      e.residual = args.residual ? at(args.residual, first, d.dtype) : nullptr;
-      e.pre = args.pre ? at(args.pre, first, d.dtype) : nullptr;
-      e.activation = args.activation;
-      e.m = static_cast<int>(p.w1 - p.w0), e.n = static_cast<int>(p.channels);
-      helpers.finish(e);
+      float* const sums = s.sums + (turning ? (h - p.h0) * line + aw.out_first * p.channels : 0);
+      t.y = plain && !turning ? at(out.data, row_at(p, h), d.dtype) : sums;
+      sliding ? slide_row(p, v, s, h, t) : strip_row(p, v, s, h, t);
+      if (!plain && !turning) finish(sums, p.channels, row_at(p, h), step, p.w1 - p.w0, p.channels);
+    }
+  }
+
+  void run(const Part& p, Scratch* s) const {
+    pack_weights(p, s);
+    if (!turning) return run_rows(p, *s, 0);
+    const auto last = [&](const ConvAxis& aw) { return std::min(aw.count, p.w0 + q.block[2]); };
+    i64 cols = 0;
+    for (const ConvAxis& aw : axes[2]) cols += std::max<i64>(0, last(aw) - p.w0);
+    for (const ConvAxis& aw : axes[2]) {
+      Part f = p;
+      f.aw = &aw, f.w1 = last(aw);
+      if (!f.empty()) run_rows(f, *s, cols * p.channels);
+    }
+    turn(p, *s, cols);
+  }
+
+  // Where output row h of a part begins.
+  i64 row_at(const Part& p, i64 h) const {
+    const ConvAxis &ad = *p.ad, &ah = *p.ah, &aw = *p.aw;
+    return p.n * out.n_step + p.c0 * out.c_step + (p.od * ad.out_step + ad.out_first) * out.step[0] +
+           (h * ah.out_step + ah.out_first) * out.step[1] + (p.w0 * aw.out_step + aw.out_first) * out.step[2];
+  }
+
+  // m x n sums, rows sum_row apart, to the output from element `first` on, rows `row` apart.
+  void finish(const float* sums, i64 sum_row, i64 first, i64 row, i64 m, i64 n) const {
+    FinishArgs e = {};
+    e.sum = sums, e.sum_row = sum_row, e.c = at(out.data, first, d.dtype), e.c_row = row;
+    e.residual = args.residual ? at(args.residual, first, d.dtype) : nullptr;
+    e.pre = args.pre ? at(args.pre, first, d.dtype) : nullptr;
+    e.activation = args.activation;
+    e.m = static_cast<int>(m), e.n = static_cast<int>(n);
+    helpers.finish(e);
+  }
+
+  // A part's sums, channels side by side, to rows of pixels; to one a channel where they follow each other.
+  void turn(const Part& p, const Scratch& s, i64 cols) const {
+    const i64 rows = p.h1 - p.h0;
+    const i64 together = p.ah->out_step * out.step[1] == cols ? rows : 1, count = together * cols;
+    for (i64 h = 0; h < rows; h += together) {
+      const float* const sums = s.sums + h * cols * p.channels;
+      const i64 first = row_at(p, p.h0 + h);
+      if (plain) {
+        ops.copy_f32(sums, 1, p.channels, p.channels, count, static_cast<float*>(out.data) + first, out.c_step);
+      } else {
+        ops.copy_f32(sums, 1, p.channels, p.channels, count, s.image, count);
+        finish(s.image, count, first, out.c_step, p.channels, count);
+      }
     }
   }
 };
@@ -244,8 +285,8 @@ bool plan_depthwise(const ConvDesc& d, const DirectOps& ops, DirectPlan* plan) {
   q = {};
   if (d.groups != d.C || d.K != d.C || d.C == 0) return false;
   const bool wgrad = d.pass == ConvPass::wgrad;
-  if (!wgrad && !d.channels_last && d.C > 1) return false;
   const DirectSides s = direct_sides(d);
+  const bool turning = turns(d);
   i64 count[3], most[3], step[3], depth = 1;
   const i64 taps = d.kernel[0] * d.kernel[1] * d.kernel[2];
   for (int i = 0; i < 3; ++i) {
@@ -261,15 +302,16 @@ bool plan_depthwise(const ConvDesc& d, const DirectOps& ops, DirectPlan* plan) {
   const i64 unit = wgrad && depthwise::splits_grad(d, ops) ? 2 * ops.width : ops.width;
   const auto set_channels = [&](i64 most) {
     q.channels = round_up(std::min(d.C, most), unit);
-    q.place_channels =
-        std::max(q.channels, std::min(round_up(d.C, ops.width), depthwise::kPlaceFloats / taps / 64 * 64));
+    const i64 most_in_place = std::min(round_up(d.C, ops.width), depthwise::kPlaceFloats / taps / 64 * 64);
+    q.place_channels = turning ? q.channels : std::max(q.channels, most_in_place);
   };
   set_channels(wgrad ? depthwise::kGradChannels : depthwise::kChannels);
   const auto fits = [&](const i64* b, bool small) {
     const i64 rows = (b[1] - 1) * step[1] + most[1] + 1, cols = (b[2] - 1) * step[2] + most[2] + 1;
     q.x_floats = round_up(q.channels * depth * rows * cols, 16);
-    q.y_floats = round_up(wgrad ? q.channels * b[1] * b[2] : q.place_channels * b[2], 16);
+    q.y_floats = round_up(wgrad || turning ? q.channels * b[1] * b[2] * s.phases[2] : q.place_channels * b[2], 16);
     q.x_floats = std::max(q.x_floats, round_up(q.place_channels * taps, 16));  // weights of bfloat16
+    if (turning) q.x_floats = std::max(q.x_floats, q.y_floats);
     q.w_floats = round_up((wgrad ? q.channels : q.place_channels) * taps, 16);
     q.row_floats = round_up(q.place_channels, 16) + 6 * round_up(taps, 16);  // bias, and lists of taps
     return q.x_floats + q.y_floats + q.w_floats + q.row_floats <= kDirectBudget &&

@@ -19,6 +19,10 @@ struct DirectSides {
 };
 DirectSides direct_sides(const ConvDesc& d);
 
+// Of the depthwise kernel: forward and dgrad whose results lie with pixels side by side. Sums are turned over at the
+// end of a part.
+inline bool turns(const ConvDesc& d) { return d.pass != ConvPass::wgrad && !d.channels_last && d.C > 1; }
+
 // Whether the scratch of a thread suffices; then *plan is how.
 bool plan_depthwise(const ConvDesc& d, const DirectOps& ops, DirectPlan* plan);
 bool plan_grouped(const ConvDesc& d, const DirectOps& ops, DirectPlan* plan);
