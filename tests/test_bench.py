@@ -107,8 +107,10 @@ def test_long_calls_are_measured_warm_only(monkeypatch):
     watch, calls = harness.Stopwatch(0.0), (lambda: None, lambda: None)
     assert watch.measure(calls, "cold") is None and watch.measure(calls, "idle") is None
     assert watch.measure(calls, "warm").fastdl.rounds == 3
-    monkeypatch.setattr(harness, "_LONG_S", 1e-9)
-    assert watch.measure(calls, "warm").torch.rounds == 1
+    taken = iter((2.0, 20.0, 1.0))  # seconds: both sides once, the shorter one again
+    monkeypatch.setattr(harness, "_seconds", lambda call, inner: next(taken))
+    long = watch.measure(calls, "warm")
+    assert (long.fastdl.ms, long.torch.ms, long.torch.rounds, long.speedup) == (1e3, 20e3, 1, 20.0)
 
 
 def make_case(multiply, failure=""):

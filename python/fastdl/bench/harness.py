@@ -26,7 +26,7 @@ _BATCH_S = 1e-3  # calls shorter than this are timed several at a time
 _MAX_ROUNDS = 101
 _IDLE_S = 0.02  # long enough for the thread team to fall asleep
 _SLOW_S = 0.05  # beyond this, a call neither notices a cold cache nor a sleeping team
-_LONG_S = 10.0  # beyond this, the first call of each side is the measurement
+_LONG_S = 10.0  # beyond this, a side's first call is its measurement, and the other side's second one its own
 
 REGIMES = ("warm", "cold", "idle")
 """warm: operands as the side's own last call left them, a slow call's as the other side's did. cold: caches flushed
@@ -176,7 +176,8 @@ class Stopwatch:
         with _quiet(grad):
             first = [_seconds(call, 1) for call in calls]  # also allocates, packs, fills caches
             if max(first) > _LONG_S and regime == "warm":
-                return _comparison(([first[0]], [first[1]]), 1)
+                ours, theirs = (t if t > _LONG_S else _seconds(call, 1) for t, call in zip(first, calls, strict=True))
+                return _comparison(([ours], [theirs]), 1)
             sides = first if max(first) > _SLOW_S else [_seconds(call, 3) for call in calls]
             once = max(sides)
             if regime != "warm" and (once > _SLOW_S or (regime == "idle" and place.current != "cpu")):
