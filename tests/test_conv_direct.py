@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 
+import fastdl
 from conftest import DTYPES, VECTOR_WIDTH
 from fastdl import _C
 from fastdl.testing import UNIT_ROUNDOFF, GemmReference, assert_within_bound
@@ -351,6 +352,28 @@ def test_choice():
         with torch.device("meta"):
             p = Problem(1, groups, *few, (size, size), 3, stride, 1, dtype=torch.float32, values=torch.empty)
         assert p.plan(pass_, last)["schedule"] == schedule, (groups, few, size, stride, last, pass_)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_taps_beyond_any_image(dtype, layout):
+    """Copies of the image that would not fit a number, not to speak of memory, are not attempted."""
+    x = torch.ones(1, 64, 14, 14, dtype=dtype).to(memory_format=layout).requires_grad_()
+    w = torch.ones(64, 1, 2, 2, dtype=dtype, requires_grad=True)
+    for dilation in (2**31 - 1, 2**31 - 5):
+        y = fastdl.functional.conv2d(x, w, padding=2**30, dilation=dilation, groups=64, activation="gelu")
+        y.sum().backward()
+        assert not any(t.any() for t in (y, x.grad, w.grad))
+    for run, out in ((_C.conv, torch.ones_like(x)), (_C.conv_dgrad, torch.ones_like(x))):
+        out = out.detach()
+        run(out, x.detach(), w.new_ones(64, 1, 2, 3), stride=(1, 1), padding=(2**59, 1), dilation=(2**60, 1), groups=64)
+        assert not out.any()
+
+
+def test_rows_of_taps_beyond_any_image():
+    x, dy, dw = torch.ones(16, 8, 1, 40), torch.ones(16, 8, 1, 40), torch.ones(8, 8, 2, 3)
+    _C.conv_wgrad(dw, dy, x, stride=(1, 1), padding=(2**59, 1), dilation=(2**60, 1))
+    assert not dw.any()
 
 
 @every_row

@@ -26,14 +26,14 @@ class Call : public ConvCall {
 
   void run(const std::string& precision, py::handle workspace, const std::string& kernel) {
     const CudaConvKernel* forced = kernel.empty() ? nullptr : &cuda_conv_kernel(kernel, op());
-    const Precision exact = precision_named(precision, op());
+    desc.precision = precision_named(precision, op());
     check_outputs();
-    const CudaConvPlan plan = cuda_conv_plan(desc, exact, gpu_info(device_), forced);
+    const CudaConvPlan plan = cuda_conv_plan(desc, gpu_info(device_), forced);
     void* const memory = workspace_memory(workspace, plan.workspace_bytes(), &device_, op());
     const Stream stream = current_stream(device_, op());
     if (log_enabled()) {
       std::string line = "cuda " + describe(desc, plan);
-      for (const std::string& c : cuda_conv_candidates(desc, exact, plan)) line += "\n    not " + c;
+      for (const std::string& c : cuda_conv_candidates(desc, plan)) line += "\n    not " + c;
       log_once(line);
     }
     py::gil_scoped_release release;
@@ -103,10 +103,9 @@ py::dict plan_shape(const std::string& pass, const Sizes& x, const Sizes& w, con
   const char* op = "fastdl.conv_plan";
   ConvProblem c = shapes_of(pass, x, w, y, stride, padding, dilation, groups, op);
   c.desc.dtype = dtype_named(dtype, op), c.desc.channels_last = channels_last;
-  const Precision exact = precision_named(precision, op);
+  c.desc.precision = precision_named(precision, op);
   const Gpu target = gpu.empty() ? gpu_info(device) : gpu_named(gpu);
-  const CudaConvPlan p =
-      cuda_conv_plan(c.desc, exact, target, kernel.empty() ? nullptr : &cuda_conv_kernel(kernel, op));
+  const CudaConvPlan p = cuda_conv_plan(c.desc, target, kernel.empty() ? nullptr : &cuda_conv_kernel(kernel, op));
   py::dict out;
   out["op"] = "conv";
   out["pass"] = pass;
@@ -123,7 +122,7 @@ py::dict plan_shape(const std::string& pass, const Sizes& x, const Sizes& w, con
   out["workspace_bytes"] = p.workspace_bytes();
   out["why"] = p.why;
   out["text"] = describe(c.desc, p);
-  out["candidates"] = cuda_conv_candidates(c.desc, exact, p);
+  out["candidates"] = cuda_conv_candidates(c.desc, p);
   return out;
 }
 
@@ -133,7 +132,7 @@ py::dict plan_shape(const std::string& pass, const Sizes& x, const Sizes& w, con
 py::list coordinates(const std::string& pass, const Sizes& x, const Sizes& w, const Sizes& y, const Sizes& stride,
                      const Sizes& padding, const Sizes& dilation, i64 groups) {
   const ConvDesc d = shapes_of(pass, x, w, y, stride, padding, dilation, groups, "fastdl.conv_coordinates").desc;
-  const CudaConvPlan p = cuda_conv_plan(d, Precision::ieee, gpu_named("sm80"));
+  const CudaConvPlan p = cuda_conv_plan(d, gpu_named("sm80"));
   const bool dgrad = d.pass == ConvPass::dgrad;
   const i64(&read)[3] = dgrad ? d.out : d.in;
   const i64(&written)[3] = dgrad ? d.in : d.out;
@@ -171,7 +170,7 @@ py::list tiles(const std::string& pass, const Sizes& x, const Sizes& w, const Si
   const char* op = "fastdl.conv_tiles";
   ConvProblem c = shapes_of(pass, x, w, y, stride, padding, dilation, groups, op);
   c.desc.dtype = dtype_named(dtype, op);
-  const CudaConvPlan p = cuda_conv_plan(c.desc, Precision::ieee, gpu_named("sm80"), &cuda_conv_kernel(kernel, op));
+  const CudaConvPlan p = cuda_conv_plan(c.desc, gpu_named("sm80"), &cuda_conv_kernel(kernel, op));
   py::list out;
   for (int i = 0; i < p.tiles; ++i) {
     const GatherTile t = gather_tile(p.phase, p.phases, p.tiles_n, i);
@@ -186,7 +185,7 @@ py::tuple places(const std::string& pass, const Sizes& x, const Sizes& w, const 
                  const Sizes& padding, const Sizes& dilation, bool channels_last, int phase, int m, int k) {
   const char* op = "fastdl.conv_places";
   const ConvDesc d = shapes_of(pass, x, w, y, stride, padding, dilation, 1, op).desc;
-  const CudaConvPlan p = cuda_conv_plan(d, Precision::ieee, gpu_named("sm80"));
+  const CudaConvPlan p = cuda_conv_plan(d, gpu_named("sm80"));
   if (phase < 0 || phase >= p.phases) fail(op, ": expected a phase below ", p.phases, ", got ", phase);
   const GatherPhase& at = p.phase[phase];
   if (m < 0 || m >= at.pixels || k < 0 || k >= at.depth)

@@ -34,6 +34,7 @@ struct GemmPlan {
   int threads;
   i64 a_bytes, b_bytes;      // packed blocks, a thread
   i64 sum_bytes;             // float32 sums of a part, a thread; 0 where C itself holds them
+  bool tile_sums;            // of one tile instead, which is finished at once: no product is cut along K
   const GemmKernel* repair;  // computes again, by FMA, what the kernel may have got wrong; null where it never does
   i64 repair_bytes;          // its operands, and the largest magnitudes of the part's, a thread
   const char* why;

@@ -80,8 +80,9 @@ struct Gather {
     const i64 rows = axes[1][0].count, phases = sides.phases[0] * sides.phases[1] * row_phases;
     col_blocks = ceil_div(axes[2][0].count, q.block[2]);
     const i64 whole = d.N * ceil_div(d.C, width) * phases * axes[0][0].count * col_blocks;
-    // In place nothing is copied: few rows a part keep all threads busy to the end.
-    row_block = in_place ? std::max<i64>(1, std::min(q.block[1], whole * rows / (8 * x.p.threads))) : q.block[1];
+    // Few rows a part keep all threads busy to the end; rows that are copied have neighbours that are copied twice.
+    const i64 parts_of_thread = in_place ? 8 : 2;
+    row_block = std::clamp<i64>(whole * rows / (parts_of_thread * x.p.threads), 1, q.block[1]);
     row_blocks = ceil_div(rows, row_block);
     parts = whole * row_blocks;
   }
@@ -308,6 +309,7 @@ bool plan_depthwise(const ConvDesc& d, const DirectOps& ops, DirectPlan* plan) {
   set_channels(wgrad ? depthwise::kGradChannels : depthwise::kChannels);
   const auto fits = [&](const i64* b, bool small) {
     const i64 rows = (b[1] - 1) * step[1] + most[1] + 1, cols = (b[2] - 1) * step[2] + most[2] + 1;
+    if (std::max({depth, rows, cols}) > kDirectBudget) return false;  // their product fits 63 bits
     q.x_floats = round_up(q.channels * depth * rows * cols, 16);
     q.y_floats = round_up(wgrad || turning ? q.channels * b[1] * b[2] * s.phases[2] : q.place_channels * b[2], 16);
     q.x_floats = std::max(q.x_floats, round_up(q.place_channels * taps, 16));  // weights of bfloat16

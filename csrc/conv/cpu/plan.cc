@@ -256,8 +256,12 @@ bool direct(ConvKind kind) { return kind == ConvKind::kDepthwise || kind == Conv
 // to 1.6; 28 pixels 0.8 to 1.1, 112 pixels 0.7 to 1; 12 channels 0.65.
 constexpr i64 kTurnChannels = 16, kTurnPixels = 24;
 bool turning_pays(const ConvDesc& d) {
-  const bool narrow = direct_sides(d).out[2] < kTurnPixels;
-  return d.C >= kTurnChannels && slides(d.kernel[2], 1) && d.dilation[2] == 1 && (d.stride[2] > 1 || narrow);
+  const DirectSides s = direct_sides(d);
+  for (i64 f = 0; f < s.phases[2]; ++f) {
+    const ConvAxis a = conv_axis(d, 2, f);
+    if (a.taps > 0 && (a.tap_step != 1 || !slides(a.taps, a.in_step))) return false;
+  }
+  return d.C >= kTurnChannels && (d.stride[2] > 1 || s.out[2] < kTurnPixels);
 }
 
 // Whether a direct row can do it; then *plan is how.

@@ -40,7 +40,7 @@ void measure(const ConvDesc& d, const ConvKernel& kernel, ConvWgradPlan* plan) {
   const i64 unit = kernel.k_unit, width = vector_width(kernel);
   const i64 groups = std::min(p.rows, (p.rows - 1) / std::max<i64>(1, d.out[1]) + 2);
   p.span = (std::min(p.rows, d.out[1]) - 1) * d.stride[1] + (p.box[1] - 1) * d.dilation[1] + 1;
-  p.shared_rows = p.rows > 1 && groups * p.span < p.rows * p.box[1];
+  p.shared_rows = p.rows > 1 && p.span <= (p.rows * p.box[1] - 1) / groups;
   p.slots = p.box[0] * (p.shared_rows ? groups * p.span : p.rows * p.box[1]);
   const i64 wide = (p.w_block - 1) * d.stride[2] + (p.box[2] - 1) * d.dilation[2] + 1, tap = p.box[2];
   p.shared_cols = unit == 1 && (p.fold || (p.w_block > kNarrowRows && wide <= tap * p.w_block && tap > 1));

@@ -207,7 +207,7 @@ struct Gathers {
 };
 
 // "" or why this row cannot run it.
-std::string refusal(const ConvDesc& d, Precision precision, const Gathers& gathers, const CudaConvKernel& k) {
+std::string refusal(const ConvDesc& d, const Gathers& gathers, const CudaConvKernel& k) {
   if (k.dtype != d.dtype) return concat("needs ", dtype_name(k.dtype));
   if (k.kind == CudaConvKind::kDirect) return "";
   const CudaConvPlan& p = gathers.of(k);
@@ -220,7 +220,7 @@ std::string refusal(const ConvDesc& d, Precision precision, const Gathers& gathe
   }
   if (k.kind != tile_kind(d)) return "another pass";
   if (p.groups > kMostGroups) return "more than 65535 groups";
-  if (d.dtype == DType::f32 && k.precision > precision) return "less exact than asked";
+  if (d.dtype == DType::f32 && k.precision > d.precision) return "less exact than asked";
   return all_tiles(p, k) > kMostCount ? "more than 2^30 tiles" : "";
 }
 
@@ -252,19 +252,19 @@ const char* cuda_conv_kind_name(CudaConvKind kind) {
   return kNames[static_cast<int>(kind)];
 }
 
-CudaConvPlan cuda_conv_plan(const ConvDesc& d, Precision precision, const Gpu& gpu, const CudaConvKernel* forced) {
+CudaConvPlan cuda_conv_plan(const ConvDesc& d, const Gpu& gpu, const CudaConvKernel* forced) {
   const Gathers gathers(d, gpu);
   const CudaConvKernel* kernel = forced;
   const char* why = "forced";
   if (forced) {
-    const std::string refused = refusal(d, precision, gathers, *forced);
+    const std::string refused = refusal(d, gathers, *forced);
     if (!refused.empty()) fail("fastdl.conv: kernel '", forced->name, "': cannot run this: ", refused);
   } else {
     const CudaConvKernel* direct = nullptr;
     bool slower = false;
     double best = -1;
     for (const CudaConvKernel& k : cuda_conv_kernels()) {
-      if (!refusal(d, precision, gathers, k).empty()) continue;
+      if (!refusal(d, gathers, k).empty()) continue;
       if (k.kind == CudaConvKind::kDepthwise) {
         kernel = &k, why = "one channel a group";
         break;
@@ -314,12 +314,12 @@ CudaConvPlan cuda_conv_plan(const ConvDesc& d, Precision precision, const Gpu& g
   return p;
 }
 
-std::vector<std::string> cuda_conv_candidates(const ConvDesc& d, Precision precision, const CudaConvPlan& chosen) {
+std::vector<std::string> cuda_conv_candidates(const ConvDesc& d, const CudaConvPlan& chosen) {
   const Gathers gathers(d, Gpu{});
   std::vector<std::string> lost;
   for (const CudaConvKernel& k : cuda_conv_kernels()) {
     if (&k == chosen.kernel || k.dtype != d.dtype) continue;
-    const std::string why = refusal(d, precision, gathers, k);
+    const std::string why = refusal(d, gathers, k);
     lost.push_back(concat(k.name, ": ", why.empty() ? "another is faster" : why));
   }
   return lost;

@@ -49,9 +49,8 @@ const std::vector<CudaConvKernel>& cuda_conv_kernels();
 const CudaConvKernel& cuda_conv_kernel(const std::string& name, const char* op);  // throws Error naming the rows
 const char* cuda_conv_kind_name(CudaConvKind kind);
 
-CudaConvPlan cuda_conv_plan(const ConvDesc& desc, Precision precision, const Gpu& gpu,
-                            const CudaConvKernel* forced = nullptr);
-std::vector<std::string> cuda_conv_candidates(const ConvDesc& desc, Precision precision, const CudaConvPlan& chosen);
+CudaConvPlan cuda_conv_plan(const ConvDesc& desc, const Gpu& gpu, const CudaConvKernel* forced = nullptr);
+std::vector<std::string> cuda_conv_candidates(const ConvDesc& desc, const CudaConvPlan& chosen);
 std::string describe(const ConvDesc& desc, const CudaConvPlan& plan);
 
 // Launches on the stream; workspace: plan.workspace_bytes(), aligned to 16 bytes.

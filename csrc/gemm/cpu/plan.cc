@@ -171,15 +171,18 @@ GemmPlan gemm_plan(const GemmDesc& d, const Machine& machine, const GemmKernel* 
   const auto part_cols = [&] {
     return std::max<i64>(1, std::min(d.N, ceil_div(ceil_div(d.N, kernel.nr), p.grid_n) * kernel.nr));
   };
-  if (d.dtype != DType::f32 || kernel.precision != Precision::fma) {  // sums wait in scratch: cut until a part's fit
-    while (part_rows() > kSumElements / part_cols()) (part_rows() > part_cols() ? p.grid_m : p.grid_n) *= 2;
-    p.sum_bytes = round_up(part_rows() * part_cols() * 4, 4096);
+  const i64 depth_limit = streams_b(d, kernel) ? kStreamDepth : kernel.kc;
+  p.kc = std::max<i64>(1, even_block(d.K, depth_limit, std::max(8, kernel.k_step)));
+  if (d.dtype != DType::f32 || kernel.precision != Precision::fma) {  // sums wait in scratch
+    p.tile_sums = !dot && p.kc >= d.K && d.pairs == 1;
+    // Cut until a part's fit.
+    while (!p.tile_sums && part_rows() > kSumElements / part_cols())
+      (part_rows() > part_cols() ? p.grid_m : p.grid_n) *= 2;
+    p.sum_bytes = round_up((p.tile_sums ? i64{kernel.mr} * kernel.nr : part_rows() * part_cols()) * 4, 4096);
   }
   const i64 rows = part_rows(), cols = part_cols();
   p.tile_m = is_tiled(kernel) ? static_cast<int>(std::min<i64>(kernel.mr, round_up(rows, 16)))
                               : static_cast<int>(ceil_div(rows, ceil_div(rows, kernel.mr)));
-  const i64 depth_limit = streams_b(d, kernel) ? kStreamDepth : kernel.kc;
-  p.kc = std::max<i64>(1, even_block(d.K, depth_limit, std::max(8, kernel.k_step)));
   const i64 depth_bytes = gemm_packed_steps(p.kc, kernel) * 4;  // of a row of A or a column of B, packed
 
   // A block: half of L2, the other half is for the panel of B and C passing through.

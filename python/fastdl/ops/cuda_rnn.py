@@ -55,7 +55,7 @@ def _gemm(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None, accumul
         return
     if not a.shape[1]:
         if not accumulate:
-            out.zero_()
+            out.zero_() if bias is None else out.copy_(bias.expand_as(out))
         return
     native, precision = cuda.require("rnn", out), _precision(out)
     scratch = cuda.workspace(out, native.gemm_workspace(a, b, out, precision=precision))
