@@ -3,7 +3,7 @@
     bn(conv(x, w, b)) = conv(x, w * s, (b - mean) * s + beta)      s = gamma / sqrt(var + eps), one a channel
 
 Parameters and buffers stay as they are, and both sides ask before every call whether the pair still holds: it does not
-in training mode, with hooks between the two, or after the batch norm was replaced.
+in training mode, with hooks between the two, or after either was replaced.
 """
 
 from __future__ import annotations
@@ -19,21 +19,27 @@ from fastdl.nn.swapped import Swapped
 class Pair:
     """A convolution and the batch norm that takes its result, and nothing else does."""
 
-    def __init__(self, conv: nn.Module, norm: nn.Module, names: tuple[str, str], place: tuple[nn.Module, str]) -> None:
+    def __init__(self, model: nn.Module, conv: nn.Module, norm: nn.Module, names: tuple[str, str]) -> None:
         self.conv, self.norm = conv, norm
         self.conv_name, self.norm_name = names
-        self.parent, self.attribute = place  # where the batch norm is looked up by what calls it
+        split = [name.rpartition(".") for name in names]
+        self.places = [(model.get_submodule(parent), name) for parent, _, name in split]  # where callers find them
 
     def obstacle(self) -> str:
         """Why the two are computed apart now, or ""."""
         conv, norm = self.conv, self.norm
         if conv.training or norm.training:
             return "training mode"
-        if self.parent._modules.get(self.attribute) is not norm or conv._fold is not self or norm._fold is not self:
-            return "the batch norm was replaced, or the convolution copied"
+        found = [parent._modules.get(name) for parent, name in self.places]
+        if found[0] is not conv or found[1] is not norm or conv._fold is not self or norm._fold is not self:
+            return "the convolution or the batch norm was replaced or copied"
+        if "weight" not in conv._parameters or "bias" not in conv._parameters:
+            return "the convolution's parameters are computed"
         if norm.running_mean is None or norm.running_var is None:
             return "the batch norm has no running statistics"
-        if conv._forward_hooks or norm._forward_hooks or norm._forward_pre_hooks:
+        between = (conv._forward_hooks, conv._backward_hooks, conv._backward_pre_hooks)
+        between += (norm._forward_hooks, norm._forward_pre_hooks, norm._backward_hooks)
+        if any(between) or nn.modules.module._has_any_global_hook():
             return "hooks see what is between"
         return ""
 
