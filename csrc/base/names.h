@@ -8,6 +8,6 @@ namespace fastdl {
 
 const char* dtype_name(DType dtype);
 const char* precision_name(Precision precision);
-std::string dtype_name(DType dtype, Precision precision);  // with the precision where float32 is multiplied below ieee
+std::string dtype_name(DType dtype, Precision precision);  // and how float32 is multiplied, if not as ieee
 
 }  // namespace fastdl

@@ -220,14 +220,13 @@ int divide_fast(int n, int divisor) {
 }
 
 py::list kernel_rows() {
-  constexpr const char* kPrecision[] = {"fma", "ieee", "tf32", "bf16"};
   py::list out;
   for (const CudaConvKernel& k : cuda_conv_kernels()) {
     py::dict row;
     row["name"] = k.name;
     row["isa"] = "sm80";
     row["dtype"] = torch_name(k.dtype);
-    row["precision"] = kPrecision[static_cast<int>(k.precision)];
+    row["precision"] = precision_name(k.precision);
     row["kind"] = cuda_conv_kind_name(k.kind);
     row["tile"] = py::make_tuple(k.tile_m, k.tile_n, k.tile_k);
     row["threads"] = k.threads;

@@ -24,7 +24,7 @@ namespace {
 using Strides = std::optional<std::pair<i64, i64>>;
 
 // Output shapes of the plain case, for callers that decide between the kernels and torch: None when any tensor is not
-// a float32 CPU tensor with memory, or when shapes do not fit (the caller's slow path says why).
+// a CPU tensor with memory of a dtype that has kernels, or when shapes do not fit (the caller's slow path says why).
 template <class Shape>
 py::object shape_or_none(const Shape& shape) {
   try {

@@ -114,11 +114,10 @@ py::dict plan_shape(i64 T, i64 B, i64 H, i64 P, const std::string& mode, bool ba
 }  // namespace
 
 py::list rnn_kernel_rows() {
-  constexpr const char* kCells[] = {"lstm", "gru", "rnn"};
   py::list out;
   for (const RnnKernel& k : rnn_kernels()) {
     py::dict row = kernel_row(k.name, k.isa, k.dtype);
-    row["kind"] = kCells[static_cast<int>(k.cell)];
+    row["kind"] = rnn_cell_name(k.cell);
     row["mr"] = k.mr;
     row["nr"] = k.nr;
     row["units"] = k.units();

@@ -100,11 +100,4 @@ FASTDL_DEVICE u32 pack2(float low, float high) {
   return static_cast<u32>(from_float<T>(low).bits) | static_cast<u32>(from_float<T>(high).bits) << 16;
 }
 
-// A float32 is exactly the sum of three bfloat16; the part and what it leaves.
-FASTDL_DEVICE float split_bf16(float x, float* rest) {
-  const float part = to_float(from_float<bf16>(x));
-  *rest = x - part;
-  return part;
-}
-
 }  // namespace fastdl

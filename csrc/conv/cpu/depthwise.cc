@@ -1,5 +1,6 @@
 // Depthwise convolutions with channels side by side. A part is a block of channels of some rows of one phase's outputs;
-// float32 and bfloat16 images that lie so already are read in place, where edges clip the taps.
+// float32 and bfloat16 images that lie so already are read in place, where edges clip the taps. Of images whose pixels
+// lie side by side a part is a copy, and its results, of all phases along the width, are turned over at its end.
 #include <algorithm>
 
 #include "base/arena.h"

@@ -112,10 +112,9 @@ void copy_image(const Problem& x, const ConvTensor& image, const void* origin, c
   }
 }
 
-// The widths of the kernel that `outputs` are cut into.
 int outputs_at(i64 left, const DirectOps& ops) {
   if (left >= ops.outputs) return ops.outputs;
-  return left == 1 ? 1 : left == 2 ? 2 : left < 7 && left != 3 ? 4 : left == 3 ? 4 : 8;
+  return left == 1 ? 1 : left == 2 ? 2 : left < 7 ? 4 : 8;
 }
 i64 padded_outputs(i64 outputs, const DirectOps& ops) {
   i64 o = 0;

@@ -101,8 +101,7 @@ void run_plane(const PlaneArgs& a) {
 }
 
 // OUT rows of dy against TAPS shifted rows of x. avx512: 4x6 24 + 4 + 1 = 29 of 32; avx2, scalar: 2x6 12 + 2 + 1 = 15
-// of
-// 16. Lanes past the end of a row are not read at all: a zero there would meet an infinite x.
+// of 16. Lanes past the end of a row are not read at all: a zero there would meet an infinite x.
 template <class L>
 constexpr int grad_taps(int outputs) {
   return outputs == 1 ? 12 : 6;

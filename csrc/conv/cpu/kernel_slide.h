@@ -11,7 +11,7 @@ namespace fastdl {
 namespace {
 
 // Vectors as they lie in memory: a register of floats, or one of bfloat16 taken apart into two, channels 0, 2, 4.. and
-// 1, 3, 5... `vectors` of them a step.
+// 1, 3, 5... `registers` of them a step.
 template <class L, int NV, bool kMasked>
 struct SlideFloats {
   using T = float;
