@@ -65,6 +65,27 @@ MUTATIONS = [
         f"{CONV_MODULES} -k test_what_is_not_folded",
     ),
     Mutation(
+        "a forward that decides by its input traced once for all",
+        "python/fastdl/fold.py",
+        "if any(isinstance(name, ast.Name) and name.id != itself for test in tests for name in ast.walk(test)):",
+        "if False:",
+        "tests/test_fold.py -k test_what_a_model_computes_stays",
+    ),
+    Mutation(
+        "a model traced itself instead of a copy",
+        "python/fastdl/fold.py",
+        "twin = copy.deepcopy(module, {id(p): p for p in module.parameters()}).eval()",
+        "twin = module.eval()",
+        "tests/test_fold.py",
+    ),
+    Mutation(
+        "a convolution's epilogue overlooked",
+        "python/fastdl/fold.py",
+        "if conv is None or _only_argument(given) is None:",
+        "if conv is None:",
+        "tests/test_fold.py -k test_what_a_model_computes_stays",
+    ),
+    Mutation(
         "folded in training mode",
         "python/fastdl/nn/folded.py",
         "        if conv.training or norm.training:\n",

@@ -29,6 +29,20 @@ MUTATIONS = [
         f"{EXACT} -k test_k_blocks",
     ),
     Mutation(
+        "sums of one tile kept where products are cut along K",
+        "csrc/gemm/cpu/plan.cc",
+        "p.tile_sums = !dot && p.kc >= d.K && d.pairs == 1;",
+        "p.tile_sums = !dot && d.pairs == 1;",
+        f"{EXACT} -k test_k_blocks",
+    ),
+    Mutation(
+        "sums of one tile kept where pairs of matrices are added up",
+        "csrc/gemm/cpu/plan.cc",
+        "p.tile_sums = !dot && p.kc >= d.K && d.pairs == 1;",
+        "p.tile_sums = !dot && p.kc >= d.K;",
+        f"{EXACT} -k test_linear_wgrad",
+    ),
+    Mutation(
         "skipped padding of a panel",
         KERNEL,
         "      for (; j < panel; j += W) L::store(d + j, L::zero());\n",
