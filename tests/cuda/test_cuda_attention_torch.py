@@ -183,7 +183,7 @@ def test_the_plan_says_how_exact():
         pytest.skip("plans of CPU tensors are the twin's")
     x = forward_operands(torch.float32, D=16)
     for backward_ in (False, True):
-        assert " tf32 -> " in MODULE.attention_plan(*x, precision="tf32", backward=backward_)["text"]
+        assert " f32 tf32 " in MODULE.attention_plan(*x, precision="tf32", backward=backward_)["text"]
         assert "tf32" not in MODULE.attention_plan(*x, backward=backward_)["text"]
 
 

@@ -141,6 +141,9 @@ def test_plans(gpu):
     def kernel(c, pass_="forward", **more):
         return plan(c, pass_, gpu=gpu, **more)["kernel"]
 
+    exact = Conv(8, 64, 128, (56, 56), (3, 3), padding=(1, 1))
+    assert " f32 tf32 " in plan(exact, "forward", gpu=gpu, precision="tf32")["text"]
+    assert "tf32" not in plan(exact, "forward", gpu=gpu)["text"]
     dense = Conv(8, 64, 128, (56, 56), (3, 3), padding=(1, 1), dtype=torch.bfloat16, high=1)
     assert kernel(dense) == "conv_bf16_128x128_sm80"
     assert kernel(dense, "wgrad").startswith("conv_wgrad_bf16_")

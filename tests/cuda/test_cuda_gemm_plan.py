@@ -33,7 +33,7 @@ def test_plans(gpu):
     assert "fma" in plan(4096, 4096, 4096, torch.float32, gpu=gpu, precision="fma")["kernel"]
     few = plan(4, 4096, 4096, torch.float32, gpu=gpu)
     assert few["kernel"] == "gemm_f32_split_32x64_sm80" and few["splits"] > 1
-    assert "gemm bf16 1 x 8 x 4096 x 14336" in skinny["text"]
+    assert "gemm bf16 batch=1 M=8 N=4096 K=14336" in skinny["text"]
 
 
 @pytest.mark.parametrize("gpu", ["sm80", "sm90"])
