@@ -175,8 +175,8 @@ GemmPlan gemm_plan(const GemmDesc& d, const Machine& machine, const GemmKernel* 
   p.kc = std::max<i64>(1, even_block(d.K, depth_limit, std::max(8, kernel.k_step)));
   if (d.dtype != DType::f32 || kernel.precision != Precision::fma) {  // sums wait in scratch
     p.tile_sums = !dot && p.kc >= d.K && d.pairs == 1;
-    // Cut until a part's fit.
-    while (!p.tile_sums && part_rows() > kSumElements / part_cols())
+    // Cut until a part's fit, and with them the largest magnitudes of its rows and columns.
+    while ((!p.tile_sums || kernel.helpers->suspects) && part_rows() > kSumElements / part_cols())
       (part_rows() > part_cols() ? p.grid_m : p.grid_n) *= 2;
     p.sum_bytes = round_up((p.tile_sums ? i64{kernel.mr} * kernel.nr : part_rows() * part_cols()) * 4, 4096);
   }
