@@ -71,7 +71,6 @@ struct Gather {
   const bool fetches = in_place && fetch_pays(d);
   const i64 row_phases = turning ? 1 : sides.phases[2];  // that are parts of their own
   const i64 width = in_place ? q.place_channels : q.channels;
-  const GemmHelpers& helpers = *gemm_pack_kernel(x.p.kernel->isa, d.dtype).helpers;
   std::vector<ConvAxis> axes[3];
   i64 row_block, row_blocks, col_blocks, parts;
 
@@ -114,9 +113,9 @@ struct Gather {
     FinishArgs e = {};  // back to bfloat16, exactly: copied only to lie side by side
     e.sum = s->weights, e.sum_row = e.c_row = width, e.c = s->image;
     e.m = static_cast<int>(x.taps), e.n = static_cast<int>(p.channels);
-    helpers.finish(e);
+    x.helpers.finish(e);
     e.sum = s->bias, e.c = at(s->image, x.taps * width, d.dtype), e.m = 1;
-    if (args.bias) helpers.finish(e);
+    if (args.bias) x.helpers.finish(e);
   }
 
   View view(const Part& p, const Scratch& s) const {
@@ -208,7 +207,7 @@ struct Gather {
       float* const sums = s.sums + (turning ? (h - p.h0) * line + aw.out_first * p.channels : 0);
       t.y = plain && !turning ? at(out.data, row_at(p, h), d.dtype) : sums;
       sliding ? slide_row(p, v, s, h, t) : strip_row(p, v, s, h, t);
-      if (!plain && !turning) finish(sums, p.channels, row_at(p, h), step, p.w1 - p.w0, p.channels);
+      if (!plain && !turning) x.finish(sums, p.channels, out, row_at(p, h), step, p.w1 - p.w0, p.channels);
     }
   }
 
@@ -233,17 +232,6 @@ struct Gather {
            (h * ah.out_step + ah.out_first) * out.step[1] + (p.w0 * aw.out_step + aw.out_first) * out.step[2];
   }
 
-  // m x n sums, rows sum_row apart, to the output from element `first` on, rows `row` apart.
-  void finish(const float* sums, i64 sum_row, i64 first, i64 row, i64 m, i64 n) const {
-    FinishArgs e = {};
-    e.sum = sums, e.sum_row = sum_row, e.c = at(out.data, first, d.dtype), e.c_row = row;
-    e.residual = args.residual ? at(args.residual, first, d.dtype) : nullptr;
-    e.pre = args.pre ? at(args.pre, first, d.dtype) : nullptr;
-    e.activation = args.activation;
-    e.m = static_cast<int>(m), e.n = static_cast<int>(n);
-    helpers.finish(e);
-  }
-
   // A part's sums, channels side by side, to rows of pixels; to one a channel where they follow each other.
   void turn(const Part& p, const Scratch& s, i64 cols) const {
     const i64 rows = p.h1 - p.h0;
@@ -255,7 +243,7 @@ struct Gather {
         ops.copy_f32(sums, 1, p.channels, p.channels, count, static_cast<float*>(out.data) + first, out.c_step);
       } else {
         ops.copy_f32(sums, 1, p.channels, p.channels, count, s.image, count);
-        finish(s.image, count, first, out.c_step, p.channels, count);
+        x.finish(s.image, count, out, first, out.c_step, p.channels, count);
       }
     }
   }

@@ -6,18 +6,10 @@
 
 namespace fastdl::depthwise {
 
-struct Problem {
-  const ConvDesc& d;
-  const ConvPlan& p;
-  const DirectPlan& q;
-  const ConvArgs& args;
-  const DirectOps& ops;
-  i64 taps;  // of all phases
+struct Problem : DirectProblem {
+  const i64 taps = d.kernel[0] * d.kernel[1] * d.kernel[2];  // of all phases
 
-  Problem(const ConvDesc& desc, const ConvPlan& plan, const ConvArgs& a)
-      : d(desc), p(plan), q(plan.direct), args(a), ops(*plan.kernel->functions->direct) {
-    taps = d.kernel[0] * d.kernel[1] * d.kernel[2];
-  }
+  using DirectProblem::DirectProblem;
   // dst[tap][row] = the weights of the channels c0..c0+channels-1.
   void copy_weights(i64 c0, i64 channels, float* dst, i64 row) const;
 };

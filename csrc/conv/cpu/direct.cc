@@ -22,6 +22,17 @@ DirectSides direct_sides(const ConvDesc& d) {
   return s;
 }
 
+void DirectProblem::finish(const float* sums, i64 sum_row, const ConvTensor& out, i64 first, i64 row, i64 m,
+                           i64 n) const {
+  FinishArgs e = {};
+  e.sum = sums, e.sum_row = sum_row, e.c = at(out.data, first, d.dtype), e.c_row = row;
+  e.residual = args.residual ? at(args.residual, first, d.dtype) : nullptr;
+  e.pre = args.pre ? at(args.pre, first, d.dtype) : nullptr;
+  e.activation = args.activation;
+  e.m = static_cast<int>(m), e.n = static_cast<int>(n);
+  helpers.finish(e);
+}
+
 void direct_combine(const ConvDesc& d, const float* partial, i64 chunks, const ConvTensor& dw, int threads) {
   const i64 taps = d.kernel[0] * d.kernel[1] * d.kernel[2], inputs = d.C / d.groups, row = inputs * taps;
   parallel(threads, [&](int thread, int team) {

@@ -23,6 +23,26 @@ DirectSides direct_sides(const ConvDesc& d);
 // end of a part.
 inline bool turns(const ConvDesc& d) { return d.pass != ConvPass::wgrad && !d.channels_last && d.C > 1; }
 
+// A call as the schedules see it.
+struct DirectProblem {
+  const ConvDesc& d;
+  const ConvPlan& p;
+  const DirectPlan& q;
+  const ConvArgs& args;
+  const DirectOps& ops;
+  const GemmHelpers& helpers;
+
+  DirectProblem(const ConvDesc& desc, const ConvPlan& plan, const ConvArgs& a)
+      : d(desc),
+        p(plan),
+        q(plan.direct),
+        args(a),
+        ops(*plan.kernel->functions->direct),
+        helpers(*gemm_pack_kernel(plan.kernel->isa, desc.dtype).helpers) {}
+  // m x n sums, rows sum_row apart, to the written tensor `out` from element `first` on, rows `row` apart.
+  void finish(const float* sums, i64 sum_row, const ConvTensor& out, i64 first, i64 row, i64 m, i64 n) const;
+};
+
 // Whether the scratch of a thread suffices; then *plan is how.
 bool plan_depthwise(const ConvDesc& d, const DirectOps& ops, DirectPlan* plan);
 bool plan_grouped(const ConvDesc& d, const DirectOps& ops, DirectPlan* plan);

@@ -43,7 +43,6 @@ struct Gather {
   const i64 parts = x.bundles * pairs * d.N * x.pixels;
   const bool last = out.c_step == 1 || d.groups * sides.outputs == 1;  // channels_last
   const bool plain = d.dtype == DType::f32 && args.activation == Activation::none && !args.residual && !args.pre;
-  const GemmHelpers& helpers = *gemm_pack_kernel(x.p.kernel->isa, d.dtype).helpers;
 
   Part part(i64 i) const {
     const i64 block = i % x.pixels, n = i / x.pixels % d.N, pair = i / x.pixels / d.N % pairs;
@@ -124,13 +123,7 @@ struct Gather {
   // m x n sums, rows from_row apart, to the output from element `first` on, rows `row` apart.
   void write(const float* from, i64 from_row, i64 first, i64 row, i64 m, i64 n) const {
     if (plain) return ops.copy_f32(from, from_row, 1, m, n, static_cast<float*>(out.data) + first, row);
-    FinishArgs e = {};
-    e.sum = from, e.sum_row = from_row, e.c = at(out.data, first, d.dtype), e.c_row = row;
-    e.residual = args.residual ? at(args.residual, first, d.dtype) : nullptr;
-    e.pre = args.pre ? at(args.pre, first, d.dtype) : nullptr;
-    e.activation = args.activation;
-    e.m = static_cast<int>(m), e.n = static_cast<int>(n);
-    helpers.finish(e);
+    x.finish(from, from_row, out, first, row, m, n);
   }
 
   // Where the outputs of a block's depth z begin.

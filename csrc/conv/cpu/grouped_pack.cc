@@ -46,7 +46,7 @@ void Phase::lay_out(const DirectPlan& p, i64 inputs) {
 }
 
 Problem::Problem(const ConvDesc& desc, const ConvPlan& plan, const ConvArgs& a)
-    : d(desc), p(plan), q(plan.direct), args(a), ops(*plan.kernel->functions->direct), sides(direct_sides(desc)) {
+    : DirectProblem(desc, plan, a), sides(direct_sides(desc)) {
   std::vector<Axis> axes[3];
   bundles = ceil_div(d.groups, q.channels), pixels = 1;
   for (int i = 0; i < 3; ++i) {

@@ -33,12 +33,7 @@ struct Block {
   i64 first[3], n[3];
 };
 
-struct Problem {
-  const ConvDesc& d;
-  const ConvPlan& p;
-  const DirectPlan& q;
-  const ConvArgs& args;
-  const DirectOps& ops;
+struct Problem : DirectProblem {
   DirectSides sides;
   std::vector<Phase> phases;
   i64 bundles;            // of q.channels groups
