@@ -50,26 +50,13 @@ const std::vector<AttentionKernel>& attention_kernels() {
 
 const char* kind_name(AttentionKind kind) { return kind == AttentionKind::kTile ? "tile" : "decode"; }
 
-const AttentionKernel& attention_kernel(const std::string& name, const char* op) {
-  std::string names;
-  for (const AttentionKernel& k : attention_kernels()) {
-    if (name == k.name) return k;
-    names += names.empty() ? k.name : std::string(", ") + k.name;
-  }
-  fail(op, ": argument 'kernel': expected one of ", names, "; got '", name, "'");
+namespace {
+std::atomic<i64> g_recomputed{0};
 }
 
-namespace {
-constexpr int kMaxKernels = 64;
-std::atomic<i64> g_calls[kMaxKernels];
-std::atomic<i64> g_recomputed{0};
-std::atomic<i64>& calls(const AttentionKernel& k) { return g_calls[&k - attention_kernels().data()]; }
-}  // namespace
-
-i64 attention_calls(const AttentionKernel& kernel) { return calls(kernel).load(std::memory_order_relaxed); }
-void attention_count_call(const AttentionKernel& kernel) { calls(kernel).fetch_add(1, std::memory_order_relaxed); }
-void attention_reset_calls() {
-  for (auto& n : g_calls) n.store(0, std::memory_order_relaxed);
+CallCounts<AttentionKernel>& attention_calls() {
+  static CallCounts<AttentionKernel> counts(attention_kernels());
+  return counts;
 }
 
 i64 attention_recomputed() { return g_recomputed.load(std::memory_order_relaxed); }
@@ -92,15 +79,10 @@ void advise_result(void* data, const AttentionStrides& step, i64 batch, i64 head
 }
 
 AttentionPlan attention(const AttentionDesc& d, const AttentionArgs& args, const AttentionKernel* forced, int threads) {
-  const CpuInfo& cpu = cpu_info();
-  const Machine machine = {cpu.isa, current_team(threads).threads, cpu.l1d, cpu.l2, cpu.l3};
+  const Machine machine = this_machine(threads);
   const AttentionPlan plan = attention_plan(d, machine, forced);
-  if (log_enabled()) {
-    std::string line = describe(d, plan);
-    for (const std::string& c : attention_candidates(d, machine, plan)) line += "\n    not " + c;
-    log_once(line);
-  }
-  attention_count_call(*plan.kernel);
+  if (log_enabled()) log_once(describe(d, plan), attention_candidates(d, machine, plan));
+  attention_calls().add(*plan.kernel);
   advise_result(args.out, d.out, d.B, d.H, d.sequences ? d.total_q : d.Lq, d.Dv, d.dtype);
   attention_run(d, plan, args);
   return plan;

@@ -15,6 +15,7 @@
 #include "base/cpu_info.h"
 #include "base/names.h"
 #include "base/sizes.h"
+#include "base/table.h"
 
 namespace fastdl {
 
@@ -85,7 +86,6 @@ struct AttentionGrads {
 
 const char* kind_name(AttentionKind kind);
 const std::vector<AttentionKernel>& attention_kernels();
-const AttentionKernel& attention_kernel(const std::string& name, const char* op);  // throws Error naming the rows
 
 // One sequence of the batch: dense batches have Lq and Lk for all.
 struct AttentionSpan {
@@ -127,10 +127,7 @@ inline std::uint64_t dropout_threshold(double p) { return static_cast<std::uint6
 // keep[B,H,Lq,Lk], contiguous: the elements that dropout keeps.
 void attention_keep(bool* keep, i64 B, i64 H, i64 Lq, i64 Lk, double dropout_p, std::uint64_t seed);
 
-// Calls that ran this row since the last reset.
-i64 attention_calls(const AttentionKernel& kernel);
-void attention_count_call(const AttentionKernel& kernel);
-void attention_reset_calls();
+CallCounts<AttentionKernel>& attention_calls();
 // Scores (and what follows from them) that were left to AttentionPlan::exact since the process began.
 i64 attention_recomputed();
 void attention_count_recomputed(i64 scores);

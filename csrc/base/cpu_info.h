@@ -30,6 +30,9 @@ bool isa_compiled(Isa isa);
 bool isa_supported(Isa isa);
 bool amx_emulated();  // the level amx runs on a model of the tile unit (CMake option FASTDL_EMULATE_AMX)
 
+// This machine, with the threads of the team that a region entered now would get: see current_team.
+Machine this_machine(int threads = 0, double operations = 0);
+
 // CPUs that this process may use: the affinity mask, cut by the cgroup's quota. Re-read at most once a second.
 int usable_cpus();
 

@@ -15,7 +15,8 @@ bool log_enabled() {
   return on;
 }
 
-void log_once(const std::string& line) {
+void log_once(std::string line, const std::vector<std::string>& not_taken) {
+  for (const std::string& other : not_taken) line += "\n    not " + other;
   static auto* mutex = new std::mutex;
   static auto* seen = new std::unordered_set<std::string>;
   std::lock_guard<std::mutex> lock(*mutex);

@@ -1,10 +1,12 @@
 // FASTDL_LOG=1: one line on stderr for each decision, printed once.
 #pragma once
 #include <string>
+#include <vector>
 
 namespace fastdl {
 
 bool log_enabled();
-void log_once(const std::string& line);
+// not_taken: what was decided against, and why.
+void log_once(std::string line, const std::vector<std::string>& not_taken = {});
 
 }  // namespace fastdl

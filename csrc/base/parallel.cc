@@ -65,6 +65,11 @@ Team current_team(int requested, [[maybe_unused]] double operations) {
 #endif
 }
 
+Machine this_machine(int threads, double operations) {
+  const CpuInfo& cpu = cpu_info();
+  return {cpu.isa, current_team(threads, operations).threads, cpu.l1d, cpu.l2, cpu.l3};
+}
+
 void parallel_together(int threads, void (*body)(void*, int, int), void* context) {
 #if defined(_OPENMP)
   if (threads > 1) {

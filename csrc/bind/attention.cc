@@ -54,15 +54,6 @@ class Call : public AttentionCall {
   std::vector<i64> seq_q_, seq_k_;
 };
 
-const AttentionKernel* forced_row(const std::string& name) {
-  if (name.empty()) return nullptr;
-  const AttentionKernel& k = attention_kernel(name, kOp);
-  if (k.isa > cpu_info().isa)
-    fail(kOp, ": argument 'kernel': expected a level of at most ", isa_name(cpu_info().isa), ", the one in use, got '",
-         name, "'");
-  return &k;
-}
-
 void run_attention(py::handle out, py::handle lse, py::handle query, py::handle key, py::handle value, py::handle mask,
                    double scale, i64 lo, i64 hi, double softcap, double dropout_p, i64 seed, py::object cu_seqlens_q,
                    py::object cu_seqlens_k, bool align_end, const std::string& kernel, int threads) {
@@ -72,7 +63,7 @@ void run_attention(py::handle out, py::handle lse, py::handle query, py::handle 
               {scale, lo, hi, softcap, dropout_p, seed, std::move(cu_seqlens_q), std::move(cu_seqlens_k), align_end});
   call.desc.precision = asked_precision(call.desc.dtype);
   call.forward_outputs(out, lse);
-  const AttentionKernel* forced = forced_row(kernel);
+  const AttentionKernel* forced = usable_row(attention_kernels(), kernel, kOp);
   py::gil_scoped_release release;
   attention(call.desc, call.args, forced, threads);
 }
@@ -88,7 +79,7 @@ void run_attention_backward(py::handle dq, py::handle dk, py::handle dv, py::han
               {scale, lo, hi, softcap, dropout_p, seed, std::move(cu_seqlens_q), std::move(cu_seqlens_k), align_end});
   call.desc.precision = asked_precision(call.desc.dtype);
   call.backward_arguments(dq, dk, dv, dmask, dout, out, lse);
-  const AttentionKernel* forced = forced_row(kernel);
+  const AttentionKernel* forced = usable_row(attention_kernels(), kernel, kOp);
   py::gil_scoped_release release;
   attention_backward(call.desc, call.args, call.grads, forced, threads);
 }
@@ -120,13 +111,11 @@ py::dict plan_attention(py::handle query, py::handle key, py::handle value, py::
   Call call;
   call.inputs(query, key, value, mask,
               {scale, lo, hi, softcap, dropout_p, seed, std::move(cu_seqlens_q), std::move(cu_seqlens_k), align_end});
-  const CpuInfo& cpu = cpu_info();
-  Machine machine = {cpu.isa, current_team(threads).threads, cpu.l1d, cpu.l2, cpu.l3};
-  if (!isa.empty() && !parse_isa(isa, &machine.isa)) fail(kOp, ": argument 'isa': no level '", isa, "'");
+  const Machine machine = machine_named(isa, threads, kOp);
   AttentionDesc& d = call.desc;
   d.precision = precision.empty() ? asked_precision(d.dtype) : precision_named(precision, kOp);
-  if (backward) return backward_plan_dict(d, machine, forced_row(kernel));
-  const AttentionPlan plan = attention_plan(d, machine, forced_row(kernel));
+  if (backward) return backward_plan_dict(d, machine, usable_row(attention_kernels(), kernel, kOp));
+  const AttentionPlan plan = attention_plan(d, machine, usable_row(attention_kernels(), kernel, kOp));
   py::dict out;
   out["op"] = "attention";
   out["B"] = d.B;

@@ -18,15 +18,6 @@ namespace py = pybind11;
 namespace fastdl {
 namespace {
 
-const ConvKernel* forced_row(const std::string& name, const char* op) {
-  if (name.empty()) return nullptr;
-  const ConvKernel& k = conv_kernel(name, op);
-  if (k.isa > cpu_info().isa)
-    fail(op, ": argument 'kernel': expected a level of at most ", isa_name(cpu_info().isa), ", the one in use, got '",
-         name, "'");
-  return &k;
-}
-
 class Call : public ConvCall {
  public:
   using ConvCall::ConvCall;
@@ -83,17 +74,12 @@ class Call : public ConvCall {
 
   void run(const std::string& kernel, int threads) {
     require_threads(threads, op());
-    const ConvKernel* forced = forced_row(kernel, op());
+    const ConvKernel* forced = usable_row(conv_kernels(), kernel, op());
     check_outputs();
     for (const Argument& a : arguments())
       if (a.output) advise_huge_pages(a.view);
     py::gil_scoped_release release;
     conv(desc, args, forced, threads);
-  }
-
-  static Machine this_machine(int threads) {
-    const CpuInfo& cpu = cpu_info();
-    return {cpu.isa, threads > 0 ? threads : current_team(0).threads, cpu.l1d, cpu.l2, cpu.l3};
   }
 
  private:
@@ -154,9 +140,8 @@ py::dict plan_shape(const std::string& pass, const Sizes& x, const Sizes& w, con
   ConvDesc& d = c.desc;
   d.precision = precision_named(precision, op);
   d.dtype = dtype_named(dtype, op), d.channels_last = channels_last, d.frozen = frozen;
-  Machine machine = Call::this_machine(threads);
-  if (!isa.empty() && !parse_isa(isa, &machine.isa)) fail(op, ": argument 'isa': no level '", isa, "'");
-  const ConvPlan p = conv_plan(d, machine, kernel.empty() ? nullptr : &conv_kernel(kernel, op));
+  const Machine machine = machine_named(isa, threads, op);
+  const ConvPlan p = conv_plan(d, machine, forced_row(conv_kernels(), kernel, op));
   py::dict out;
   out["op"] = "conv";
   out["pass"] = pass;
@@ -205,7 +190,7 @@ i64 pack_numel(const std::string& pass, const Sizes& w, const Sizes& stride, con
                const Sizes& dilation, i64 groups, const std::string& dtype) {
   for (i64 n : w)
     if (n < 0) fail("fastdl.conv_pack: argument 'weight': expected sizes of at least 0, got ", list(w));
-  return conv_pack_size(pack_call(pass, w, stride, padding, dilation, groups, dtype).desc, Call::this_machine(1));
+  return conv_pack_size(pack_call(pass, w, stride, padding, dilation, groups, dtype).desc, this_machine(1));
 }
 
 void run_pack(py::handle out_, const std::string& pass, py::handle w_, const Sizes& stride, const Sizes& padding,
@@ -214,7 +199,7 @@ void run_pack(py::handle out_, const std::string& pass, py::handle w_, const Siz
   require_threads(threads, op);
   const TensorView out = view(out_, op, "out"), w = view(w_, op, "weight");
   Call c = pack_call(pass, Sizes(w.shape, w.shape + w.ndim), stride, padding, dilation, groups, torch_name(w.dtype));
-  const Machine machine = Call::this_machine(threads);
+  const Machine machine = this_machine(threads);
   require_dtype(out, DType::f32, "the dtype of packs", op, "out");
   const i64 size = conv_pack_size(c.desc, machine);
   if (out.ndim != 1 || out.size(0) != size || (size > 1 && out.stride(0) != 1))

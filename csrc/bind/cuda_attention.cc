@@ -43,10 +43,6 @@ class Call : public AttentionCall {
   }
 };
 
-const CudaAttentionKernel* forced_row(const std::string& name) {
-  return name.empty() ? nullptr : &cuda_attention_kernel(name, kOp);
-}
-
 void run_attention(py::handle out, py::handle lse, py::handle query, py::handle key, py::handle value, py::handle mask,
                    double scale, i64 lo, i64 hi, double softcap, double dropout_p, i64 seed, py::object cu_seqlens_q,
                    py::object cu_seqlens_k, bool align_end, const std::string& precision, py::handle workspace,
@@ -56,7 +52,8 @@ void run_attention(py::handle out, py::handle lse, py::handle query, py::handle 
               {scale, lo, hi, softcap, dropout_p, seed, std::move(cu_seqlens_q), std::move(cu_seqlens_k), align_end});
   call.desc.precision = precision_named(precision, kOp);
   call.forward_outputs(out, lse);
-  const CudaAttentionPlan plan = cuda_attention_plan(call.desc, gpu_info(call.device), forced_row(kernel));
+  const CudaAttentionPlan plan =
+      cuda_attention_plan(call.desc, gpu_info(call.device), forced_row(cuda_attention_kernels(), kernel, kOp));
   if (log_enabled()) log_once(describe(call.desc, plan));
   void* const memory = workspace_memory(workspace, plan.workspace_bytes, &call.device, kOp);
   const Stream stream = current_stream(call.device, kOp);
@@ -98,7 +95,7 @@ py::dict plan_attention(py::handle query, py::handle key, py::handle value, py::
                     "stages"_a = py::make_tuple(plan.query_stages, plan.key_stages),
                     "workspace_bytes"_a = plan.workspace_bytes, "text"_a = describe(d, plan));
   }
-  const CudaAttentionPlan plan = cuda_attention_plan(d, gpu, forced_row(kernel));
+  const CudaAttentionPlan plan = cuda_attention_plan(d, gpu, forced_row(cuda_attention_kernels(), kernel, kOp));
   return py::dict("op"_a = "attention", "kernel"_a = plan.kernel->name, "kind"_a = kind_name(plan.kernel->kind),
                   "tiles"_a = plan.tiles, "pack"_a = plan.pack, "chunks"_a = plan.chunks, "blocks"_a = plan.blocks,
                   "shared_bytes"_a = plan.kernel->shared_bytes, "workspace_bytes"_a = plan.workspace_bytes,

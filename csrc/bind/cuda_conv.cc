@@ -25,7 +25,7 @@ class Call : public ConvCall {
   using ConvCall::ConvCall;
 
   void run(const std::string& precision, py::handle workspace, const std::string& kernel) {
-    const CudaConvKernel* forced = kernel.empty() ? nullptr : &cuda_conv_kernel(kernel, op());
+    const CudaConvKernel* forced = forced_row(cuda_conv_kernels(), kernel, op());
     desc.precision = precision_named(precision, op());
     check_outputs();
     const CudaConvPlan plan = cuda_conv_plan(desc, gpu_info(device_), forced);
@@ -105,7 +105,7 @@ py::dict plan_shape(const std::string& pass, const Sizes& x, const Sizes& w, con
   c.desc.dtype = dtype_named(dtype, op), c.desc.channels_last = channels_last;
   c.desc.precision = precision_named(precision, op);
   const Gpu target = gpu.empty() ? gpu_info(device) : gpu_named(gpu);
-  const CudaConvPlan p = cuda_conv_plan(c.desc, target, kernel.empty() ? nullptr : &cuda_conv_kernel(kernel, op));
+  const CudaConvPlan p = cuda_conv_plan(c.desc, target, forced_row(cuda_conv_kernels(), kernel, op));
   py::dict out;
   out["op"] = "conv";
   out["pass"] = pass;
@@ -170,7 +170,7 @@ py::list tiles(const std::string& pass, const Sizes& x, const Sizes& w, const Si
   const char* op = "fastdl.conv_tiles";
   ConvProblem c = shapes_of(pass, x, w, y, stride, padding, dilation, groups, op);
   c.desc.dtype = dtype_named(dtype, op);
-  const CudaConvPlan p = cuda_conv_plan(c.desc, gpu_named("sm80"), &cuda_conv_kernel(kernel, op));
+  const CudaConvPlan p = cuda_conv_plan(c.desc, gpu_named("sm80"), &row_named(cuda_conv_kernels(), kernel, op));
   py::list out;
   for (int i = 0; i < p.tiles; ++i) {
     const GatherTile t = gather_tile(p.phase, p.phases, p.tiles_n, i);

@@ -19,10 +19,6 @@ namespace py = pybind11;
 namespace fastdl {
 namespace {
 
-const CudaGemmKernel* forced_row(const std::string& name, const char* op) {
-  return name.empty() ? nullptr : &cuda_gemm_kernel(name, op);
-}
-
 // Ready to be planned: in the one form that gets a kernel.
 GemmProblem problem(const TensorView& a, const TensorView& b, const TensorView& out, const std::string& precision,
                     const char* op) {
@@ -68,7 +64,8 @@ void run_gemm(py::handle a_, py::handle b_, py::handle out_, py::handle bias_, p
   p.args.activation = activation_named(activation, op);
   p.args.accumulate = accumulate;
   gemm_canonicalise(&p.desc, &p.args);
-  const CudaGemmPlan plan = cuda_gemm_plan(p.desc, gpu_info(device), forced_row(kernel, op), splits);
+  const CudaGemmPlan plan =
+      cuda_gemm_plan(p.desc, gpu_info(device), forced_row(cuda_gemm_kernels(), kernel, op), splits);
   void* const memory = workspace_memory(workspace, plan.workspace_bytes, &device, op);
   if (log_enabled()) log_once(describe(p.desc, plan));
   const Stream stream = current_stream(device, op);
@@ -84,7 +81,7 @@ i64 gemm_workspace(py::handle a_, py::handle b_, py::handle out_, const std::str
                    out = device_view(out_, &device, op, "out");
   GemmProblem p = problem(a, b, out, precision, op);
   gemm_canonicalise(&p.desc, &p.args);
-  return cuda_gemm_plan(p.desc, gpu_info(device), forced_row(kernel, op), splits).workspace_bytes;
+  return cuda_gemm_plan(p.desc, gpu_info(device), forced_row(cuda_gemm_kernels(), kernel, op), splits).workspace_bytes;
 }
 
 // A tensor of any device, meta included, as its shape, strides and dtype say.
@@ -114,8 +111,8 @@ py::dict gemm_plan_of(py::handle a_, py::handle b_, py::handle out_, const std::
   ov.data = reinterpret_cast<void*>(std::uintptr_t{3} << 60);
   GemmProblem p = problem(av, bv, ov, precision, op);
   gemm_canonicalise(&p.desc, &p.args);
-  const CudaGemmPlan plan =
-      cuda_gemm_plan(p.desc, gpu.empty() ? gpu_info(0) : gpu_named(gpu), forced_row(kernel, op), splits);
+  const CudaGemmPlan plan = cuda_gemm_plan(p.desc, gpu.empty() ? gpu_info(0) : gpu_named(gpu),
+                                           forced_row(cuda_gemm_kernels(), kernel, op), splits);
   py::dict d;
   d["op"] = "gemm";
   d["M"] = p.desc.M, d["N"] = p.desc.N, d["K"] = p.desc.K, d["batch"] = p.desc.batch;

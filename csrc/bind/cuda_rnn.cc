@@ -19,10 +19,6 @@ namespace py = pybind11;
 namespace fastdl {
 namespace {
 
-const CudaRnnKernel* forced_row(const std::string& name, const char* op) {
-  return name.empty() ? nullptr : &cuda_rnn_kernel(name, op);
-}
-
 // A GPU as if it had fewer multiprocessors; 0: all.
 Gpu limited(Gpu gpu, int multiprocessors, const char* op) {
   if (multiprocessors < 0 || multiprocessors > gpu.multiprocessors)
@@ -38,8 +34,8 @@ class Call : public RnnCall {
   void run(py::handle workspace, const std::string& precision, const std::string& kernel, int multiprocessors) {
     check_outputs(nullptr);
     desc.precision = precision_named(precision, op_);
-    const CudaRnnPlan plan =
-        cuda_rnn_plan(desc, limited(gpu_info(device_), multiprocessors, op_), forced_row(kernel, op_));
+    const CudaRnnPlan plan = cuda_rnn_plan(desc, limited(gpu_info(device_), multiprocessors, op_),
+                                           forced_row(cuda_rnn_kernels(), kernel, op_));
     void* const memory = workspace_memory(workspace, plan.workspace_bytes(), &device_, op_);
     const Stream stream = current_stream(device_, op_);
     if (log_enabled()) log_once(describe(desc, plan));
@@ -106,7 +102,7 @@ py::dict plan_shape(i64 T, i64 B, i64 H, i64 P, const std::string& mode, bool ba
   d.dtype = dtype_named(dtype, op);
   d.precision = precision_named(precision, op);
   const Gpu on = limited(gpu.empty() ? gpu_info(device) : gpu_named(gpu), multiprocessors, op);
-  const CudaRnnPlan p = cuda_rnn_plan(d, on, forced_row(kernel, op));
+  const CudaRnnPlan p = cuda_rnn_plan(d, on, forced_row(cuda_rnn_kernels(), kernel, op));
   py::dict out;
   out["op"] = "rnn";
   out["kernel"] = p.kernel->name;

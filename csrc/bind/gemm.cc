@@ -17,7 +17,7 @@ namespace {
 
 void run(GemmProblem& p, const std::string& kernel, int threads, const char* op, Switch which = Switch::matmul) {
   require_threads(threads, op);
-  const GemmKernel* forced = forced_kernel(kernel, op);
+  const GemmKernel* forced = usable_row(gemm_kernels(), kernel, op);
   p.desc.precision = asked_precision(p.desc.dtype, which);
   py::gil_scoped_release release;
   gemm(p.desc, p.args, forced, threads);

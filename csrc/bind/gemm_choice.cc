@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "base/check.h"
+#include "bind/bind.h"
 #include "bind/gemm_problem.h"
 
 namespace py = pybind11;
@@ -82,17 +83,9 @@ bool linear_shape(const TensorView& input, const TensorView& w, py::handle bias_
   return true;
 }
 
-const GemmKernel* forced_kernel(const std::string& name, const char* op) {
-  if (name.empty()) return nullptr;
-  const GemmKernel& k = gemm_kernel(name, op);
-  if (k.isa > cpu_info().isa)
-    fail(op, ": argument 'kernel': expected a level of at most ", isa_name(cpu_info().isa), ", the one in use, got '",
-         name, "'");
-  return &k;
-}
-
 const GemmKernel& pack_kernel(const std::string& name, DType dtype, const char* op) {
-  return name.empty() ? gemm_pack_kernel(cpu_info().isa, dtype, asked_precision(dtype)) : *forced_kernel(name, op);
+  return name.empty() ? gemm_pack_kernel(cpu_info().isa, dtype, asked_precision(dtype))
+                      : *usable_row(gemm_kernels(), name, op);
 }
 
 }  // namespace fastdl

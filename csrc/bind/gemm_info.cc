@@ -86,11 +86,6 @@ py::dict plan_dict(const GemmDesc& d, const Machine& machine, const GemmPlan& p)
   return out;
 }
 
-Machine this_machine(int threads) {
-  const CpuInfo& cpu = cpu_info();
-  return {cpu.isa, current_team(threads).threads, cpu.l1d, cpu.l2, cpu.l3};
-}
-
 py::dict plan_problem(GemmProblem p, const std::string& kernel, int threads, const char* op, bool frozen = false) {
   require_threads(threads, op);
   p.desc.precision = asked_precision(p.desc.dtype);
@@ -99,7 +94,7 @@ py::dict plan_problem(GemmProblem p, const std::string& kernel, int threads, con
   gemm_canonicalise(&p.desc, &p.args);
   if (p.args.pack && gemm_pack_pays(p.desc, machine))
     gemm_use_pack(&p.desc, &p.args, gemm_pack_kernel(machine.isa, p.desc.dtype, p.desc.precision));
-  return plan_dict(p.desc, machine, gemm_plan(p.desc, machine, forced_kernel(kernel, op)));
+  return plan_dict(p.desc, machine, gemm_plan(p.desc, machine, usable_row(gemm_kernels(), kernel, op)));
 }
 
 py::dict plan_linear(py::handle out, py::handle input, py::handle weight, bool packed, const std::string& kernel,
@@ -129,13 +124,11 @@ py::dict plan_shape(i64 M, i64 N, i64 K, i64 batch, Strides a, Strides b, bool p
   std::tie(d.a_row, d.a_col) = a.value_or(std::pair<i64, i64>(K, 1));
   std::tie(d.b_row, d.b_col) = b.value_or(std::pair<i64, i64>(N, 1));
   d.packed = packed;
-  Machine machine = this_machine(threads);
-  if (threads > 0) machine.threads = threads;
-  if (!isa.empty() && !parse_isa(isa, &machine.isa)) fail(op, ": argument 'isa': no level '", isa, "'");
+  Machine machine = machine_named(isa, threads, op);
   if (l1d > 0) machine.l1d = l1d;
   if (l2 > 0) machine.l2 = l2;
   if (l3 > 0) machine.l3 = l3;
-  return plan_dict(d, machine, gemm_plan(d, machine, kernel.empty() ? nullptr : &gemm_kernel(kernel, op)));
+  return plan_dict(d, machine, gemm_plan(d, machine, forced_row(gemm_kernels(), kernel, op)));
 }
 
 // What every table says of a row.
@@ -146,6 +139,11 @@ py::dict tiled_row(const Kernel& k, const char* kind) {
   row["mr"] = k.mr;
   row["nr"] = k.nr;
   return row;
+}
+
+template <class Row>
+void add_counts(const CallCounts<Row>& counts, py::dict& out) {
+  for (const Row& row : counts.table()) out[row.name] = counts.of(row);
 }
 
 py::list kernel_rows(const std::string& op) {
@@ -199,17 +197,17 @@ void bind_gemm_info(py::module_& m) {
   m.def("kernels", kernel_rows, "op"_a);
   m.def("counters", [] {
     py::dict out;
-    for (const GemmKernel& k : gemm_kernels()) out[k.name] = gemm_calls(k);
-    for (const AttentionKernel& k : attention_kernels()) out[k.name] = attention_calls(k);
-    for (const RnnKernel& k : rnn_kernels()) out[k.name] = rnn_calls(k);
-    for (const ConvKernel& k : conv_kernels()) out[k.name] = conv_calls(k);
+    add_counts(gemm_calls(), out);
+    add_counts(attention_calls(), out);
+    add_counts(rnn_calls(), out);
+    add_counts(conv_calls(), out);
     return out;
   });
   m.def("reset_counters", [] {
-    gemm_reset_calls();
-    attention_reset_calls();
-    rnn_reset_calls();
-    conv_reset_calls();
+    gemm_calls().reset();
+    attention_calls().reset();
+    rnn_calls().reset();
+    conv_calls().reset();
   });
   m.def("recomputed", [] { return gemm_repaired() + attention_recomputed(); });
   m.def("gemm_plan", plan_shape, "M"_a, "N"_a, "K"_a, py::kw_only(), "batch"_a = 1, "a_strides"_a = py::none(),
@@ -229,7 +227,9 @@ void bind_gemm_info(py::module_& m) {
       "dtype"_a = "float32");
   m.def(
       "pack_numel",
-      [](i64 K, i64 N, const std::string& k) { return gemm_pack_size(K, N, gemm_kernel(k, "fastdl.pack_numel")); },
+      [](i64 K, i64 N, const std::string& k) {
+        return gemm_pack_size(K, N, row_named(gemm_kernels(), k, "fastdl.pack_numel"));
+      },
       "K"_a, "N"_a, "kernel"_a);
 }
 

@@ -46,7 +46,6 @@ enum class Switch : std::uint8_t { matmul, conv, rnn };
 Switch switch_named(const std::string& name, const char* op);
 // How exact products of this dtype must be now: FASTDL_FLOAT32, or torch's own switch. Needs the GIL.
 Precision asked_precision(DType dtype, Switch which = Switch::matmul);
-const GemmKernel* forced_kernel(const std::string& name, const char* op);             // null for ""
 const GemmKernel& pack_kernel(const std::string& name, DType dtype, const char* op);  // "": the level's own
 
 }  // namespace fastdl

@@ -74,6 +74,12 @@ py::dict machine_info() {
 
 }  // namespace
 
+Machine machine_named(const std::string& isa, int threads, const char* op) {
+  Machine machine = this_machine(threads);
+  if (!isa.empty() && !parse_isa(isa, &machine.isa)) fail(op, ": argument 'isa': no level '", isa, "'");
+  return machine;
+}
+
 void bind_machine(py::module_& m) {
   using namespace py::literals;
   m.def("build_info", build_info);
@@ -88,8 +94,7 @@ void bind_machine(py::module_& m) {
   m.def(
       "measure_fma",
       [](const std::string& name, int threads, double seconds) {
-        Isa isa = cpu_info().isa;
-        if (!name.empty() && !parse_isa(name, &isa)) fail("fastdl.measure_fma: argument 'isa': no level '", name, "'");
+        const Isa isa = machine_named(name, threads, "fastdl.measure_fma").isa;
         py::gil_scoped_release release;
         return measure_fma(isa, threads, seconds);
       },

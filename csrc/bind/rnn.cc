@@ -18,19 +18,10 @@ namespace py = pybind11;
 namespace fastdl {
 namespace {
 
-const RnnKernel* forced_row(const std::string& name, const char* op) {
-  if (name.empty()) return nullptr;
-  const RnnKernel& k = rnn_kernel(name, op);
-  if (k.isa > cpu_info().isa)
-    fail(op, ": argument 'kernel': expected a level of at most ", isa_name(cpu_info().isa), ", the one in use, got '",
-         name, "'");
-  return &k;
-}
-
 class Call : public RnnCall {
  public:
   Call(const char* op, const std::string& mode, const std::string& kernel, int threads)
-      : RnnCall(op, mode), forced_(forced_row(kernel, op)), threads_(threads) {
+      : RnnCall(op, mode), forced_(usable_row(rnn_kernels(), kernel, op)), threads_(threads) {
     require_threads(threads, op);
   }
 
@@ -85,10 +76,9 @@ py::dict plan_shape(i64 T, i64 B, i64 H, i64 P, const std::string& mode, bool ba
     fail(op, ": argument 'P': expected 0, projections belong to lstm, got ", P);
   d.dtype = dtype_named(dtype, op);
   d.precision = precision.empty() ? asked_precision(d.dtype, Switch::rnn) : precision_named(precision, op);
-  const CpuInfo& cpu = cpu_info();
-  Machine machine = {cpu.isa, threads > 0 ? threads : current_team(0).threads, cpu.l1d, l2 > 0 ? l2 : cpu.l2, cpu.l3};
-  if (!isa.empty() && !parse_isa(isa, &machine.isa)) fail(op, ": argument 'isa': no level '", isa, "'");
-  const RnnPlan p = rnn_plan(d, machine, kernel.empty() ? nullptr : &rnn_kernel(kernel, op));
+  Machine machine = machine_named(isa, threads, op);
+  if (l2 > 0) machine.l2 = l2;
+  const RnnPlan p = rnn_plan(d, machine, forced_row(rnn_kernels(), kernel, op));
   py::dict out;
   out["op"] = "rnn";
   out["mode"] = mode;

@@ -1,7 +1,5 @@
 #include "conv/conv.h"
 
-#include <atomic>
-
 #include "base/check.h"
 #include "base/log.h"
 #include "base/parallel.h"
@@ -26,37 +24,17 @@ const std::vector<ConvKernel>& conv_kernels() {
   return table;
 }
 
-const ConvKernel& conv_kernel(const std::string& name, const char* op) {
-  std::string names;
-  for (const ConvKernel& k : conv_kernels()) {
-    if (name == k.name) return k;
-    names += names.empty() ? k.name : std::string(", ") + k.name;
-  }
-  fail(op, ": argument 'kernel': expected one of ", names, "; got '", name, "'");
-}
-
-namespace {
-constexpr int kMaxKernels = 128;
-std::atomic<i64> g_calls[kMaxKernels];
-std::atomic<i64>& calls(const ConvKernel& k) { return g_calls[&k - conv_kernels().data()]; }
-}  // namespace
-
-i64 conv_calls(const ConvKernel& kernel) { return calls(kernel).load(std::memory_order_relaxed); }
-void conv_reset_calls() {
-  for (auto& n : g_calls) n.store(0, std::memory_order_relaxed);
+CallCounts<ConvKernel>& conv_calls() {
+  static CallCounts<ConvKernel> counts(conv_kernels());
+  return counts;
 }
 
 void conv(const ConvDesc& desc, const ConvArgs& args, const ConvKernel* forced, int threads) {
-  const CpuInfo& cpu = cpu_info();
-  const Machine machine = {cpu.isa, current_team(threads).threads, cpu.l1d, cpu.l2, cpu.l3};
+  const Machine machine = this_machine(threads);
   const ConvDesc d = conv_unfrozen(desc, machine);
   const ConvPlan plan = conv_plan(d, machine, forced);
-  if (log_enabled()) {
-    std::string line = describe(d, plan);
-    for (const std::string& c : conv_candidates(d, machine, plan)) line += "\n    not " + c;
-    log_once(line);
-  }
-  calls(*plan.kernel).fetch_add(1, std::memory_order_relaxed);
+  if (log_enabled()) log_once(describe(d, plan), conv_candidates(d, machine, plan));
+  conv_calls().add(*plan.kernel);
   switch (plan.kernel->kind) {
     case ConvKind::kDense:
       return conv_run_dense(d, plan, args);

@@ -29,7 +29,7 @@ struct DirectPlan {
   i64 x_floats, y_floats, w_floats, row_floats;
   i64 partial_bytes;  // for all threads
 
-  i64 per_thread_bytes() const { return round_up(4 * (x_floats + y_floats + w_floats + row_floats), 4096); }
+  i64 per_thread_bytes() const { return pages(4 * (x_floats + y_floats + w_floats + row_floats)); }
 };
 
 struct ConvPlan {
@@ -64,20 +64,17 @@ struct ConvPlan {
 
 constexpr i64 kConvThreadBytes = i64{2} << 20;  // the most that a thread takes beside the packed weights
 
-// The kernel multiplies tiles of bfloat16, by the gemm row conv_tiles().
-inline bool conv_is_tiled(const ConvKernel& kernel) { return kernel.isa == Isa::kAmx; }
 inline const GemmKernel& conv_tiles(const ConvKernel& kernel) {
   return gemm_pack_kernel(kernel.isa, kernel.dtype, kernel.precision);
 }
 // Whether the kernel needs the largest magnitudes of rows and columns: see GemmHelpers::suspects.
-inline bool conv_has_peaks(const ConvKernel& kernel) { return conv_is_tiled(kernel) && kernel.dtype == DType::f32; }
+inline bool conv_has_peaks(const ConvKernel& kernel) { return is_tiled(kernel) && kernel.dtype == DType::f32; }
 // Floats of a packed row or column that hold so many channels.
 inline i64 conv_units(const ConvKernel& kernel, i64 channels) {
   return ceil_div(channels, kernel.k_step) * (kernel.k_step / kernel.k_unit * kernel.planes);
 }
 
 const std::vector<ConvKernel>& conv_kernels();
-const ConvKernel& conv_kernel(const std::string& name, const char* op);  // throws Error naming the rows
 
 // Direct kernels read the weight itself, of which they copy little: the problem without its pack where one of them
 // runs.
@@ -97,9 +94,7 @@ void conv_run_grouped(const ConvDesc& desc, const ConvPlan& plan, const ConvArgs
 i64 conv_pack_size(const ConvDesc& desc, const Machine& machine);
 void conv_pack(const ConvDesc& desc, const Machine& machine, const ConvTensor& w, float* out);
 
-// Calls that ran this row since the last reset.
-i64 conv_calls(const ConvKernel& kernel);
-void conv_reset_calls();
+CallCounts<ConvKernel>& conv_calls();
 
 // Plan for this machine, log, count, run.
 void conv(const ConvDesc& desc, const ConvArgs& args, const ConvKernel* forced, int threads);

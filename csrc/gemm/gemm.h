@@ -10,6 +10,7 @@
 #include "base/cpu_info.h"
 #include "base/names.h"
 #include "base/sizes.h"
+#include "base/table.h"
 #include "gemm/cpu/kernel_args.h"
 
 namespace fastdl {
@@ -74,11 +75,8 @@ struct GemmArgs {
 };
 
 const std::vector<GemmKernel>& gemm_kernels();
-const GemmKernel& gemm_kernel(const std::string& name, const char* op);  // throws Error naming the rows
 // The row that frozen packs are laid out for.
 const GemmKernel& gemm_pack_kernel(Isa isa, DType dtype, Precision precision = Precision::ieee);
-// Multiply-adds in the time that the float32 FMA kernel takes for one.
-double gemm_rate(const GemmKernel& kernel);
 
 // forced: a row to use, or null. The machine's isa must be compiled in, not necessarily runnable here.
 GemmPlan gemm_plan(const GemmDesc& desc, const Machine& machine, const GemmKernel* forced = nullptr);
@@ -123,9 +121,7 @@ i64 gemm_repair_bytes(const GemmPlan& plan, i64 rows, i64 cols);  // for a part 
 i64 gemm_repaired();
 void gemm_add_repaired(i64 elements);
 
-// Calls of gemm() that ran this row since the last reset.
-i64 gemm_calls(const GemmKernel& kernel);
-void gemm_reset_calls();
+CallCounts<GemmKernel>& gemm_calls();
 
 // Plan for this machine, log, count, run. N = 1 becomes M = 1 by transposing the problem.
 GemmPlan gemm(GemmDesc desc, GemmArgs args, const GemmKernel* forced, int threads);

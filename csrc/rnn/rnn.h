@@ -107,7 +107,6 @@ inline i64 rnn_saved_width(RnnCell cell, i64 H) {
 }
 
 const std::vector<RnnKernel>& rnn_kernels();
-const RnnKernel& rnn_kernel(const std::string& name, const char* op);  // throws Error naming the rows
 
 RnnPlan rnn_plan(const RnnDesc& desc, const Machine& machine, const RnnKernel* forced = nullptr);
 std::vector<std::string> rnn_candidates(const RnnDesc& desc, const Machine& machine, const RnnPlan& chosen);
@@ -118,9 +117,7 @@ std::string describe(const RnnDesc& desc, const RnnPlan& plan);
 void rnn_run(const RnnDesc& desc, const RnnPlan& plan, const RnnArgs& args);
 void rnn_run_backward(const RnnDesc& desc, const RnnPlan& plan, const RnnArgs& args, const RnnGradients& grads);
 
-// Calls that ran this row since the last reset.
-i64 rnn_calls(const RnnKernel& kernel);
-void rnn_reset_calls();
+CallCounts<RnnKernel>& rnn_calls();
 
 // Plan for this machine, log, count, run: forward, or backward where grads is given.
 void rnn(const RnnDesc& desc, const RnnArgs& args, const RnnGradients* grads, const RnnKernel* forced, int threads);

@@ -5,15 +5,13 @@
 
 #include "attention/cpu/backward.h"
 #include "attention/cpu/schedule.h"
+#include "gemm/cpu/cost.h"
 
 namespace fastdl::backward {
 
 inline i64 offset(const AttentionStrides& step, i64 batch, i64 head, i64 row) {
   return batch * step.batch + head * step.head + row * step.row;
 }
-
-// Rows this many floats apart fall on one or two sets of an L1 way (4096 bytes) and evict each other.
-inline bool rows_collide(i64 stride) { return std::gcd<i64>(stride * 4, 4096) >= 2048; }
 
 // Scratch of a thread, cut as the plan says.
 struct Scratch {
@@ -28,7 +26,7 @@ struct Scratch {
   Scratch(char* memory, const AttentionDesc& d, const AttentionBackwardPlan& plan) {
     const auto take = [&](i64 floats) {
       char* const begin = memory;
-      memory += round_up(floats * 4 + 64, 4096);
+      memory += pages(floats * 4 + 64);
       return reinterpret_cast<float*>(begin);
     };
     const AttentionKernel& kernel = *plan.kernel;

@@ -5,7 +5,7 @@
 #include "attention/cpu/schedule.h"
 #include "base/check.h"
 #include "base/log.h"
-#include "base/parallel.h"
+#include "gemm/cpu/cost.h"
 
 namespace fastdl {
 namespace {
@@ -17,7 +17,6 @@ constexpr i64 kMostTileStrips = 16;
 constexpr i64 kParts = 32, kMostChunks = 8;  // parts to aim at, whatever the team
 constexpr i64 kLeastChunk = 512;             // keys: dQ passes through memory once more for each chunk
 constexpr i64 kMostShared = i64{1} << 27;    // bytes of dQ of all chunks
-constexpr double kSerialNanoseconds = 6000;  // as forward
 
 }  // namespace
 
@@ -57,14 +56,14 @@ AttentionBackwardPlan attention_backward_plan(const AttentionDesc& d, const Mach
   p.chunks = std::max<i64>(1, p.chunks);
   p.chunk = std::max<i64>(1, ceil_div(ceil_div(d.Lk, p.chunks), p.key_block)) * p.key_block;
   p.chunks = std::max<i64>(1, ceil_div(d.Lk, p.chunk));
-  p.shared_bytes = p.chunks > 1 ? round_up(p.chunks * partial, 4096) : 0;
+  p.shared_bytes = p.chunks > 1 ? pages(p.chunks * partial) : 0;
 
   const double scores = static_cast<double>(heads * group) * d.Lq * d.Lk;
   const double nanoseconds = scores * (static_cast<double>(3 * d.D + 2 * d.Dv) * 2 + 40) / 100;  // 100 GFLOP/s
-  p.threads = nanoseconds < kSerialNanoseconds ? 1 : std::max(1, machine.threads);
+  p.threads = team_for(nanoseconds, machine);
 
   constexpr i64 kSlack = 64;  // one vector: see GemmHelpers::pack
-  const auto buffer = [](i64 floats) { return round_up(floats * 4 + kSlack, 4096); };
+  const auto buffer = [](i64 floats) { return pages(floats * 4 + kSlack); };
   const i64 q_units = steps(kernel, d.Lq), k_units = steps(kernel, p.key_block), q_rows = lines(kernel, d.Lq);
   const i64 q_line = steps(kernel, d.D), o_line = steps(kernel, d.Dv);
   // Of a query head: rows as strips (A of S and dP) and as panels (B of dK and dV, or A of their transposes). Of a key
@@ -95,11 +94,9 @@ std::string describe(const AttentionDesc& d, const AttentionBackwardPlan& p) {
 
 void attention_backward(const AttentionDesc& d, const AttentionArgs& args, const AttentionGrads& grads,
                         const AttentionKernel* forced, int threads) {
-  const CpuInfo& cpu = cpu_info();
-  const Machine machine = {cpu.isa, current_team(threads).threads, cpu.l1d, cpu.l2, cpu.l3};
-  const AttentionBackwardPlan plan = attention_backward_plan(d, machine, forced);
+  const AttentionBackwardPlan plan = attention_backward_plan(d, this_machine(threads), forced);
   if (log_enabled()) log_once(describe(d, plan));
-  attention_count_call(*plan.kernel);
+  attention_calls().add(*plan.kernel);
   const i64 rows = d.sequences ? d.total_q : d.Lq, keys = d.sequences ? d.total_k : d.Lk;
   advise_result(grads.dq, grads.dq_step, d.B, d.H, rows, d.D, d.dtype);
   advise_result(grads.dk, grads.dk_step, d.B, d.Hkv, keys, d.D, d.dtype);

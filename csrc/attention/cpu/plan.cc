@@ -6,6 +6,7 @@
 #include "attention/attention.h"
 #include "attention/cpu/schedule.h"
 #include "base/check.h"
+#include "gemm/cpu/cost.h"
 
 namespace fastdl {
 namespace {
@@ -13,29 +14,16 @@ namespace {
 // Register tiles of rows in a query block: a block of K and V is read from L2 for each tile and from L3 for each block.
 constexpr i64 kStrips = 8;
 static_assert(kStrips <= kStripLimit);
-// A region costs its team a few microseconds of waking and waiting: below this much work, one thread is faster.
-constexpr double kSerialNanoseconds = 6000;
-
 double serial_nanoseconds(const AttentionDesc& d) {
   const double scores = static_cast<double>(d.B) * d.H * (d.sequences ? d.total_q : d.Lq) * d.Lk;
   return scores * (static_cast<double>(d.D + d.Dv) * 2 + 20) / 100;  // 100 GFLOP/s
 }
 
-// Rows this many bytes apart fall on one or two sets of an L1 way (4096 bytes) and evict each other.
-bool rows_collide(i64 stride) { return std::gcd<i64>(stride * 4, 4096) >= 2048; }
-
 // --- time of a score, in multiply-adds of the float32 FMA kernel ---------------------------------------------------
-// Sapphire Rapids, a core: FMA 122e9 multiply-adds a second, tiles 1.9e12 (gemm/cpu/plan.cc).
-constexpr double kTileRate = 1900.0 / 122;
-// Packing an element, as gemm; rounding one of P or dS to a part: 5 instructions a vector of 16, two a cycle.
-constexpr double kPackCost = 8, kPartCost = 5;
+// Rounding an element of P or dS to a part: 5 instructions a vector of 16, two a cycle.
+constexpr double kPartCost = 5;
 // Scores are multiplied by this before exp: beyond it, what tiny parts lose of them would show.
 constexpr float kMostScale = 0x1p20f;
-
-double rate(const AttentionKernel& k) {
-  if (!is_tiled(k)) return k.k_unit;
-  return kTileRate / (k.planes == 1 ? 1 : k.planes == 3 ? 6 : k.dtype == DType::f16 ? 4 : 3);
-}
 
 bool decode_applies(const AttentionDesc& d) { return d.q.col == 1 && d.k.col == 1 && d.v.col == 1; }
 
@@ -61,10 +49,10 @@ void plan_decode(const AttentionDesc& d, AttentionPlan* p) {
   p->key_block = p->kernel->key_block;
   p->blocks = std::max<i64>(1, ceil_div(d.Lk, p->key_block));
   const i64 heads = (d.sequences ? d.sequences : d.B) * d.Hkv;
-  p->shared_bytes = round_up(heads * p->blocks * rows * (o_row + 2) * 4, 4096);
-  p->q_bytes = round_up(rows * d.D * 4, 4096);
-  p->s_bytes = round_up(rows * (p->key_block + 16) * 4, 4096);
-  p->row_bytes = round_up(2 * round_up(rows, 16) * 4, 4096);
+  p->shared_bytes = pages(heads * p->blocks * rows * (o_row + 2) * 4);
+  p->q_bytes = pages(rows * d.D * 4);
+  p->s_bytes = pages(rows * (p->key_block + 16) * 4);
+  p->row_bytes = pages(2 * round_up(rows, 16) * 4);
 }
 
 }  // namespace
@@ -118,7 +106,7 @@ AttentionPlan attention_plan(const AttentionDesc& d, const Machine& machine, con
   if (decode && !decode_applies(d))
     fail("fastdl.scaled_dot_product_attention: kernel '", kernel.name,
          "': expected query, key and value contiguous along the last dimension");
-  p.threads = serial_nanoseconds(d) < kSerialNanoseconds ? 1 : std::max(1, machine.threads);
+  p.threads = team_for(serial_nanoseconds(d), machine);
   if (decode) {
     plan_decode(d, &p);
     return p;
@@ -136,22 +124,22 @@ AttentionPlan attention_plan(const AttentionDesc& d, const Machine& machine, con
   const i64 units = ceil_div(ceil_div(d.Lq, kernel.mr), p.strips) * (d.H / std::max<i64>(1, d.Hkv));
   p.keep_k = units > 1 && (k_block + v_block) * p.blocks <= std::max(machine.l2, machine.l3 / (2 * p.threads));
   const i64 kept = p.keep_k ? std::max<i64>(1, p.blocks) : 1;
-  p.q_bytes = round_up(p.strips * kernel.mr * line * 4 + kSlack, 4096);
-  p.k_bytes = round_up(kept * k_block + kSlack, 4096);
-  p.v_bytes = p.pack_v ? round_up(kept * v_block + kSlack, 4096) : 0;
+  p.q_bytes = pages(p.strips * kernel.mr * line * 4 + kSlack);
+  p.k_bytes = pages(kept * k_block + kSlack);
+  p.v_bytes = p.pack_v ? pages(kept * v_block + kSlack) : 0;
   p.p_row = p.key_block + 16;
-  p.s_bytes = round_up(score_buffers(kernel) * kernel.mr * p.p_row * 4, 4096);
+  p.s_bytes = pages(score_buffers(kernel) * kernel.mr * p.p_row * 4);
   if (kernel.planes > 1) {
     p.p_row = steps(kernel, p.key_block) + 16;  // 16: rows begin on different sets of L1
-    p.p_bytes = round_up(kernel.mr * p.p_row * 4, 4096);
+    p.p_bytes = pages(kernel.mr * p.p_row * 4);
   }
-  p.o_bytes = round_up(p.strips * kernel.mr * round_up(d.Dv, 16) * 4, 4096);
-  p.row_bytes = round_up(p.strips * 2 * row_slots(kernel) * 4 + kept, 4096);
+  p.o_bytes = pages(p.strips * kernel.mr * round_up(d.Dv, 16) * 4);
+  p.row_bytes = pages(p.strips * 2 * row_slots(kernel) * 4 + kept);
   if (p.exact) {
     p.exact_q_floats = round_up(p.exact->mr * d.D, 16) + 16;
     p.exact_k_floats = round_up(p.key_block * d.D, 16) + 16;
     const i64 v_floats = p.key_block * round_up(d.Dv, p.exact->nr) + 16;
-    p.exact_bytes = round_up((p.exact_q_floats + p.exact_k_floats + v_floats) * 4, 4096);
+    p.exact_bytes = pages((p.exact_q_floats + p.exact_k_floats + v_floats) * 4);
   }
   return p;
 }

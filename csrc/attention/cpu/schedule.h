@@ -12,7 +12,6 @@ namespace fastdl {
 inline i64 row_slots(const AttentionKernel& k) { return round_up(k.mr, 16); }
 
 // Tiles read and write whole rows of 16, packed in the order of their use (gemm/cpu/kernel_amx.h).
-inline bool is_tiled(const AttentionKernel& k) { return k.isa == Isa::kAmx; }
 inline i64 lines(const AttentionKernel& k, i64 rows) { return is_tiled(k) ? round_up(rows, 16) : rows; }
 // Floats of a packed line, a row or column of an operand, of so many elements.
 inline i64 steps(const AttentionKernel& k, i64 depth) { return round_up(depth, k.k_step) / k.k_unit * k.planes; }

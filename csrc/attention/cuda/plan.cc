@@ -83,15 +83,6 @@ const std::vector<CudaAttentionKernel>& cuda_attention_kernels() {
   return table;
 }
 
-const CudaAttentionKernel& cuda_attention_kernel(const std::string& name, const char* op) {
-  std::string names;
-  for (const CudaAttentionKernel& k : cuda_attention_kernels()) {
-    if (name == k.name) return k;
-    names += names.empty() ? k.name : std::string(", ") + k.name;
-  }
-  fail(op, ": argument 'kernel': expected one of ", names, "; got '", name, "'");
-}
-
 namespace {
 
 // Rows of one head, in tiles; of packed sequences what no lengths exceed: each may end with a tile of its own.

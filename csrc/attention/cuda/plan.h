@@ -50,7 +50,6 @@ struct CudaAttentionBackwardPlan {
 
 const char* kind_name(CudaAttentionKind kind);
 const std::vector<CudaAttentionKernel>& cuda_attention_kernels();
-const CudaAttentionKernel& cuda_attention_kernel(const std::string& name, const char* op);  // throws Error
 
 // forced: a forward row, or null. Throws Error where it does not take the problem, or nothing does.
 CudaAttentionPlan cuda_attention_plan(const AttentionDesc& desc, const Gpu& gpu, const CudaAttentionKernel* forced);

@@ -43,7 +43,7 @@ class Part {
     sum_ = reinterpret_cast<float*>(scratch + p_.band_bytes);
     pointers_ = reinterpret_cast<const float**>(scratch + p_.band_bytes + p_.sum_bytes);
     float* tile = reinterpret_cast<float*>(scratch + p_.band_bytes + p_.sum_bytes + p_.pointer_bytes);
-    gathered_ = tile, tile += conv_is_tiled(kernel_) ? kernel_.mr * kernel_.kc : 0;
+    gathered_ = tile, tile += is_tiled(kernel_) ? kernel_.mr * kernel_.kc : 0;
     stage_ = tile, tile += p_.stage_floats;
     sum_row_ = ceil_div(columns_, kernel_.nr / 2) * kernel_.nr / 2;
     const i64 nr = kernel_.nr;
@@ -118,7 +118,7 @@ class Part {
   // 148 -> 174. At 2048 bytes copying loses 5%.)
   bool pixels_collide() const {
     const i64 step = axis(2).in_step * x_.in.step[2] * item_size(x_.d.dtype);
-    return !conv_is_tiled(kernel_) && step % 4096 == 0;
+    return !is_tiled(kernel_) && step % 4096 == 0;
   }
 
   // One tap, whose pixels are all in the image, and channels as the tiles read them: nothing to copy.
@@ -131,7 +131,7 @@ class Part {
     if (in.c_step != 1 && x_.channels > 1) return false;
     if (pixels_collide()) return false;
     if (kernel_.k_unit == 1) return x_.d.dtype == DType::f32;
-    if (conv_is_tiled(kernel_) && (x_.d.dtype != DType::bf16 || x_.channels % kernel_.k_step != 0)) return false;
+    if (is_tiled(kernel_) && (x_.d.dtype != DType::bf16 || x_.channels % kernel_.k_step != 0)) return false;
     const bool whole_pairs = (x_.channels | in.n_step | in.step[0] | in.step[1] | in.step[2]) % 2 == 0;
     return whole_pairs && reinterpret_cast<std::uintptr_t>(in.data) % sizeof(float) == 0;
   }
@@ -250,7 +250,7 @@ class Part {
       for (i64 k = 0; k < run; k += piece) {
         i64 runs[kMaxRuns];
         for (i64 r = r0; r < r1; ++r) runs[r - r0] = k + (fold ? r * h_step : r / n2 * h_step + r % n2 * w_step);
-        if (conv_is_tiled(kernel_)) {
+        if (is_tiled(kernel_)) {
           gathered_tiles(position + r0 * run + k, runs, r1 - r0, std::min(piece, run - k));
         } else {
           tiles(position + r0 * run + k, runs, r1 - r0, std::min(piece, run - k));

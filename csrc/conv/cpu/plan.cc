@@ -4,20 +4,11 @@
 
 #include "base/check.h"
 #include "conv/cpu/direct.h"
+#include "gemm/cpu/cost.h"
 #include "gemm/gemm.h"
 
 namespace fastdl {
 namespace {
-
-// The smallest block of a multiple of `unit` that cuts `size` into as many blocks as `limit` would: no short last one.
-i64 even_block(i64 size, i64 limit, i64 unit) {
-  if (size <= limit) return std::max(unit, round_up(size, unit));
-  return round_up(ceil_div(size, ceil_div(size, limit)), unit);
-}
-i64 page(i64 bytes) { return round_up(bytes, 4096); }
-
-// A region costs its team a few microseconds of waking and waiting: below this much work, one thread is faster.
-constexpr double kSerialNanoseconds = 6000;
 
 double serial_nanoseconds(const ConvDesc& d) {
   double pixels = static_cast<double>(d.N), taps = 1, in = static_cast<double>(d.N);
@@ -42,7 +33,7 @@ const ConvKernel* find(const ConvDesc& d, Isa isa, Precision precision, ConvKind
 bool folds(const ConvDesc& d, const ConvKernel& k) {
   const i64 channels = (d.pass == ConvPass::dgrad ? d.K : d.C) / d.groups, taps = d.kernel[2], all = taps * channels;
   if (k.k_unit == 1 || d.pass == ConvPass::wgrad || d.dilation[2] != 1) return false;
-  if (conv_is_tiled(k) && channels >= k.k_step) return false;
+  if (is_tiled(k) && channels >= k.k_step) return false;
   constexpr i64 kMost = 192;
   if (taps < 2 || d.stride[2] > taps || all > kMost || channels == 0) return false;
   return conv_units(k, all) < taps * conv_units(k, channels);
@@ -52,9 +43,9 @@ bool folds(const ConvDesc& d, const ConvKernel& k) {
 // where tiles exist. Tiles take 16 rows, and 32 of what is summed over, at a time, and each operand is split into parts
 // first; kGather: a row of 32 elements, a load and a store of 64 bytes, in the place of 40 multiply-adds. Frozen packs
 // know no sizes: large images then.
-constexpr double kPackCost = 8, kGather = 40.0 / 32;
+constexpr double kGather = 40.0 / 32;
 double cost(const ConvDesc& d, const ConvKernel& k) {
-  const bool tiled = conv_is_tiled(k), forward = d.pass != ConvPass::dgrad;
+  const bool tiled = is_tiled(k), forward = d.pass != ConvPass::dgrad;
   const i64 channels = (forward ? d.C : d.K) / d.groups;
   const double columns = std::max(1.0, static_cast<double>((forward ? d.K : d.C) / d.groups));
   double taps = 1, pixels = d.frozen ? 1e6 : static_cast<double>(d.N);
@@ -64,18 +55,18 @@ double cost(const ConvDesc& d, const ConvKernel& k) {
     if (!d.frozen) pixels *= forward ? static_cast<double>(d.out[i]) : std::ceil(static_cast<double>(d.in[i]) / phases);
   }
   const auto blocks = [&](double n, double of) { return tiled ? std::ceil(n / of) * of : n; };
-  const double pack = kPackCost * (k.dtype == DType::bf16 ? 1.0 / k.k_unit : k.planes), gather = kGather * k.planes;
-  const double rate = gemm_rate(conv_tiles(k)), some = static_cast<double>(channels);
+  const double pack = pack_cost(k), gather = kGather * k.planes;
+  const double some = static_cast<double>(channels);
   if (d.pass == ConvPass::wgrad) {  // tiles: x is packed for each tap
     const double image = tiled ? taps * some * (pack + gather) : some * pack;
     const double width = static_cast<double>(d.kernel[2]);
-    return blocks(pixels, 32) * (taps / width * blocks(width * some, 16) / rate + image / columns + pack);
+    return blocks(pixels, 32) * (taps / width * blocks(width * some, 16) / rate(k) + image / columns + pack);
   }
   const bool fold = folds(d, k);
   const i64 lump = fold ? d.kernel[2] : 1;
   const double padded = static_cast<double>(round_up(lump * channels, k.k_step)) / static_cast<double>(lump);
   const double image = padded * (pack + (tiled ? taps * gather : 0));
-  return blocks(pixels, 16) * taps * padded / rate + pixels * image / columns + (d.frozen ? 0 : taps * some * pack);
+  return blocks(pixels, 16) * taps * padded / rate(k) + pixels * image / columns + (d.frozen ? 0 : taps * some * pack);
 }
 
 // The most exact row that is as exact as asked; tiles only where their shape fits.
@@ -113,17 +104,17 @@ struct Blocks {
   }
   i64 pixel_floats() const { return conv_units(*p.kernel, (p.fold ? axis[2].taps : 1) * p.c_block); }
   void count_bytes() const {
-    p.band_bytes = page(band_floats() * 4);
-    p.sum_bytes = page(pixels() * p.k_block * 4);
-    p.pointer_bytes = page(pixels() * 8);
-    const bool tiled = conv_is_tiled(*p.kernel);
+    p.band_bytes = pages(band_floats() * 4);
+    p.sum_bytes = pages(pixels() * p.k_block * 4);
+    p.pointer_bytes = pages(pixels() * 8);
+    const bool tiled = is_tiled(*p.kernel);
     i64 floats = tiled ? p.kernel->mr * p.kernel->kc : 0;
     if (p.fold) floats += p.stage_floats = extent(axis[2], p.w_block, true) * p.c_block;
     if (tiled) p.band_pixels = band_floats() / pixel_floats();
     if (conv_has_peaks(*p.kernel)) floats += p.band_pixels + pixels();
     if (p.repair)  // a vector of slack: see PackFunction
       floats += i64{p.kernel->mr} * p.kernel->nr + p.repair->kc * (p.repair->mr + p.kernel->nr) + 16;
-    p.tile_bytes = page(floats * 4);
+    p.tile_bytes = pages(floats * 4);
   }
 };
 
@@ -193,7 +184,7 @@ void plan_dense(const ConvDesc& d, const Machine&, ConvPlan* plan) {
   p.c_block = even_block(std::max<i64>(1, channels), channel_limit, kernel.k_step);
   p.fold = folds(d, kernel);
   if (p.fold) p.c_block = channels;
-  if (conv_is_tiled(kernel) && conv_tiles(kernel).helpers->suspects)
+  if (is_tiled(kernel) && conv_tiles(kernel).helpers->suspects)
     p.repair = &gemm_pack_kernel(Isa::kAvx512, d.dtype, Precision::fma);
   p.w_block = even_block(width, kPixels, 1);
   p.rows = even_block(height, std::max<i64>(1, kPixels / p.w_block), 1);
@@ -245,7 +236,7 @@ void plan_dense(const ConvDesc& d, const Machine&, ConvPlan* plan) {
   }
   p.parts = part;
   p.group_floats = floats;
-  p.w_bytes = d.frozen ? 0 : page(floats * d.groups * 4);
+  p.w_bytes = d.frozen ? 0 : pages(floats * d.groups * 4);
 }
 
 // --- direct --------------------------------------------------------------------------------------------------------
@@ -301,7 +292,7 @@ ConvPlan conv_plan(const ConvDesc& d, const Machine& machine, const ConvKernel* 
   if (kernel.dtype != d.dtype || !(direct(kernel.kind) || kernel.kind == kind_of(d)))
     fail("fastdl.conv: kernel '", kernel.name, "': expected ", dtype_name(kernel.dtype), " and another pass, got ",
          dtype_name(d.dtype), " ", conv_pass_name(d.pass));
-  p.threads = serial_nanoseconds(d) < kSerialNanoseconds ? 1 : std::max(1, machine.threads);
+  p.threads = team_for(serial_nanoseconds(d), machine);
   if (kernel.kind == ConvKind::kDense) plan_dense(d, machine, &p);
   if (kernel.kind == ConvKind::kWgrad) {
     p.wgrad = conv_wgrad_plan(d, kernel, p.threads);
@@ -330,7 +321,7 @@ std::vector<std::string> conv_candidates(const ConvDesc& d, const Machine& machi
       reason = "another pass";
     } else if (k.precision > d.precision) {
       reason = "less exact than asked";
-    } else if (conv_is_tiled(k) != conv_is_tiled(*chosen.kernel)) {
+    } else if (is_tiled(k) != is_tiled(*chosen.kernel)) {
       reason = concat("estimated at ", std::round(cost(d, k) / cost(d, *chosen.kernel) * 100) / 100, " times the time");
     }
     lost.push_back(concat(k.name, ": ", reason));

@@ -252,7 +252,7 @@ void conv_run_wgrad(const ConvDesc& d, const ConvPlan& plan, const ConvArgs& arg
   const ConvWgradPlan& p = plan.wgrad;
   if (d.C == 0 && !args.dbias) return;
   ArenaLease scratch(plan.workspace_bytes());
-  const bool tiled = conv_is_tiled(*plan.kernel);
+  const bool tiled = is_tiled(*plan.kernel);
   const i64 parts = p.parts() * d.groups, each = p.chunk_bytes / p.chunks / std::max<i64>(1, parts);
   const auto scratch_of = [&](int thread) {
     char* memory = scratch.data() + p.chunk_bytes + thread * p.per_thread_bytes();

@@ -7,7 +7,6 @@ namespace {
 using wgrad::kSlack, wgrad::kRuns, wgrad::vector_width;
 
 i64 even(i64 size, i64 limit) { return size <= limit ? size : ceil_div(size, ceil_div(size, limit)); }
-i64 page(i64 bytes) { return round_up(bytes, 4096); }
 
 constexpr i64 kSumBytes = 640 << 10, kBandBytes = 512 << 10;  // and of staging
 constexpr i64 kNarrowRows = 28;  // rows of outputs so narrow are packed once a tap: all of a block's are one run then
@@ -20,22 +19,22 @@ void measure_tiles(const ConvKernel& kernel, ConvWgradPlan* plan) {
   ConvWgradPlan& p = *plan;
   const i64 pixels = p.rows * p.w_block, steps = conv_units(kernel, pixels),
             lines = p.box[0] * p.box[1] * p.box[2] * p.c_block + 1;
-  p.band_bytes = page(steps * (kernel.mr + 16) * 4);
-  p.y_bytes = page(steps * p.k_block * 4);
-  p.stage_bytes = page(round_up(pixels, 32) * kernel.mr * item_size(kernel.dtype));
+  p.band_bytes = pages(steps * (kernel.mr + 16) * 4);
+  p.y_bytes = pages(steps * p.k_block * 4);
+  p.stage_bytes = pages(round_up(pixels, 32) * kernel.mr * item_size(kernel.dtype));
   const i64 width = vector_width(kernel), taps = p.box[0] * p.box[1] * p.box[2];
   const i64 leave = taps * width * width + 2 * width * round_up(taps, width) + 4 * kSlack;
-  p.stage_bytes = std::max(p.stage_bytes, page(leave * 4));
-  p.sum_bytes = page((p.k_block * lines + (conv_has_peaks(kernel) ? p.k_block + lines : 0)) * 4);
+  p.stage_bytes = std::max(p.stage_bytes, pages(leave * 4));
+  p.sum_bytes = pages((p.k_block * lines + (conv_has_peaks(kernel) ? p.k_block + lines : 0)) * 4);
   const GemmKernel& exact = wgrad::exact_kernel(kernel.dtype);
   p.again_bytes = conv_tiles(kernel).helpers->suspects
-                      ? page((i64{kernel.mr} * kernel.nr + exact.kc * (exact.mr + kernel.nr) + kSlack) * 4)
+                      ? pages((i64{kernel.mr} * kernel.nr + exact.kc * (exact.mr + kernel.nr) + kSlack) * 4)
                       : 0;
 }
 
 // Packed rows, columns and bytes that follow from the box, c_block, k_block, rows and w_block.
 void measure(const ConvDesc& d, const ConvKernel& kernel, ConvWgradPlan* plan) {
-  if (conv_is_tiled(kernel)) return measure_tiles(kernel, plan);
+  if (is_tiled(kernel)) return measure_tiles(kernel, plan);
   ConvWgradPlan& p = *plan;
   const i64 unit = kernel.k_unit, width = vector_width(kernel);
   const i64 groups = std::min(p.rows, (p.rows - 1) / std::max<i64>(1, d.out[1]) + 2);
@@ -49,16 +48,16 @@ void measure(const ConvDesc& d, const ConvKernel& kernel, ConvWgradPlan* plan) {
   const i64 copies = p.shared_cols || p.fold ? 1 : tap;
   // What packing writes past a row is overwritten by the next one, but must not reach into another copy.
   p.pitch = lines <= width && copies == 1 ? lines : round_up(lines, width);
-  p.band_bytes = page((copies * p.slots * p.cols * p.pitch + kSlack) * 4);
-  p.y_bytes = page((p.rows * ceil_div(p.w_block, unit) * p.k_block + kSlack) * 4);
+  p.band_bytes = pages((copies * p.slots * p.cols * p.pitch + kSlack) * 4);
+  p.y_bytes = pages((p.rows * ceil_div(p.w_block, unit) * p.k_block + kSlack) * 4);
   // Pairs are formed of a row as it lies in memory, with its padding; in another layout by way of float32.
   const i64 staged = p.fold ? wide : p.w_block;
   const i64 finish = p.box[0] * p.box[1] * p.box[2];
   const i64 leave = finish * width * width + 2 * width * round_up(finish, width) + 4 * kSlack;
   const i64 stage = unit == 1 ? 0 : staged * (round_up(p.c_block, 2) / 2 + round_up(p.c_block, width)) + 4 * kSlack;
-  p.stage_bytes = page(std::max(stage, leave) * 4);
+  p.stage_bytes = pages(std::max(stage, leave) * 4);
   const i64 sums = p.k_block * (p.box[0] * p.box[1] * p.box[2] * p.c_block + 1);
-  p.sum_bytes = page(sums * 4);
+  p.sum_bytes = pages(sums * 4);
 }
 
 void count_parts(const ConvDesc& d, ConvWgradPlan* p) {
@@ -73,7 +72,7 @@ ConvWgradPlan conv_wgrad_plan(const ConvDesc& d, const ConvKernel& kernel, int t
   ConvWgradPlan p = {};
   const i64 C = std::max<i64>(1, d.C / d.groups), K = std::max<i64>(1, d.K / d.groups), unit = kernel.k_unit;
   const i64 taps = d.kernel[2], mr = kernel.mr, nr = kernel.nr;
-  const bool tiled = conv_is_tiled(kernel);
+  const bool tiled = is_tiled(kernel);
   const i64 c_unit = tiled ? mr : unit;
   std::copy(d.kernel, d.kernel + 3, p.box);
   p.fold = !tiled && taps > 1 && d.dilation[2] == 1 && C < mr && (unit > 1 || C <= vector_width(kernel)) &&

@@ -238,15 +238,6 @@ const std::vector<CudaConvKernel>& cuda_conv_kernels() {
   return table;
 }
 
-const CudaConvKernel& cuda_conv_kernel(const std::string& name, const char* op) {
-  std::string names;
-  for (const CudaConvKernel& k : cuda_conv_kernels()) {
-    if (name == k.name) return k;
-    names += names.empty() ? k.name : std::string(", ") + k.name;
-  }
-  fail(op, ": argument 'kernel': expected one of ", names, "; got '", name, "'");
-}
-
 const char* cuda_conv_kind_name(CudaConvKind kind) {
   constexpr const char* kNames[] = {"tile", "wgrad", "depthwise", "direct"};
   return kNames[static_cast<int>(kind)];

@@ -46,7 +46,6 @@ struct CudaConvPlan {
 };
 
 const std::vector<CudaConvKernel>& cuda_conv_kernels();
-const CudaConvKernel& cuda_conv_kernel(const std::string& name, const char* op);  // throws Error naming the rows
 const char* cuda_conv_kind_name(CudaConvKind kind);
 
 CudaConvPlan cuda_conv_plan(const ConvDesc& desc, const Gpu& gpu, const CudaConvKernel* forced = nullptr);

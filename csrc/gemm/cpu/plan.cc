@@ -4,30 +4,19 @@
 #include <numeric>
 
 #include "base/check.h"
+#include "gemm/cpu/cost.h"
 #include "gemm/gemm.h"
 
 namespace fastdl {
 namespace {
 
-// The smallest block of a multiple of `unit` that cuts `size` into as many blocks as `limit` would: no short last one.
-i64 even_block(i64 size, i64 limit, i64 unit) {
-  if (size <= limit) return round_up(size, unit);
-  return round_up(ceil_div(size, ceil_div(size, limit)), unit);
-}
-
-// Packing an element costs about as much as this many multiply-adds: it is read, shuffled and written once; each part
-// that it is split into costs that again.
-constexpr double kPackCost = 8;
-// And reading one of a frozen pack as this many, from memory. (Zen 4, 2 x 4096 x 4096 on two threads: 5.3 ms where each
-// reads the whole pack, 1.4 where each reads a half.)
+// Reading an element of a frozen pack costs as much as this many multiply-adds, from memory. (Zen 4, 2 x 4096 x 4096 on
+// two threads: 5.3 ms where each reads the whole pack, 1.4 where each reads a half.)
 constexpr double kReadCost = 4;
 // Sums of a part that are kept in float32 beside C: 4 MiB, so that packing costs each of its operands below 1%.
 // Not for float32, whose sums are C itself: parts of 4, 16 or 32 MB make no difference. (Zen 4, 4096^3 87 / 89 / 89% of
 // the FMA peak, 2048^3 90 / 89 / 89, 512 x 14336 x 4096 87 / 87 / 87.)
 constexpr i64 kSumElements = i64{1} << 20;
-// A region costs its team a few microseconds of waking and waiting: below this much work, one thread is faster.
-constexpr double kSerialNanoseconds = 6000;
-
 double serial_nanoseconds(const GemmDesc& d) {
   const double m = d.M, n = d.N, k = d.K;
   return d.batch * d.pairs * (m * n * k * 2 / 100 + (m * k + k * n + m * n) * 4 / 30);  // 100 GFLOP/s, 30 GB/s
@@ -40,16 +29,7 @@ const GemmKernel* find(Isa isa, DType dtype, Precision precision, GemmKind kind)
 }
 
 // --- time, in multiply-adds of the float32 FMA kernel --------------------------------------------------------------
-// Sapphire Rapids, a core: FMA 122e9 multiply-adds a second, tiles 1.9e12, 28 GB/s from L3.
-constexpr double kTileRate = 1900.0 / 122, kByteCost = 122.0 / 28;
 
-bool is_tiled(const GemmKernel& k) { return k.isa == Isa::kAmx; }
-
-double rate(const GemmKernel& k) {
-  if (!is_tiled(k)) return k.k_unit;
-  return kTileRate / (k.planes == 1 ? 1 : k.planes == 3 ? 6 : k.dtype == DType::f16 ? 4 : 3);
-}
-double pack_cost(const GemmKernel& k) { return k.dtype == DType::bf16 ? kPackCost / k.k_unit : kPackCost * k.planes; }
 double products(const GemmDesc& d, const GemmKernel& k) {  // with an element of B
   return static_cast<double>(is_tiled(k) ? round_up(d.M, 16) : d.M) / rate(k);
 }
@@ -59,7 +39,7 @@ double products(const GemmDesc& d, const GemmKernel& k) {  // with an element of
 double tile_cost(const GemmDesc& d, const GemmKernel& k) {
   const double work = products(d, k) + (d.packed ? 0 : pack_cost(k));
   const double bytes = d.packed ? 4.0 * k.planes / k.k_unit : item_size(d.dtype);
-  return std::max(work, bytes * kByteCost);
+  return std::max(work, bytes * kL3Byte);
 }
 
 // float32 has two kinds of tile kernel from amx on: split into bfloat16 parts, and FMA, for few rows.
@@ -97,9 +77,6 @@ bool streams_b(const GemmDesc& d, const GemmKernel& kernel) {
   return kernel.kind == GemmKind::kTile && kernel.dtype == DType::f32 && !d.packed && d.b_col == 1 &&
          d.M <= kStreamRows && d.M <= kernel.mr;
 }
-
-// Rows this many bytes apart fall on one or two sets of an L1 way (4096 bytes) and evict each other.
-bool rows_collide(i64 stride) { return std::gcd<i64>(stride * 4, 4096) >= 2048; }
 
 // Left in place: A whose rows or columns do not collide (a register tile reads strided rows at full speed, and
 // packing costs 6/N of the products), B that is contiguous along N and used a few times. (Zen 4: 256^3 111.6
@@ -149,8 +126,6 @@ void choose_grid(const GemmDesc& d, const GemmKernel& kernel, int parts, GemmPla
 
 }  // namespace
 
-double gemm_rate(const GemmKernel& kernel) { return rate(kernel); }
-
 GemmPlan gemm_plan(const GemmDesc& d, const Machine& machine, const GemmKernel* forced) {
   GemmPlan p = {};
   p.kernel = forced ? forced : choose(d, machine, &p.why);
@@ -164,7 +139,7 @@ GemmPlan gemm_plan(const GemmDesc& d, const Machine& machine, const GemmKernel* 
     fail("fastdl.gemm: kernel '", kernel.name, "': expected operands contiguous along K and no pack, got A strides (",
          d.a_row, ", ", d.a_col, "), B strides (", d.b_row, ", ", d.b_col, ")", d.packed ? ", packed" : "");
 
-  p.threads = serial_nanoseconds(d) < kSerialNanoseconds ? 1 : std::max(1, machine.threads);
+  p.threads = team_for(serial_nanoseconds(d), machine);
   const i64 batch = std::max<i64>(1, d.batch);
   choose_grid(d, kernel, static_cast<int>(p.threads / std::gcd<i64>(batch, p.threads)), &p);
   const auto part_rows = [&] { return std::max<i64>(1, ceil_div(d.M, p.grid_m)); };
@@ -172,13 +147,13 @@ GemmPlan gemm_plan(const GemmDesc& d, const Machine& machine, const GemmKernel* 
     return std::max<i64>(1, std::min(d.N, ceil_div(ceil_div(d.N, kernel.nr), p.grid_n) * kernel.nr));
   };
   const i64 depth_limit = streams_b(d, kernel) ? kStreamDepth : kernel.kc;
-  p.kc = std::max<i64>(1, even_block(d.K, depth_limit, std::max(8, kernel.k_step)));
+  p.kc = even_block(d.K, depth_limit, std::max(8, kernel.k_step));
   if (d.dtype != DType::f32 || kernel.precision != Precision::fma) {  // sums wait in scratch
     p.tile_sums = !dot && p.kc >= d.K && d.pairs == 1;
     // Cut until a part's fit, and with them the largest magnitudes of its rows and columns.
     while ((!p.tile_sums || kernel.helpers->suspects) && part_rows() > kSumElements / part_cols())
       (part_rows() > part_cols() ? p.grid_m : p.grid_n) *= 2;
-    p.sum_bytes = round_up((p.tile_sums ? i64{kernel.mr} * kernel.nr : part_rows() * part_cols()) * 4, 4096);
+    p.sum_bytes = pages((p.tile_sums ? i64{kernel.mr} * kernel.nr : part_rows() * part_cols()) * 4);
   }
   const i64 rows = part_rows(), cols = part_cols();
   p.tile_m = is_tiled(kernel) ? static_cast<int>(std::min<i64>(kernel.mr, round_up(rows, 16)))
@@ -204,11 +179,11 @@ GemmPlan gemm_plan(const GemmDesc& d, const Machine& machine, const GemmKernel* 
     p.nc = even_block(cols, std::max<i64>(kernel.nr, bytes / line_bytes / kernel.nr * kernel.nr), kernel.nr);
   }
   constexpr i64 kSlack = 64;  // one vector: see GemmHelpers::pack
-  p.a_bytes = p.pack_a ? round_up(p.mc * depth_bytes + kSlack, 4096) : 0;
-  p.b_bytes = p.pack_b ? round_up(p.nc * depth_bytes + kSlack, 4096) : 0;
+  p.a_bytes = p.pack_a ? pages(p.mc * depth_bytes + kSlack) : 0;
+  p.b_bytes = p.pack_b ? pages(p.nc * depth_bytes + kSlack) : 0;
   if (kernel.helpers->suspects) {
     p.repair = find(Isa::kAvx512, d.dtype, Precision::fma, GemmKind::kTile);
-    p.repair_bytes = round_up(gemm_repair_bytes(p, rows, cols), 4096);
+    p.repair_bytes = pages(gemm_repair_bytes(p, rows, cols));
   }
   return p;
 }
@@ -221,7 +196,7 @@ bool gemm_pack_pays(const GemmDesc& d, const Machine& machine) {
   if (is_tiled(row)) {  // three parts are 6 bytes an element against 4
     GemmDesc packed = d;
     packed.packed = true;
-    return tile_cost(packed, row) < std::max(rows, item * kByteCost);
+    return tile_cost(packed, row) < std::max(rows, item * kL3Byte);
   }
   const bool from_memory = item * static_cast<double>(d.N * d.K) > static_cast<double>(machine.l3) / 2;
   const double limit = from_memory ? kFrozenMemoryRows : kFrozenDotRows * 4.0 / row.k_unit / item;

@@ -209,15 +209,6 @@ const std::vector<CudaGemmKernel>& cuda_gemm_kernels() {
   return table;
 }
 
-const CudaGemmKernel& cuda_gemm_kernel(const std::string& name, const char* op) {
-  std::string names;
-  for (const CudaGemmKernel& k : cuda_gemm_kernels()) {
-    if (name == k.name) return k;
-    names += names.empty() ? k.name : std::string(", ") + k.name;
-  }
-  fail(op, ": argument 'kernel': expected one of ", names, "; got '", name, "'");
-}
-
 CudaGemmPlan cuda_gemm_plan(const GemmDesc& d, const Gpu& gpu, const CudaGemmKernel* forced, int splits) {
   if (d.pairs != 1 || d.packed) fail("fastdl.gemm: CUDA kernels take one pair of operands as they lie");
   if (forced && forced->dtype != d.dtype)

@@ -40,7 +40,6 @@ struct CudaGemmPlan {
 };
 
 const std::vector<CudaGemmKernel>& cuda_gemm_kernels();
-const CudaGemmKernel& cuda_gemm_kernel(const std::string& name, const char* op);  // throws Error naming the rows
 
 // desc after gemm_canonicalise, with batch as it leaves it. forced: a row to use, or null; splits 0: as many as pay.
 CudaGemmPlan cuda_gemm_plan(const GemmDesc& desc, const Gpu& gpu, const CudaGemmKernel* forced = nullptr,

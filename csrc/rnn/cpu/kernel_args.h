@@ -100,7 +100,6 @@ struct RnnKernel {
   constexpr int gates() const { return kGates[static_cast<int>(cell)]; }
   constexpr int columns() const { return panels * nr; }
   constexpr int units() const { return columns() / gates(); }
-  constexpr bool tiled() const { return isa == Isa::kAmx; }
   constexpr bool split() const { return k_unit == 2 && dtype != DType::bf16; }  // h is float32, with parts of bf16
   constexpr int state_unit() const { return split() ? 1 : k_unit; }             // elements in a float of h
   // Floats of a packed column of W, of a part of h, and of a whole row of h, for K elements.

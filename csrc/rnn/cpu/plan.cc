@@ -3,29 +3,31 @@
 #include <cmath>
 
 #include "base/check.h"
+#include "gemm/cpu/cost.h"
 #include "rnn/rnn.h"
 
 namespace fastdl {
 namespace {
 
-i64 bytes(i64 floats) { return round_up(floats * 4, 4096); }
+i64 bytes(i64 floats) { return pages(floats * 4); }
 
 // Below this much work a step, the barrier that ends it and the lines of h that change hands cost more than a second
 // thread gains.
-constexpr double kSerialNanoseconds = 2500;
+constexpr double kSerialStep = 2500;
 
 // Few steps of few rows do not pay for packing W_hh, which costs as much as kPackCost rows (each part of it that).
 // Forward, dot products read it in place, at kDotSums multiply-adds for the horizontal sums of each element; backward,
 // tiles read its rows. Both need h as it lies in memory.
-constexpr i64 kPackCost = 8, kDotSums = 80, kDirectTiles = 2;
+constexpr i64 kDotSums = 80, kDirectTiles = 2;
 const GemmKernel* direct_kernel(const RnnDesc& d, const RnnKernel& kernel, const GemmKernel& product) {
-  const bool same_form = !kernel.tiled() && (kernel.k_unit == 2 || d.dtype == DType::f32);
+  const bool same_form = !is_tiled(kernel) && (kernel.k_unit == 2 || d.dtype == DType::f32);
   if (!d.w_rows || !same_form) return nullptr;
   if (d.backward) {
     const bool few = kernel.k_unit == 1 && d.T <= kDirectTiles && d.T * ceil_div(d.B, product.mr) <= kDirectTiles;
     return few ? &product : nullptr;
   }
-  if (d.T > d.P || d.B > d.P || d.T * d.B * kDotSums > kPackCost * d.P) return nullptr;
+  if (d.T > d.P || d.B > d.P || static_cast<double>(d.T * d.B * kDotSums) > kPackCost * static_cast<double>(d.P))
+    return nullptr;
   for (const GemmKernel& k : gemm_kernels())
     if (k.isa <= kernel.isa && k.dtype == d.dtype && k.kind == GemmKind::kDot) return &k;
   return nullptr;
@@ -38,16 +40,13 @@ double step_nanoseconds(const RnnDesc& d, const RnnKernel& kernel) {
 }
 
 // --- time, in multiply-adds of the float32 FMA kernel for each element of W_hh --------------------------------------
-// Sapphire Rapids, a core: FMA 122e9 multiply-adds a second, tiles 1.9e12, 185 GB/s from L2, 28 from L3. Threads share
-// W_hh, but the kernel must not depend on their number, since results would: it counts as in L2 where two cores' hold
-// it.
-constexpr double kTileRate = 1900.0 / 122, kL2Byte = 122.0 / 185, kL3Byte = 122.0 / 28;
+// Threads share W_hh, but the kernel must not depend on their number, since results would: it counts as in L2 where two
+// cores' hold it.
 constexpr i64 kCores = 2;
 
 double work(const RnnDesc& d, const RnnKernel& kernel) {
-  const int products = kernel.planes == 1 ? 1 : kernel.planes == 3 ? 6 : d.dtype == DType::f16 ? 4 : 3;
-  return kernel.tiled() ? static_cast<double>(round_up(d.B, 16)) * products / kTileRate
-                        : static_cast<double>(d.B) / kernel.k_unit;
+  if (!is_tiled(kernel)) return static_cast<double>(d.B) / kernel.k_unit;
+  return static_cast<double>(round_up(d.B, 16)) * tile_products(d.dtype, kernel.planes) / kTileRate;
 }
 
 // Whichever of the two, products or reading W, takes longer, and packing.
@@ -55,15 +54,13 @@ double cost(const RnnDesc& d, const RnnKernel& kernel, const Machine& machine) {
   const double bytes = 4.0 * kernel.planes / kernel.k_unit;
   const double weights = static_cast<double>(kernel.gates()) * static_cast<double>(d.H) * static_cast<double>(d.P);
   const double byte = bytes * weights <= static_cast<double>(kCores * machine.l2) ? kL2Byte : kL3Byte;
-  const double pack = d.dtype == DType::bf16 ? static_cast<double>(kPackCost) / kernel.k_unit
-                                             : static_cast<double>(kPackCost * kernel.planes);
-  return static_cast<double>(d.T) * std::max(work(d, kernel), bytes * byte) + pack;
+  return static_cast<double>(d.T) * std::max(work(d, kernel), bytes * byte) + pack_cost(kernel);
 }
 
 // The first row of the highest level, tiles or not, that is as exact as asked.
 const RnnKernel* find(const RnnDesc& d, Isa isa, bool tiled) {
   for (const RnnKernel& k : rnn_kernels())
-    if (k.isa <= isa && k.dtype == d.dtype && k.cell == d.cell && k.precision <= d.precision && k.tiled() == tiled)
+    if (k.isa <= isa && k.dtype == d.dtype && k.cell == d.cell && k.precision <= d.precision && is_tiled(k) == tiled)
       return &k;
   return nullptr;
 }
@@ -102,13 +99,13 @@ RnnPlan rnn_plan(const RnnDesc& d, const Machine& machine, const RnnKernel* forc
   p.product = &gemm_pack_kernel(kernel.isa, d.dtype, kernel.precision);
 
   p.direct = direct_kernel(d, kernel, *p.product);
-  const bool serial = d.T == 0 || step_nanoseconds(d, kernel) < kSerialNanoseconds;
+  const bool serial = d.T == 0 || step_nanoseconds(d, kernel) < kSerialStep;
   p.threads = serial ? 1 : std::max(1, machine.threads);
-  const i64 row_tiles = kernel.tiled() ? 2 : 4;  // sums of a block stay in L1
+  const i64 row_tiles = is_tiled(kernel) ? 2 : 4;  // sums of a block stay in L1
   p.row_block = std::min<i64>(std::max<i64>(1, d.B), row_tiles * kernel.mr);
 
   // Tiles are loaded whole, 16 rows each.
-  const i64 rows = kernel.tiled() ? round_up(d.B, 16) : d.B;
+  const i64 rows = is_tiled(kernel) ? round_up(d.B, 16) : d.B;
   const auto operand = [&](i64 K) { return rows * rnn_padded(kernel.row_steps(K)); };
   const auto packed = [&](i64 K, i64 N) {
     return round_up(N, p.product->nr) * kernel.steps(K) + 16;
@@ -151,7 +148,7 @@ std::vector<std::string> rnn_candidates(const RnnDesc& d, const Machine& machine
       reason = concat("needs ", isa_name(k.isa));
     } else if (k.precision > d.precision) {
       reason = "less exact than asked";
-    } else if (k.tiled() || (chosen.kernel->tiled() && &k == find(d, machine.isa, false))) {
+    } else if (is_tiled(k) || (is_tiled(*chosen.kernel) && &k == find(d, machine.isa, false))) {
       const double times = cost(d, k, machine) / cost(d, *chosen.kernel, machine);
       reason = concat("estimated at ", std::round(times * 100) / 100, " times the time");
     }

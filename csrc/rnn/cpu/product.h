@@ -23,7 +23,7 @@ inline Operand operand_of(const RnnKernel& kernel, i64 K, float* data, float* pe
   return {data, rnn_padded(kernel.row_steps(K)), kernel.state_unit(), kernel.parts_at(K), kernel.part_steps(K), peaks};
 }
 inline i64 operand_floats(const RnnKernel& kernel, i64 K, i64 B) {
-  return (kernel.tiled() ? round_up(B, 16) : B) * rnn_padded(kernel.row_steps(K));
+  return (is_tiled(kernel) ? round_up(B, 16) : B) * rnn_padded(kernel.row_steps(K));
 }
 
 // A line that another core has read since this one wrote it: written to, it costs the whole way between the two, and
@@ -60,12 +60,12 @@ struct Product {
   i64 kc, a_kc;  // floats of a packed column, and of a row (of one part of it), in a K block
   bool tiled;
 
-  Product(const RnnKernel& k) : tile(k.fn->tile), mr(k.mr), nr(k.nr), tiled(k.tiled()) {
+  Product(const RnnKernel& k) : tile(k.fn->tile), mr(k.mr), nr(k.nr), tiled(is_tiled(k)) {
     a_kc = k.kc / k.k_unit, kc = a_kc * k.planes;
   }
   // Backward and projections: panels are the GEMM row's. Its tiles of A are packed, those of the recurrent row lie in
   // h.
-  Product(const RnnKernel& k, const GemmKernel& g) : tile(g.tile), mr(g.mr), nr(g.nr), tiled(k.tiled()) {
+  Product(const RnnKernel& k, const GemmKernel& g) : tile(g.tile), mr(g.mr), nr(g.nr), tiled(is_tiled(k)) {
     if (tiled) tile = k.fn->tile;
     a_kc = g.kc / g.k_unit, kc = a_kc * g.planes;
   }

@@ -107,15 +107,6 @@ const std::vector<CudaRnnKernel>& cuda_rnn_kernels() {
   return table;
 }
 
-const CudaRnnKernel& cuda_rnn_kernel(const std::string& name, const char* op) {
-  std::string names;
-  for (const CudaRnnKernel& k : cuda_rnn_kernels()) {
-    if (name == k.name) return k;
-    names += names.empty() ? k.name : std::string(", ") + k.name;
-  }
-  fail(op, ": argument 'kernel': expected one of ", names, "; got '", name, "'");
-}
-
 i64 CudaRnnPlan::workspace_bytes() const {
   i64 bytes = counter_bytes + c_bytes + keep_bytes;
   for (int i = 0; i < products; ++i) bytes += product[i].packed_bytes + product[i].buffers * product[i].operand_bytes;

@@ -42,7 +42,6 @@ struct CudaRnnPlan {
 };
 
 const std::vector<CudaRnnKernel>& cuda_rnn_kernels();
-const CudaRnnKernel& cuda_rnn_kernel(const std::string& name, const char* op);  // throws Error naming the rows
 
 CudaRnnPlan cuda_rnn_plan(const RnnDesc& desc, const Gpu& gpu, const CudaRnnKernel* forced = nullptr);
 std::vector<std::string> cuda_rnn_candidates(const RnnDesc& desc, const Gpu& gpu, const CudaRnnPlan& chosen);

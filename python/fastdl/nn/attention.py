@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
+from torch.fx import Proxy
 from torch.nn import functional as F
 from torch.nn.modules import activation as stock
 
-from fastdl.nn.swapped import Swapped, method_named
+from fastdl.nn.swapped import Swapped, method_named, traced_call
 from fastdl.ops import calls
 from fastdl.ops.attention import attention_varlen, scaled_dot_product_attention
 from fastdl.ops.gemm import linear, matmul
@@ -52,6 +53,9 @@ class MultiheadAttention(Swapped, stock.MultiheadAttention):
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
         else:  # spelled out: the script compiler looks into everything but the branch not taken
+            if isinstance(query, Proxy):
+                masks = key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+                return traced_call(self, query, key, value, *masks)
             reason = self._unsupported(query, key, value, key_padding_mask, attn_mask, is_causal)
             if reason is not None:
                 out = self.torch_forward(

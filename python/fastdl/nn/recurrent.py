@@ -12,10 +12,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
+from torch.fx import Proxy
 from torch.nn.modules import rnn as stock
 from torch.nn.utils.rnn import PackedSequence
 
-from fastdl.nn.swapped import Swapped
+from fastdl.nn.swapped import Swapped, traced_call
 from fastdl.ops.rnn import cell, layers, plain_cell
 from fastdl.ops.rnn_shapes import Config
 
@@ -81,6 +82,8 @@ class _Recurrent(_ScriptedAsStock, torch.nn.Module):
         """
         if isinstance(input, PackedSequence):
             return self._packed(input, hx)
+        if isinstance(input, Proxy):
+            return traced_call(self, input, hx)
         op, lstm = self._op, self.mode == "LSTM"
         _require_tensor(op, "input", input)
         ndim = input.dim()
@@ -242,6 +245,8 @@ class _Cell(_ScriptedAsStock):
         no pair; RuntimeError for shapes and dtypes that do not fit, those of the parameters included.
         """
         op, mode = self._op, self._mode()
+        if isinstance(input, Proxy):
+            return traced_call(self, input, hx)
         if hx is not None and not is_compiling() and not torch.is_grad_enabled():
             pair = hx if mode == "lstm" else (hx, None)
             if type(pair) in (tuple, list) and len(pair) == 2:

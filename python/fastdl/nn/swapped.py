@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 
 from fastdl.ops.packed import PackedWeight, pack_bytes
 
@@ -21,6 +22,11 @@ def method_named(name: str, function: types.FunctionType) -> types.FunctionType:
     )
     twin.__annotations__, twin.__doc__ = function.__annotations__, function.__doc__
     return twin
+
+
+def traced_call(module: torch.nn.Module, input: Proxy, *args: Any) -> Proxy:
+    """One node of a torch.fx graph that calls the module, as torch's tracer makes of each of torch.nn's own."""
+    return input.tracer.create_proxy("call_module", input.tracer.path_of_module(module), (input, *args), {})
 
 
 class Swapped:

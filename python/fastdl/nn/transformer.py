@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn import functional as F
 from torch.nn.modules import transformer as stock
 
 from fastdl.nn.attention import MultiheadAttention
 from fastdl.nn.linear import Linear
-from fastdl.nn.swapped import Swapped, method_named
+from fastdl.nn.swapped import Swapped, method_named, traced_call
 
 
 class TransformerEncoderLayer(Swapped, stock.TransformerEncoderLayer):
@@ -35,6 +36,8 @@ class TransformerEncoderLayer(Swapped, stock.TransformerEncoderLayer):
         if torch.jit.is_scripting():
             return self.torch_forward(src, src_mask, src_key_padding_mask, is_causal)
         else:  # spelled out: the script compiler looks into everything but the branch not taken
+            if isinstance(src, Proxy):
+                return traced_call(self, src, src_mask, src_key_padding_mask, is_causal)
             if src.is_nested:
                 if src_mask is None and src_key_padding_mask is None and _packable(self, src):
                     return self._forward_nested(src)
@@ -92,6 +95,18 @@ class TransformerDecoderLayer(Swapped, stock.TransformerDecoderLayer):
         else:  # spelled out: the script compiler looks into everything but the branch not taken
             own = tgt_mask, tgt_key_padding_mask, tgt_is_causal
             others = memory, memory_mask, memory_key_padding_mask, memory_is_causal
+            if isinstance(tgt, Proxy):
+                return traced_call(
+                    self,
+                    tgt,
+                    memory,
+                    tgt_mask,
+                    memory_mask,
+                    tgt_key_padding_mask,
+                    memory_key_padding_mask,
+                    tgt_is_causal,
+                    memory_is_causal,
+                )
             if self.norm_first:
                 x = tgt + self._sa_block(self.norm1(tgt), *own)
                 x = x + self._mha_block(self.norm2(x), *others)
