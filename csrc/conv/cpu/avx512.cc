@@ -8,9 +8,9 @@ namespace fastdl::avx512 {
 using L = VecAvx512;
 
 extern const ConvFunctions dense_f32, dense_bf16, dense_f16;
-const ConvFunctions dense_f32 = dense_functions<L, float, 14, 2>();
-const ConvFunctions dense_bf16 = dense_functions<L, bf16, 14, 2>();
-const ConvFunctions dense_f16 = dense_functions<L, f16, 14, 2>();
+const ConvFunctions dense_f32 = dense_functions<L, float, 6, 4>();
+const ConvFunctions dense_bf16 = dense_functions<L, bf16, 6, 4>();
+const ConvFunctions dense_f16 = dense_functions<L, f16, 6, 4>();
 
 extern const ConvFunctions direct_f32, direct_bf16, direct_f16;
 const ConvFunctions direct_f32 = direct_functions<L, float>();

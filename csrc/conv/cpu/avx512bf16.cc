@@ -8,7 +8,7 @@ namespace fastdl::avx512bf16 {
 using L = VecAvx512Bf16;
 
 extern const ConvFunctions dense_bf16;
-const ConvFunctions dense_bf16 = dense_pairs<L, VecAvx512, 14, 2>();
+const ConvFunctions dense_bf16 = dense_pairs<L, VecAvx512, 6, 4>();
 
 extern const ConvFunctions direct_bf16;
 const ConvFunctions direct_bf16 = direct_functions_pairs<L, VecAvx512>();

@@ -295,7 +295,6 @@ class Part {
 
   void tiles(i64 position, const i64* runs, i64 count, i64 run) {
     const i64 nr = kernel_.nr;
-    const i64 m_tiles = ceil_div(pixels_, kernel_.mr);
     ConvTileArgs t = {};
     t.runs = runs, t.run_count = count, t.run = run, t.c_row = sum_row_, t.accumulate = started_;
     // The panel to come is asked for while this one is used: weights come from L3 or memory.
@@ -304,6 +303,7 @@ class Part {
     for (i64 j = 0; j < columns_; j += nr) {
       t.b = weights_ + j * phase_->steps + position * nr;
       t.n = static_cast<int>(std::min(nr, columns_ - j));
+      const i64 rows = kernel_.functions->rows(t.n), m_tiles = ceil_div(pixels_, rows);
       const float* const next = j + nr < columns_ ? t.b + nr * phase_->steps : weights_ + (position + count * run) * nr;
       for (i64 i = 0; i < m_tiles; ++i) {
         for (i64 l = lines * i / m_tiles; l < lines * (i + 1) / m_tiles; ++l)
@@ -313,7 +313,7 @@ class Part {
         // An image read where it lies comes from memory: ask for the rows of the next tile. (Zen 4, 1x1 256 -> 64 of
         // 8x56x56: float32 150 -> 189, bfloat16 299 -> 390 GFLOP/s. Finishing tiles while hot gained nothing.)
         if (in_place_ && j == 0)
-          for (i64 r = begin + t.m; r < std::min(pixels_, begin + t.m + kernel_.mr); ++r)
+          for (i64 r = begin + t.m; r < std::min(pixels_, begin + t.m + rows); ++r)
             for (i64 l = 0; l < run; l += kLine) __builtin_prefetch(pointers_[r] + runs[0] + l, 0, 2);
         t.rows = pointers_ + begin;
         t.c = sum_ + begin * sum_row_ + j;

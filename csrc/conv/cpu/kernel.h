@@ -15,10 +15,8 @@ void conv_tile(const ConvTileArgs& t) {
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i) {
     a[i] = t.rows[i];
-    __builtin_prefetch(t.c + i * t.c_row, 1);
-    if (NV > 1) __builtin_prefetch(t.c + i * t.c_row + t.n - 1, 1);
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) acc[i][v] = L::zero();
+    for (int v = 0; v < NV; ++v) __builtin_prefetch(t.c + i * t.c_row + v * W, 1), acc[i][v] = L::zero();
   }
   const float* b = t.b;
   for (i64 r = 0; r < t.run_count; ++r) {
@@ -54,24 +52,36 @@ void conv_tile(const ConvTileArgs& t) {
   }
 }
 
-// Every tile up to MR x NV vectors: fn[rows - 1][vectors - 1][kTail].
+// Rows of a tile of C of the panel's NV vectors: no more sums than MR x NV, no more pointers than registers.
+template <int MR, int NV>
+constexpr int conv_rows(int C) {
+  constexpr int kPointers = 14;
+  return MR * NV / C < kPointers ? MR * NV / C : kPointers;
+}
+
+// Every tile up to MR x NV vectors, or of as many sums: fn[rows - 1][vectors - 1][kTail].
 template <class L, int MR, int NV>
 struct ConvTiles {
-  void (*fn[MR][NV][2])(const ConvTileArgs&) = {};
+  void (*fn[conv_rows<MR, NV>(1)][NV][2])(const ConvTileArgs&) = {};
 
-  constexpr ConvTiles() { rows<MR>(); }
-  template <int M>
-  constexpr void rows() {
-    columns<M, NV>();
-    if constexpr (M > 1) rows<M - 1>();
+  constexpr ConvTiles() { columns<NV>(); }
+  template <int C>
+  constexpr void columns() {
+    rows<conv_rows<MR, NV>(C), C>();
+    if constexpr (C > 1) columns<C - 1>();
   }
   template <int M, int C>
-  constexpr void columns() {
+  constexpr void rows() {
     fn[M - 1][C - 1][0] = conv_tile<L, M, C, NV, false>;
     fn[M - 1][C - 1][1] = conv_tile<L, M, C, NV, true>;
-    if constexpr (C > 1) columns<M, C - 1>();
+    if constexpr (M > 1) rows<M - 1, C>();
   }
 };
+
+template <class L, int MR, int NV>
+int conv_rows_of(i64 n) {
+  return conv_rows<MR, NV>(static_cast<int>((n + L::width - 1) / L::width));
+}
 
 template <class L, int MR, int NV>
 void conv_run_tile(const ConvTileArgs& t) {
@@ -190,7 +200,8 @@ void conv_scatter(const ConvScatterArgs& t) {
 
 template <class L, class T, int MR, int NV>
 constexpr ConvFunctions dense_functions() {
-  return {conv_run_tile<L, MR, NV>, conv_band<L, T>, conv_scatter<L, T>, conv_pack_panel<L, T, NV, false>};
+  return {conv_run_tile<L, MR, NV>, conv_rows_of<L, MR, NV>, conv_band<L, T>, conv_scatter<L, T>,
+          conv_pack_panel<L, T, NV, false>};
 }
 
 }  // namespace

@@ -89,6 +89,7 @@ enum class ConvKind : std::uint8_t {
 // What a schedule calls; null where its kind has no use for it.
 struct ConvFunctions {
   void (*tile)(const ConvTileArgs&) = nullptr;
+  int (*rows)(i64 n) = nullptr;  // that a tile of n columns takes
   void (*band)(const ConvBandArgs&) = nullptr;
   void (*scatter)(const ConvScatterArgs&) = nullptr;
   void (*pack)(const ConvPackArgs&) = nullptr;

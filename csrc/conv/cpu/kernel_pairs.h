@@ -52,7 +52,8 @@ void conv_band_pairs(const ConvBandArgs& t) {
 // Plain: the level in which fma is what it says, for all that is not a product of pairs.
 template <class L, class Plain, int MR, int NV>
 constexpr ConvFunctions dense_pairs() {
-  return {conv_run_tile<L, MR, NV>, conv_band_pairs<L>, conv_scatter<Plain, bf16>, conv_pack_panel<L, bf16, NV, true>};
+  return {conv_run_tile<L, MR, NV>, conv_rows_of<L, MR, NV>, conv_band_pairs<L>, conv_scatter<Plain, bf16>,
+          conv_pack_panel<L, bf16, NV, true>};
 }
 
 }  // namespace

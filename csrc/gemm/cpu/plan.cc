@@ -161,8 +161,7 @@ GemmPlan gemm_plan(const GemmDesc& d, const Machine& machine, const GemmKernel* 
   const i64 depth_bytes = gemm_packed_steps(p.kc, kernel) * 4;  // of a row of A or a column of B, packed
 
   // A block: half of L2, the other half is for the panel of B and C passing through.
-  const i64 line_bytes = is_tiled(kernel) ? depth_bytes : p.kc * 4;
-  const i64 mc_limit = std::max<i64>(1, machine.l2 / 2 / line_bytes / p.tile_m) * p.tile_m;
+  const i64 mc_limit = std::max<i64>(1, machine.l2 / 2 / depth_bytes / p.tile_m) * p.tile_m;
   p.mc = even_block(rows, mc_limit, p.tile_m);
   const i64 tiles = ceil_div(rows, p.tile_m);
 
@@ -176,7 +175,7 @@ GemmPlan gemm_plan(const GemmDesc& d, const Machine& machine, const GemmKernel* 
   } else {
     // B block: a share of L3, at most 4 MiB.
     const i64 bytes = std::min<i64>(machine.l3 / (2 * p.threads), i64{4} << 20);
-    p.nc = even_block(cols, std::max<i64>(kernel.nr, bytes / line_bytes / kernel.nr * kernel.nr), kernel.nr);
+    p.nc = even_block(cols, std::max<i64>(kernel.nr, bytes / depth_bytes / kernel.nr * kernel.nr), kernel.nr);
   }
   constexpr i64 kSlack = 64;  // one vector: see GemmHelpers::pack
   p.a_bytes = p.pack_a ? pages(p.mc * depth_bytes + kSlack) : 0;
