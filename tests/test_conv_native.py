@@ -98,8 +98,8 @@ def test_tiles_of_every_size(row):
     """Tiles of fewer columns take more rows: all of them, the last vector of columns whole and not."""
     width = {"scalar": 4, "avx2": 8}.get(row["isa"], 16)
     for vectors, short, pixels in itertools.product(range(row["nr"] // width), (0, 1), range(2, 17)):
-        columns = (vectors + 1) * width - short
-        assert_exact(Conv(1, 3, columns, (1, pixels), (1, 2), dtype=DTYPES[row["dtype"]]), "forward", kernel=row["name"])
+        problem = Conv(1, 3, (vectors + 1) * width - short, (1, pixels), (1, 2), dtype=DTYPES[row["dtype"]])
+        assert_exact(problem, "forward", kernel=row["name"])
 
 
 @every_row
