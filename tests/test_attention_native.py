@@ -482,7 +482,7 @@ def test_errors_name_the_argument():
     fails("\\[1, H, total, D\\]", cu_seqlens_q=cu, cu_seqlens_k=cu)
     one = {"query": q[:1], "key": k[:1], "value": v[:1], "out": out[:1], "lse": lse[:1]}
     for bad in ([0, 4], [1, 5], [0, 3, 2, 5], [], [0, 6]):
-        fails("'cu_seqlens_q'.*never fall", **one, cu_seqlens_q=torch.tensor(bad, dtype=torch.int64), cu_seqlens_k=cu)
+        fails("attention_varlen: argument 'cu_seqlens_q'.*from 0 to .* never decrease, got", **one, cu_seqlens_q=torch.tensor(bad, dtype=torch.int64), cu_seqlens_k=cu)
     fails("'cu_seqlens_k'.*offsets", **one, cu_seqlens_q=cu, cu_seqlens_k=torch.tensor([0, 2, 5]))
     fails("'cu_seqlens_q'.*int32 or int64", **one, cu_seqlens_q=cu.float(), cu_seqlens_k=cu)
     fails("'mask'.*None with cu", **one, cu_seqlens_q=cu, cu_seqlens_k=cu, mask=torch.ones(1, 1, 5, 5))

@@ -22,7 +22,7 @@ namespace {
 
 constexpr const char* kOp = kAttentionOp;
 
-// Rows of each sequence: starts at 0, never falls, ends at the total. Returns the longest.
+// Where each sequence begins, and the last ends. Returns the rows of the longest.
 i64 check_offsets(const std::vector<i64>& offsets, i64 total, const char* argument) {
   i64 longest = 0;
   bool good = !offsets.empty() && offsets.front() == 0 && offsets.back() == total;
@@ -30,8 +30,12 @@ i64 check_offsets(const std::vector<i64>& offsets, i64 total, const char* argume
     good = offsets[i] >= offsets[i - 1];
     longest = std::max(longest, offsets[i] - offsets[i - 1]);
   }
-  if (!good) fail(kOp, ": argument '", argument, "': expected offsets that start at 0, never fall and end at ", total);
-  return longest;
+  if (good) return longest;
+  std::string got;
+  constexpr std::size_t kShown = 8;
+  for (std::size_t i = 0; i < std::min(kShown, offsets.size()); ++i) got += concat(i ? ", " : "", offsets[i]);
+  fail("fastdl.attention_varlen: argument '", argument, "': expected offsets from 0 to ", total,
+       " that never decrease, got [", got, "]", offsets.size() > kShown ? "..." : "");
 }
 
 class Call : public AttentionCall {

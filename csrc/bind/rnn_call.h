@@ -71,7 +71,8 @@ class RnnCall {
       rows = rows < 0 || n > t.size(0) - rows ? -1 : rows + n;
     }
     if (args.steps.rows != t.size(0))
-      fail(op_, ": argument 'batch_sizes': expected sizes that sum to the ", t.size(0), " rows of ", name);
+      fail(op_, ": argument 'batch_sizes': expected sizes that sum to the ", t.size(0), " rows of ", name, ", got ",
+           args.steps.rows < 0 ? std::string("more") : concat("a sum of ", args.steps.rows));
     args.steps.batch_sizes = sizes_.data();
     return t.data;
   }

@@ -26,6 +26,8 @@ struct DirectPlan {
   i64 place_channels;  // of a part whose image is read in place
   i64 block[3];        // output pixels of a part, of one phase
   i64 chunks;          // wgrad: partial sums, added in their order
+  // A thread's: the copied image, results (wgrad: dy), weights or their sums; row: depthwise bias and lists of taps,
+  // grouped a row turned over.
   i64 x_floats, y_floats, w_floats, row_floats;
   i64 partial_bytes;  // for all threads
 

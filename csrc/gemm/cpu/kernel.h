@@ -270,7 +270,9 @@ void finish_with(const FinishArgs& t) {
   for (int j = 0; j < t.n; j += W) {
     const Lanes<L> lanes(t.n - j);
     auto b = L::zero();
-    if (bias) {
+    if (bias && t.bias_step == 1) {
+      b = lanes.load(bias + j);
+    } else if (bias) {
       float x[W] = {};
       for (int l = 0; l < lanes.n; ++l) x[l] = widen(bias[(j + l) * t.bias_step]);
       b = L::load(x);
