@@ -475,6 +475,9 @@ def test_errors_name_the_argument():
     fails("'dropout_p'", dropout_p=math.nan)
     fails("'softcap'", softcap=-1.0)
     fails("'seed'", seed=-1)
+    fails("'hi': expected at least lo, which is 3, got 2", lo=3, hi=2)
+    endless = torch.ones(8).expand(2, 2, 2**48, 8)
+    fails("'key': expected fewer than 2\\^48 keys", key=endless, value=endless)
     fails("'kernel'.*expected one of", kernel="gemm")
     fails("its dtype", kernel="attention_bf16_4x8_scalar")
     fails("'threads'", threads=-1)
@@ -486,8 +489,10 @@ def test_errors_name_the_argument():
         offsets = torch.tensor(bad, dtype=torch.int64)
         text = f"'cu_seqlens_q'.*from 0 to 5 that never decrease, got {re.escape(str(bad))}"
         fails(text, op="attention_varlen", **one, cu_seqlens_q=offsets, cu_seqlens_k=cu)
-    fails("'cu_seqlens_k'.*offsets", **one, cu_seqlens_q=cu, cu_seqlens_k=torch.tensor([0, 2, 5]))
-    fails("'cu_seqlens_q'.*int32 or int64", **one, cu_seqlens_q=cu.float(), cu_seqlens_k=cu)
+    fails(
+        "'cu_seqlens_k'.*offsets", op="attention_varlen", **one, cu_seqlens_q=cu, cu_seqlens_k=torch.tensor([0, 2, 5])
+    )
+    fails("'cu_seqlens_q'.*int32 or int64", op="attention_varlen", **one, cu_seqlens_q=cu.float(), cu_seqlens_k=cu)
     fails("'mask'.*None with cu", **one, cu_seqlens_q=cu, cu_seqlens_k=cu, mask=torch.ones(1, 1, 5, 5))
 
 

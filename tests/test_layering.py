@@ -208,3 +208,12 @@ def test_the_module_exports_no_kernels():
     exported = {line.split(maxsplit=2)[2] for line in listing.splitlines()}
     assert "PyInit__C" in exported
     assert not [symbol for symbol in exported if symbol.startswith("fastdl::")]
+
+
+@pytest.mark.parametrize("path", PYTHON_LAYERED, ids=lambda p: str(p.relative_to(PYTHON)))
+def test_saved_tensors_are_read_once_and_by_backward(path):
+    """torch's non-reentrant checkpoints refuse a second reading: helpers are given what backward has read."""
+    functions = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef)]
+    for function in functions:
+        reads = [n for n in ast.walk(function) if isinstance(n, ast.Attribute) and n.attr == "saved_tensors"]
+        assert not reads or (len(reads) == 1 and function.name in ("backward", "_gradients")), function.name

@@ -55,7 +55,8 @@ void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] i64 bytes) 
 }
 
 ArenaLease::ArenaLease(i64 bytes) : data_(nullptr), size_(0) {
-  if (bytes <= 0) return;
+  if (bytes < 0) throw std::bad_alloc();  // a size that overflowed
+  if (bytes == 0) return;
   Buffer grown = {nullptr, 0};
   {
     std::lock_guard<std::mutex> lock(mutex());

@@ -21,6 +21,7 @@ namespace fastdl {
 namespace {
 
 constexpr const char* kOp = kAttentionOp;
+constexpr const char* kVarlen = "fastdl.attention_varlen";
 
 // Where each sequence begins, and the last ends. Returns the rows of the longest.
 i64 check_offsets(const std::vector<i64>& offsets, i64 total, const char* argument) {
@@ -34,8 +35,8 @@ i64 check_offsets(const std::vector<i64>& offsets, i64 total, const char* argume
   std::string got;
   constexpr std::size_t kShown = 8;
   for (std::size_t i = 0; i < std::min(kShown, offsets.size()); ++i) got += concat(i ? ", " : "", offsets[i]);
-  fail("fastdl.attention_varlen: argument '", argument, "': expected offsets from 0 to ", total,
-       " that never decrease, got [", got, "]", offsets.size() > kShown ? "..." : "");
+  fail(kVarlen, ": argument '", argument, "': expected offsets from 0 to ", total, " that never decrease, got [", got,
+       "]", offsets.size() > kShown ? "..." : "");
 }
 
 class Call : public AttentionCall {
@@ -45,12 +46,13 @@ class Call : public AttentionCall {
     return view_or_bool(object, kOp, name, boolean);
   }
   void set_sequences(py::handle cu_q, py::handle cu_k) override {
-    seq_q_ = read_integers(cu_q, kOp, "cu_seqlens_q");
-    seq_k_ = read_integers(cu_k, kOp, "cu_seqlens_k");
+    seq_q_ = read_integers(cu_q, kVarlen, "cu_seqlens_q");
+    seq_k_ = read_integers(cu_k, kVarlen, "cu_seqlens_k");
     desc.Lq = check_offsets(seq_q_, desc.total_q, "cu_seqlens_q");
     desc.Lk = check_offsets(seq_k_, desc.total_k, "cu_seqlens_k");
     if (seq_q_.size() != seq_k_.size())
-      fail(kOp, ": argument 'cu_seqlens_k': expected ", seq_q_.size(), " offsets as cu_seqlens_q, got ", seq_k_.size());
+      fail(kVarlen, ": argument 'cu_seqlens_k': expected ", seq_q_.size(), " offsets as cu_seqlens_q, got ",
+           seq_k_.size());
     desc.sequences = static_cast<i64>(seq_q_.size()) - 1;
     if (desc.sequences) args.seq_q = seq_q_.data(), args.seq_k = seq_k_.data();
   }

@@ -50,6 +50,8 @@ class AttentionCall {
       fail(kOp, ": argument 'key': expected a number of heads that divides query's ", d.H, ", got ", d.Hkv);
     require_dtype(k_, q_.dtype, "as query", kOp, "key");
     require_dtype(v_, q_.dtype, "as query", kOp, "value");
+    constexpr i64 kMostKeys = i64{1} << 48;  // expanded keys take no memory, and sizes of scratch must not overflow
+    if (d.Lk >= kMostKeys) fail(kOp, ": argument 'key': expected fewer than 2^48 keys, got ", shape_string(k_));
     d.dtype = q_.dtype;
     d.q = strides_of(q_), d.k = strides_of(k_), d.v = strides_of(v_);
     d.out = {d.H * d.Lq * d.Dv, d.Lq * d.Dv, d.Dv, 1};
@@ -58,6 +60,7 @@ class AttentionCall {
     if (!(o.softcap >= 0)) fail(kOp, ": argument 'softcap': expected at least 0, got ", o.softcap);
     if (!(o.dropout_p >= 0 && o.dropout_p <= 1))
       fail(kOp, ": argument 'dropout_p': expected 0 to 1, got ", o.dropout_p);
+    if (o.lo > o.hi) fail(kOp, ": argument 'hi': expected at least lo, which is ", o.lo, ", got ", o.hi);
     if (o.seed < 0) fail(kOp, ": argument 'seed': expected at least 0, got ", o.seed);
     d.scale = static_cast<float>(o.scale), d.softcap = static_cast<float>(o.softcap);
     d.lo = o.lo, d.hi = o.hi, d.align_end = o.align_end;
@@ -195,7 +198,7 @@ class AttentionCall {
     require_shape(grad, argument, {of.size(0), of.size(1), of.size(2), of.size(3)}, why);
     require_dtype(grad, of.dtype, "as query", kOp, argument);
     require_unit_columns(grad, argument);
-    require_writable(grad, kOp);
+    require_writable(grad, kOp, argument);
     *step = strides_of(grad);
     return grad.data;
   }
@@ -213,7 +216,7 @@ class AttentionCall {
       fail(kOp, ": argument 'dmask': expected [", d.B, ", ", d.H, ", ", d.Lq, ", ", d.Lk,
            "] or 1 in the place of any of them, got ", shape_string(dmask));
     require_dtype(dmask, DType::f32, "sums of products", kOp, "dmask");
-    require_writable(dmask, kOp);
+    require_writable(dmask, kOp, "dmask");
     for (int i = 0; i < 4; ++i) dmask_sizes[i] = dmask.size(i);
     const auto step = [&](int i) { return dmask.size(i) > 1 ? dmask.stride(i) : 0; };
     grads.dmask = static_cast<float*>(dmask.data);

@@ -56,7 +56,7 @@ class ConvCall : public ConvProblem {
   void check_outputs() const {
     for (const Argument& a : arguments_) {
       if (!a.output) continue;
-      require_writable(a.view, op());
+      require_writable(a.view, op(), a.name);
       for (const Argument& b : arguments_)
         if (&a != &b) require_apart(a.view, b.view, op(), b.name, a.name);
     }

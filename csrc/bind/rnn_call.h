@@ -220,7 +220,7 @@ class RnnCall {
   void check_outputs(void (*each)(const TensorView&)) {
     for (const Argument& a : arguments_) {
       if (!a.output) continue;
-      require_writable(a.view, op_);
+      require_writable(a.view, op_, a.name);
       if (each) each(a.view);
       for (const Argument& b : arguments_)
         if (&a != &b && !in_place(a, b)) require_apart(a.view, b.view, op_, b.name, a.name);

@@ -181,7 +181,7 @@ std::string shape_string(const TensorView& t) {
   return s + "]";
 }
 
-void require_writable(const TensorView& out, const char* op) {
+void require_writable(const TensorView& out, const char* op, const char* written) {
   constexpr int kMax = 64;
   std::pair<i64, i64> dims[kMax];  // (stride, size) of the dimensions that have more than one element
   int n = 0;
@@ -193,8 +193,8 @@ void require_writable(const TensorView& out, const char* op) {
   i64 inner = 1;  // elements spanned by the dimensions so far
   for (int i = 0; i < n; ++i) {
     if (dims[i].first < inner)
-      fail(op, ": argument 'out': expected elements that do not share memory, got a stride of ", dims[i].first,
-           " over a span of ", inner);
+      fail(op, ": argument '", written, "': expected elements that do not share memory, got a stride of ",
+           dims[i].first, " over a span of ", inner);
     inner = dims[i].first * (dims[i].second - 1) + inner;
   }
 }

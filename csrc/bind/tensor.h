@@ -41,8 +41,8 @@ struct IndexView {
   i64 size, stride;
 };
 IndexView index_view(pybind11::handle object, const char* op, const char* argument);
-// Throws Error unless writing `out` touches each of its elements once.
-void require_writable(const TensorView& out, const char* op);
+// Throws Error unless writing `out`, the argument named `written`, touches each of its elements once.
+void require_writable(const TensorView& out, const char* op, const char* written = "out");
 // Throws Error when the memory ranges of `out`, an argument named `written`, and of `in`, named `argument`, meet.
 void require_apart(const TensorView& out, const TensorView& in, const char* op, const char* argument,
                    const char* written = "out");

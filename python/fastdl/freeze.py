@@ -24,8 +24,9 @@ def freeze(model: Model, max_bytes: int | None = None) -> Model:
     error that goes unnoticed unless FASTDL_CHECK_FROZEN=1 was set before `freeze`: then each call compares contents
     and raises RuntimeError naming the layer. Gradients flow as without packs.
 
-    A pack takes up to four bytes for each element of its weight, whatever the dtype. It is no part of the state dict,
-    and is dropped when the layer is copied, pickled, moved, converted, or loaded into.
+    A pack takes up to four bytes (level amx, float32: six) for each element of its weight, whatever the dtype, and
+    rounds its rows up to a panel, of 64 at most. It is no part of the state dict, and is dropped when the layer is
+    copied, pickled, moved, converted, or loaded into. Recurrent layers pack anew in every call.
 
     Args:
         model: a module that `optimize` has been applied to.
@@ -64,7 +65,9 @@ def freeze(model: Model, max_bytes: int | None = None) -> Model:
     if left:
         warnings.warn("fastdl.freeze: left unfrozen: " + "; ".join(left), stacklevel=2)
     elif not frozen:
-        warnings.warn(f"fastdl.freeze: {type(model).__name__} has no swapped layer: optimize it first", stacklevel=2)
+        swapped = any(isinstance(module, Swapped) for module in model.modules())
+        why = "no weights that are packed between calls" if swapped else "no swapped layer: optimize it first"
+        warnings.warn(f"fastdl.freeze: {type(model).__name__} has {why}", stacklevel=2)
     return model
 
 

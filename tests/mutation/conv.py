@@ -29,6 +29,13 @@ MUTATIONS = [
         f"{TESTS} -k 'test_grid_is_exact and conv_bf16_6x64_avx512bf16 and forward'",
     ),
     Mutation(
+        "pixels of an odd number of channels copied in one line",
+        KERNEL,
+        "t.row * unit == t.channels",
+        "t.row * unit <= t.channels + 1",
+        f"{TESTS} -k 'test_grid_is_exact and conv_bf16_6x64_avx512bf16 and forward'",
+    ),
+    Mutation(
         "an image's last column taken for padding",
         DENSE,
         "(x_.size[2] - 1 - w_first) / w_step + 1",

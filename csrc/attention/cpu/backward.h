@@ -1,5 +1,6 @@
-// The backward pass of attention: P = exp(S - lse), dP = dO V^T, dS = P .* (dP - delta), delta(i) = sum_d dO(i,d)
-// O(i,d) dV = P^T dO,   dQ = scale dS K,   dK = scale dS^T Q,   dmask = dS summed over what the mask is broadcast along
+// The backward pass of attention: P = exp(S - lse), dP = dO V^T, dS = P .* (dP - delta),
+// delta(i) = sum_d dO(i,d) * O(i,d);
+// dV = P^T dO,   dQ = scale dS K,   dK = scale dS^T Q,   dmask = dS summed over what the mask is broadcast along
 //
 // With dropout P' = P .* keep / (1 - p) takes P's place in dV, and dP .* keep / (1 - p) that of dP; the softcap's slope
 // is in dS for dQ and dK, not for dmask. Scores are computed again: memory is linear in the lengths. Each element is

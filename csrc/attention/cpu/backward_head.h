@@ -1,7 +1,6 @@
 // What the backward schedule knows of a query head: its rows, operands and products, and a thread's scratch.
 #pragma once
 #include <cstring>
-#include <numeric>
 
 #include "attention/cpu/backward.h"
 #include "attention/cpu/schedule.h"

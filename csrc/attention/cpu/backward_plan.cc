@@ -35,7 +35,8 @@ AttentionBackwardPlan attention_backward_plan(const AttentionDesc& d, const Mach
   if (forced) p.why = "forced";
   const AttentionKernel& kernel = *p.kernel;
   if (kernel.dtype != d.dtype)
-    fail("fastdl.scaled_dot_product_attention: kernel '", kernel.name, "': expected operands of its dtype");
+    fail("fastdl.scaled_dot_product_attention: kernel '", kernel.name, "': expected operands of its dtype, ",
+         dtype_name(kernel.dtype), ", got ", dtype_name(d.dtype));
   if (kernel.kind != AttentionKind::kTile)
     fail("fastdl.scaled_dot_product_attention: kernel '", kernel.name, "': expected a tile kernel for the gradients");
 

@@ -1,7 +1,7 @@
 // Which kernel, which blocks, how many threads. Pure: everything follows from the problem and the machine given.
 #include <algorithm>
 #include <cmath>
-#include <numeric>
+#include <new>
 
 #include "attention/attention.h"
 #include "attention/cpu/schedule.h"
@@ -49,6 +49,9 @@ void plan_decode(const AttentionDesc& d, AttentionPlan* p) {
   p->key_block = p->kernel->key_block;
   p->blocks = std::max<i64>(1, ceil_div(d.Lk, p->key_block));
   const i64 heads = (d.sequences ? d.sequences : d.B) * d.Hkv;
+  // Expanded keys take no memory: what they would take here may be beyond any, and any number.
+  const double partial = static_cast<double>(heads * rows) * static_cast<double>(p->blocks * (o_row + 2) * 4);
+  if (partial > 0x1p60) throw std::bad_alloc();
   p->shared_bytes = pages(heads * p->blocks * rows * (o_row + 2) * 4);
   p->q_bytes = pages(rows * d.D * 4);
   p->s_bytes = pages(rows * (p->key_block + 16) * 4);
@@ -101,7 +104,8 @@ AttentionPlan attention_plan(const AttentionDesc& d, const Machine& machine, con
   if (forced) p.why = "forced";
   const AttentionKernel& kernel = *p.kernel;
   if (kernel.dtype != d.dtype)
-    fail("fastdl.scaled_dot_product_attention: kernel '", kernel.name, "': expected operands of its dtype");
+    fail("fastdl.scaled_dot_product_attention: kernel '", kernel.name, "': expected operands of its dtype, ",
+         dtype_name(kernel.dtype), ", got ", dtype_name(d.dtype));
   const bool decode = kernel.kind == AttentionKind::kDecode;
   if (decode && !decode_applies(d))
     fail("fastdl.scaled_dot_product_attention: kernel '", kernel.name,

@@ -89,10 +89,17 @@ void conv_run_tile(const ConvTileArgs& t) {
   table.fn[t.m - 1][(t.n + L::width - 1) / L::width - 1][t.n % L::width != 0](t);
 }
 
+// Pixels that lie side by side and are to lie so are one. unit: elements in a float of dst.
+FASTDL_INLINE ConvBandArgs in_one_line(ConvBandArgs t, int unit) {
+  if (t.c_step == 1 && t.pixel_step == t.channels && t.row * unit == t.channels) t.channels *= t.pixels, t.pixels = 1;
+  return t;
+}
+
 // See ConvBandArgs: widened.
 template <class L, class T>
-void conv_band(const ConvBandArgs& t) {
+void conv_band(const ConvBandArgs& args) {
   constexpr int W = L::width;
+  const ConvBandArgs t = in_one_line(args, 1);
   const T* const src = static_cast<const T*>(t.src);
   if (t.c_step == 1) {
     for (i64 p = 0; p < t.pixels; ++p) {

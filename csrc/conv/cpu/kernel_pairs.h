@@ -8,8 +8,9 @@ namespace {
 
 // See ConvBandArgs: 16 bits as they are.
 template <class L>
-void conv_band_pairs(const ConvBandArgs& t) {
+void conv_band_pairs(const ConvBandArgs& args) {
   constexpr int W = L::width;
+  const ConvBandArgs t = in_one_line(args, 2);
   const bf16* const src = static_cast<const bf16*>(t.src);
   if (t.c_step != 1 && t.pixel_step == 1 && t.channels >= 8) {  // transpose blocks of W pairs of channels x W pixels
     for (i64 c = 0; c < t.channels; c += 2 * W) {

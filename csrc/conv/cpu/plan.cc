@@ -155,7 +155,7 @@ void balance(const ConvDesc& d, const Blocks& b, i64 columns, int threads) {
   b.count_bytes();
 }
 
-void plan_dense(const ConvDesc& d, const Machine&, ConvPlan* plan) {
+void plan_dense(const ConvDesc& d, ConvPlan* plan) {
   ConvPlan& p = *plan;
   const ConvKernel& kernel = *p.kernel;
   const bool forward = d.pass == ConvPass::forward;
@@ -290,10 +290,13 @@ ConvPlan conv_plan(const ConvDesc& d, const Machine& machine, const ConvKernel* 
     fail("fastdl.conv: kernel '", kernel.name, "': expected several groups",
          kernel.kind == ConvKind::kDepthwise ? " of one channel" : "", " that fit its scratch");
   if (kernel.dtype != d.dtype || !(direct(kernel.kind) || kernel.kind == kind_of(d)))
-    fail("fastdl.conv: kernel '", kernel.name, "': expected ", dtype_name(kernel.dtype), " and another pass, got ",
-         dtype_name(d.dtype), " ", conv_pass_name(d.pass));
+    fail("fastdl.conv: kernel '", kernel.name, "': expected ", dtype_name(kernel.dtype),
+         direct(kernel.kind)               ? ""
+         : kernel.kind == ConvKind::kWgrad ? " wgrad"
+                                           : " forward or dgrad",
+         ", got ", dtype_name(d.dtype), " ", conv_pass_name(d.pass));
   p.threads = team_for(serial_nanoseconds(d), machine);
-  if (kernel.kind == ConvKind::kDense) plan_dense(d, machine, &p);
+  if (kernel.kind == ConvKind::kDense) plan_dense(d, &p);
   if (kernel.kind == ConvKind::kWgrad) {
     p.wgrad = conv_wgrad_plan(d, kernel, p.threads);
     p.c_block = p.wgrad.c_block, p.k_block = p.wgrad.k_block, p.rows = p.wgrad.rows, p.w_block = p.wgrad.w_block;

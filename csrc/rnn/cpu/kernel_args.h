@@ -46,8 +46,7 @@ struct RnnGradArgs {
   void* d_gates;  // of x: d_gates(i, gate, j) = d_gates[i*gates_row + gate*H + j]
   i64 gates_row, H;
   void* d_recurrent;  // [m, n], gru: of h W_n^T + b_n
-  i64 recurrent_row;
-  void* recurrent;  // the gradients of h W^T once more, in the form that the products read
+  void* recurrent;    // the gradients of h W^T once more, in the form that the products read
   i64 product_row;
   void* hidden;  // [m, n], H apart, lstm: sigmoid(o) tanh(c), or null
   int m, n;

@@ -55,13 +55,13 @@ class MultiheadAttention(Swapped, stock.MultiheadAttention):
         else:  # spelled out: the script compiler looks into everything but the branch not taken
             if isinstance(query, Proxy):
                 masks = key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
-                return traced_call(self, query, key, value, *masks)
+                return traced_call(self, query, query, key, value, *masks)
             reason = self._unsupported(query, key, value, key_padding_mask, attn_mask, is_causal)
             if reason is not None:
                 out = self.torch_forward(
                     query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
                 )
-                _record(reason, (query, key, value), out[0])
+                record_handback(_NAME, reason, (query, key, value), out[0])
                 return out
             return self._attend(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
@@ -227,8 +227,8 @@ def _weighted(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: flo
     return matmul(weights, v), weights
 
 
-def _record(reason: str, tensors: tuple[Tensor, ...], out: Tensor) -> None:
-    calls.handback(_NAME, reason)
+def record_handback(name: str, reason: str, tensors: tuple[Tensor, ...], out: Tensor) -> None:
+    """As of a call of the operation `name` that torch ran."""
+    calls.handback(name, reason)
     if not is_compiling() and calls.observer is not None:
-        sizes = tuple(() if x.is_nested else tuple(x.shape) for x in tensors)
-        calls.observer(calls.Call(_NAME, "torch", sizes, out.dtype, reason))
+        calls.observer(calls.Call(name, "torch", calls.shapes(tensors), out.dtype, reason))

@@ -45,6 +45,14 @@ def _pair(op: str, hx: Any) -> tuple[Tensor, Tensor]:
     return hx[0], hx[1]
 
 
+def _proxy(input: Any, hx: Any) -> Proxy | None:
+    """What stands for one of a call's tensors in a torch.fx graph, if anything does."""
+    for x in (input, *hx) if type(hx) is tuple else (input, hx):
+        if isinstance(x, Proxy):
+            return x
+    return None
+
+
 class _ScriptedAsStock(Swapped):
     """torch.jit.script compiles a layer of the stock class with the same parameters; it also leaves it in the model."""
 
@@ -68,10 +76,17 @@ class _Recurrent(_ScriptedAsStock, torch.nn.Module):
 
     # What does not ask for its own class by super() serves as it is.
     _init_flat_weights = stock.RNNBase._init_flat_weights
+    _update_flat_weights = stock.RNNBase._update_flat_weights
+    _weights_have_changed = stock.RNNBase._weights_have_changed
     flatten_parameters = stock.RNNBase.flatten_parameters
     reset_parameters = stock.RNNBase.reset_parameters
     extra_repr = stock.RNNBase.extra_repr
     all_weights = stock.RNNBase.all_weights
+    check_input = stock.RNNBase.check_input
+    check_hidden_size = stock.RNNBase.check_hidden_size
+    check_forward_args = stock.RNNBase.check_forward_args
+    get_expected_hidden_size = stock.RNNBase.get_expected_hidden_size
+    permute_hidden = stock.RNNBase.permute_hidden
 
     def forward(self, input: Any, hx: Any = None) -> Any:
         """input [T, B, I], [B, T, I] with batch_first, [T, I] or a PackedSequence -> (output, states), as in torch.
@@ -82,8 +97,8 @@ class _Recurrent(_ScriptedAsStock, torch.nn.Module):
         """
         if isinstance(input, PackedSequence):
             return self._packed(input, hx)
-        if isinstance(input, Proxy):
-            return traced_call(self, input, hx)
+        if (proxy := _proxy(input, hx)) is not None:
+            return traced_call(self, proxy, input, hx)
         op, lstm = self._op, self.mode == "LSTM"
         _require_tensor(op, "input", input)
         ndim = input.dim()
@@ -216,6 +231,9 @@ class LSTM(_Recurrent):
 
     stock_class = stock.LSTM
     _op = "lstm"
+    check_forward_args = stock.LSTM.check_forward_args
+    get_expected_cell_size = stock.LSTM.get_expected_cell_size
+    permute_hidden = stock.LSTM.permute_hidden
 
 
 class GRU(_Recurrent):
@@ -245,8 +263,8 @@ class _Cell(_ScriptedAsStock):
         no pair; RuntimeError for shapes and dtypes that do not fit, those of the parameters included.
         """
         op, mode = self._op, self._mode()
-        if isinstance(input, Proxy):
-            return traced_call(self, input, hx)
+        if (proxy := _proxy(input, hx)) is not None:
+            return traced_call(self, proxy, input, hx)
         if hx is not None and not is_compiling() and not torch.is_grad_enabled():
             pair = hx if mode == "lstm" else (hx, None)
             if type(pair) in (tuple, list) and len(pair) == 2:

@@ -24,9 +24,9 @@ def method_named(name: str, function: types.FunctionType) -> types.FunctionType:
     return twin
 
 
-def traced_call(module: torch.nn.Module, input: Proxy, *args: Any) -> Proxy:
-    """One node of a torch.fx graph that calls the module, as torch's tracer makes of each of torch.nn's own."""
-    return input.tracer.create_proxy("call_module", input.tracer.path_of_module(module), (input, *args), {})
+def traced_call(module: torch.nn.Module, proxy: Proxy, *args: Any) -> Proxy:
+    """One node of the proxy's torch.fx graph that calls the module, as torch's tracer makes of each of torch.nn's."""
+    return proxy.tracer.create_proxy("call_module", proxy.tracer.path_of_module(module), args, {})
 
 
 class Swapped:

@@ -10,7 +10,7 @@ from torch.fx import Proxy
 from torch.nn import functional as F
 from torch.nn.modules import transformer as stock
 
-from fastdl.nn.attention import MultiheadAttention
+from fastdl.nn.attention import MultiheadAttention, record_handback
 from fastdl.nn.linear import Linear
 from fastdl.nn.swapped import Swapped, method_named, traced_call
 
@@ -37,11 +37,15 @@ class TransformerEncoderLayer(Swapped, stock.TransformerEncoderLayer):
             return self.torch_forward(src, src_mask, src_key_padding_mask, is_causal)
         else:  # spelled out: the script compiler looks into everything but the branch not taken
             if isinstance(src, Proxy):
-                return traced_call(self, src, src_mask, src_key_padding_mask, is_causal)
+                return traced_call(self, src, src, src_mask, src_key_padding_mask, is_causal)
             if src.is_nested:
-                if src_mask is None and src_key_padding_mask is None and _packable(self, src):
+                masked = src_mask is not None or src_key_padding_mask is not None
+                if not masked and _packable(self, src):
                     return self._forward_nested(src)
-                return self.torch_forward(src, src_mask, src_key_padding_mask, is_causal)
+                out = self.torch_forward(src, src_mask, src_key_padding_mask, is_causal)
+                reason = "src is nested, with a mask" if masked else "src is nested, and the layer cannot pack it"
+                record_handback("transformer_encoder_layer", reason, (src,), out)
+                return out
             if self.norm_first:
                 x = src + self._sa_block(self.norm1(src), src_mask, src_key_padding_mask, is_causal=is_causal)
                 return _feed_forward(self, self.norm2(x), x, self.dropout2)
@@ -98,6 +102,7 @@ class TransformerDecoderLayer(Swapped, stock.TransformerDecoderLayer):
             if isinstance(tgt, Proxy):
                 return traced_call(
                     self,
+                    tgt,
                     tgt,
                     memory,
                     tgt_mask,

@@ -67,8 +67,8 @@ def scaled_dot_product_attention(
         window: (left, right): query i sees keys i - left to i + right; None or -1: no limit on that side.
         softcap: scores s become softcap * tanh(s / softcap), before masks; None or 0: none.
 
-    A query that sees no key gives zeros and takes no part in gradients. Raises TypeError for an argument that is not a
-    tensor, RuntimeError for what does not fit together. Unlike torch, these are errors, too: key and value of different
+    A query that sees no key gives zeros and takes no part in gradients. NaN and Inf of a value may reach queries that do
+    not see its key, as they do in torch. Raises TypeError for an argument that is not a tensor, RuntimeError for what does not fit together. Unlike torch, these are errors, too: key and value of different
     lengths (torch reads beyond key), attn_mask together with is_causal, a mix of meta and cpu tensors.
     """
     lo, hi = _band(shapes.SDPA, is_causal, window)
@@ -348,22 +348,12 @@ def _operation(*args: Any) -> tuple[Tensor, Tensor]:
     return torch.ops.fastdl.attention(*args, False)
 
 
-def _apply(*args: Any) -> tuple[Tensor, Tensor]:
-    if is_compiling():  # Dynamo refuses an autograd.Function that is given one tensor twice
-        query, key, value, mask, cu_q, cu_k, *rest = args
-        key = key.view_as(key) if key is query else key
-        value = value.view_as(value) if value is query or value is key else value
-        cu_k = cu_k.view_as(cu_k) if cu_k is not None and cu_k is cu_q else cu_k
-        args = (query, key, value, mask, cu_q, cu_k, *rest)
-    return AttentionFunction.apply(*args)
-
-
 def _forward(*args: Any) -> Tensor:
     return _run(_operation, *args)
 
 
 def _differentiable(*args: Any) -> Tensor:
-    return _run(_apply, *args)
+    return _run(AttentionFunction.apply, *args)
 
 
 def _torchs(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *extras: Any) -> Tensor:
@@ -422,7 +412,7 @@ def _varlen_forward(*args: Any) -> Tensor:
 
 
 def _varlen_differentiable(*args: Any) -> Tensor:
-    return _apply(*_varlen_arguments(*args))[0][0].transpose(0, 1)
+    return AttentionFunction.apply(*_varlen_arguments(*args))[0][0].transpose(0, 1)
 
 
 def _varlen_torchs(query: Tensor, key: Tensor, value: Tensor, *extras: Any) -> Tensor:

@@ -111,6 +111,8 @@ def attention_backward(
         return (*grads, dmask if needs[3] else query.new_empty(0))
     grads = [empty_like(x, x.shape[3]) if need else None for x, need in zip(leaves, needs, strict=False)]
     dmask = torch.empty(mask.shape, dtype=torch.float32, device="cpu") if needs[3] else None
+    if dmask is not None and query.numel() == 0:
+        dmask.zero_()  # of no heads: the kernels have nothing to add up
     _C.attention_backward(
         *grads,
         dmask,

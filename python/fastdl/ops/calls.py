@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -37,6 +37,11 @@ def run_while_tracing(function: F) -> F:
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+def shapes(tensors: Iterable[torch.Tensor]) -> tuple[tuple[int, ...], ...]:
+    """Of a call's tensors, for its record; nested ones have none."""
+    return tuple(() if x.is_nested else tuple(x.shape) for x in tensors)
 
 
 @run_while_tracing  # so that a compiled call leaves its record too, and its graph stays whole

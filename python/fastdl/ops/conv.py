@@ -228,8 +228,6 @@ def convolve(
         last = strided and shapes.channels_last(input, weight)
         if torch.is_autocast_enabled("cpu") or cuda.runs(input):  # the weight may be cast, or the kernels not those
             packed = None
-        if is_compiling() and residual is input:  # Dynamo refuses an autograd.Function that is given one tensor twice
-            residual = residual.view_as(residual)
         out = call(operation, input, weight, bias, residual, constants=(*g, activation, last, packed))
     return out.squeeze(0) if unbatched else out
 

@@ -68,6 +68,8 @@ def attention_backward(
     leaves = (query, key, value)
     grads = [empty_like(x, x.shape[3]) if need else None for x, need in zip(leaves, needs, strict=False)]
     dmask = torch.empty(mask.shape, dtype=torch.float32, device=query.device) if needs[3] and mask is not None else None
+    if dmask is not None and query.numel() == 0:
+        dmask.zero_()  # of no heads: the kernels have nothing to add up
     options = _options(query, key, cu_q, cu_k, seed, *values)
     full = expanded(mask, query, key)
     plan = native.attention_plan(query, key, value, full, backward=True, **options)

@@ -49,15 +49,15 @@ def _is_plain_call(input: Tensor, weight: Tensor, bias: Tensor | None, residual:
     return is_plain(residual) and residual.dtype is input.dtype and tuple(residual.shape) == shape
 
 
-def activation_gradient(ctx: Any, grad: Tensor, run: Any) -> Tensor:
-    """The gradient of what the activation was applied to; ctx from LinearFusedFunction, run from `backend`."""
-    if ctx.activation is None:
+def activation_gradient(activation: str | None, grad: Tensor, saved: tuple[Tensor | None, ...], run: Any) -> Tensor:
+    """The gradient of what the activation was applied to; saved by LinearFusedFunction, run from `backend`."""
+    if activation is None:
         return grad
-    input, weight, bias, pre = ctx.saved_tensors
+    input, weight, bias, pre = saved
     if torch.is_grad_enabled() and not is_compiling():
-        return reference.activation_grad(grad, linear(input, weight, bias), ctx.activation)
+        return reference.activation_grad(grad, linear(input, weight, bias), activation)
     native = run if run is gemm_native else torch.ops.fastdl
-    return native.activation_grad(grad, pre, ctx.activation)
+    return native.activation_grad(grad, pre, activation)
 
 
 class LinearFusedFunction(Function):
@@ -88,10 +88,11 @@ class LinearFusedFunction(Function):
     def backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
         if grad is None:
             return (None,) * 6
-        input, weight, _bias, pre = ctx.saved_tensors
+        saved = ctx.saved_tensors  # once: torch's checkpoints allow no second reading
+        input, weight, _bias, pre = saved
         needs_input, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
         run = backend(grad, input, weight, pre)
-        dz = activation_gradient(ctx, grad, run)
+        dz = activation_gradient(ctx.activation, grad, saved, run)
         return (
             run.matmul(dz, weight) if needs_input else None,
             run.linear_wgrad(dz, input) if needs_weight else None,

@@ -101,9 +101,10 @@ def backend(*tensors: Tensor | None) -> Any:
     return _DIFFERENTIABLE  # create_graph=True, transforms, modes
 
 
-def _linear_gradients(ctx: Any, grad: Tensor, run: Any) -> tuple[Tensor | None, ...]:
+def _linear_gradients(
+    ctx: Any, grad: Tensor, input: Tensor | None, weight: Tensor | None, run: Any
+) -> tuple[Tensor | None, ...]:
     """The gradients of input, weight and bias, each where needed, and None for the pack."""
-    input, weight = ctx.saved_tensors
     needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
     return (
         run.matmul(grad, weight) if needs_input else None,
@@ -130,7 +131,8 @@ class LinearFunction(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _linear_gradients(ctx, grad, backend(grad, *ctx.saved_tensors))
+        input, weight = ctx.saved_tensors  # once: torch's checkpoints allow no second reading
+        return _linear_gradients(ctx, grad, input, weight, backend(grad, input, weight))
 
 
 class MatmulFunction(Function):
@@ -224,7 +226,7 @@ class _PlainLinear(LinearFunction):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _linear_gradients(ctx, grad, backend(grad))
+        return _linear_gradients(ctx, grad, *ctx.saved_tensors, backend(grad))
 
 
 class _PlainMatmul(MatmulFunction):

@@ -175,27 +175,41 @@ class RnnLayerFunction(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        input, h0, c0, batch_sizes, y, saved, *parameters = ctx.saved_tensors
-        needs = [*ctx.needs_input_grad[:3], *ctx.needs_input_grad[6:]]
-        grads = (*grads[:2], grads[2] if ctx.mode == "lstm" else None)
-        rest = (None, None, None)  # batch_sizes, mode, directions
-        if all(grad is None for grad in grads):
-            return (None, None, None, *rest, *(None for _ in parameters))
-        if not is_compiling() and _needs_reference((*grads, input, h0, c0, *parameters)):
-            steps = None if batch_sizes is None else batch_sizes.tolist()
-            dx, dh0, dc0, dweights = reference.layer_backward(
-                grads, input, h0, c0, parameters, ctx.mode, ctx.directions, steps
-            )
-            found = [x if need else None for x, need in zip((dx, dh0, dc0, *dweights), needs, strict=True)]
-            return (*found[:3], *rest, *found[3:])
-        run = torch.ops.fastdl.rnn_layer_backward
-        if not is_compiling() and eager_is_plain() and all(map(is_plain, grads)):
-            run = native.rnn_layer_backward
-        dx, dh0, dc0, dweights = run(
-            *grads, input, h0, c0, parameters, batch_sizes, y, saved, ctx.mode, ctx.directions, needs
+        return _gradients(ctx, grads, *ctx.saved_tensors)
+
+
+def _gradients(
+    ctx: Any,
+    grads: tuple[Tensor | None, ...],
+    input: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    batch_sizes: Tensor | None,
+    y: Tensor,
+    saved: Tensor,
+    *parameters: Tensor,
+) -> tuple[Tensor | None, ...]:
+    """What RnnLayerFunction.backward gives, from what it saved."""
+    needs = [*ctx.needs_input_grad[:3], *ctx.needs_input_grad[6:]]
+    grads = (*grads[:2], grads[2] if ctx.mode == "lstm" else None)
+    rest = (None, None, None)  # batch_sizes, mode, directions
+    if all(grad is None for grad in grads):
+        return (None, None, None, *rest, *(None for _ in parameters))
+    if not is_compiling() and _needs_reference((*grads, input, h0, c0, *parameters)):
+        steps = None if batch_sizes is None else batch_sizes.tolist()
+        dx, dh0, dc0, dweights = reference.layer_backward(
+            grads, input, h0, c0, parameters, ctx.mode, ctx.directions, steps
         )
         found = [x if need else None for x, need in zip((dx, dh0, dc0, *dweights), needs, strict=True)]
         return (*found[:3], *rest, *found[3:])
+    run = torch.ops.fastdl.rnn_layer_backward
+    if not is_compiling() and eager_is_plain() and all(map(is_plain, grads)):
+        run = native.rnn_layer_backward
+    dx, dh0, dc0, dweights = run(
+        *grads, input, h0, c0, parameters, batch_sizes, y, saved, ctx.mode, ctx.directions, needs
+    )
+    found = [x if need else None for x, need in zip((dx, dh0, dc0, *dweights), needs, strict=True)]
+    return (*found[:3], *rest, *found[3:])
 
 
 def _needs_reference(tensors: Sequence[Tensor | None]) -> bool:
@@ -208,13 +222,32 @@ def _needs_reference(tensors: Sequence[Tensor | None]) -> bool:
 
 
 class _PlainRnnLayer(RnnLayerFunction):
-    """RnnLayerFunction for arguments known to be plain: its forward calls the kernel."""
+    """RnnLayerFunction for arguments known to be plain: its forward calls the kernel.
+
+    y may be written in place before the backward pass, as stock GRU and RNN allow: what is saved is y under a version
+    counter of its own, and y is made again where a tensor without memory that shares y's counter tells of a write.
+    """
 
     @staticmethod
     def forward(
         input: Tensor, h0: Any, c0: Any, batch_sizes: Any, mode: str, directions: int, *parameters: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return native.rnn_layer(input, h0, c0, parameters, batch_sizes, mode, directions, True)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        y, *rest = output
+        RnnLayerFunction.setup_context(ctx, inputs, (y.data, *rest))
+        ctx.witness = y.detach()
+        ctx.witness.data = y.new_empty(0)
+        ctx.version = ctx.witness._version
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        input, h0, c0, batch_sizes, y, saved, *parameters = ctx.saved_tensors
+        if ctx.witness._version != ctx.version:
+            y = native.rnn_layer(input, h0, c0, parameters, batch_sizes, ctx.mode, ctx.directions, True)[0]
+        return _gradients(ctx, grads, input, h0, c0, batch_sizes, y, saved, *parameters)
 
 
 _apply_plain = super(Function, _PlainRnnLayer).apply  # see ops/gemm.py

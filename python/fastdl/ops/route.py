@@ -68,15 +68,16 @@ def call(op: Operation, *args: Any, constants: tuple[Any, ...] = (), more: tuple
         calls.handback(op.name, reason)
         out = op.torch_function(*args, *constants)
     elif _needs_autograd(tensors):
-        out = op.function.apply(*args, *constants)
+        every = (*args, *constants)
+        out = op.function.apply(*(_distinct(every) if is_compiling() else every))
     else:
         out = op.overload(*args, *constants)
     first = out[0] if isinstance(out, tuple) else out
     if not is_compiling() and calls.observer is not None:
         traced = any(isinstance(x, _TRACING_TYPES) for x in tensors.values())
         kernel = "torch" if reason else "no kernel: traced" if traced else op.plan(first, *args, *constants)
-        shapes = tuple(tuple(x.shape) for x in tensors.values())
-        calls.observer(calls.Call(op.name, kernel, shapes, first.dtype, reason or "", _recomputed() - before))
+        sizes = calls.shapes(tensors.values())
+        calls.observer(calls.Call(op.name, kernel, sizes, first.dtype, reason or "", _recomputed() - before))
     return out if op.several else first
 
 
@@ -94,6 +95,14 @@ def _reason_on_cuda(op: Operation, *args: Any) -> str | None:
 def _given(op: Operation, args: tuple[Tensor | None, ...], more: tuple[str, ...]) -> dict[str, Tensor]:
     given = zip(op.arguments + more, args, strict=True)
     return {name: x for name, x in given if x is not None or name not in op.optional}
+
+
+def _distinct(args: tuple[Any, ...]) -> list[Any]:
+    """Each tensor once, further ones as views of it: Dynamo refuses an autograd.Function that is given one twice."""
+    out: list[Any] = []
+    for i, x in enumerate(args):
+        out.append(x.view_as(x) if isinstance(x, Tensor) and any(x is y for y in args[:i]) else x)
+    return out
 
 
 def _cast(args: tuple[Tensor | None, ...], dtype: torch.dtype) -> tuple[Tensor | None, ...]:
