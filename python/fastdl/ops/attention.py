@@ -67,9 +67,10 @@ def scaled_dot_product_attention(
         window: (left, right): query i sees keys i - left to i + right; None or -1: no limit on that side.
         softcap: scores s become softcap * tanh(s / softcap), before masks; None or 0: none.
 
-    A query that sees no key gives zeros and takes no part in gradients. NaN and Inf of a value may reach queries that do
-    not see its key, as they do in torch. Raises TypeError for an argument that is not a tensor, RuntimeError for what does not fit together. Unlike torch, these are errors, too: key and value of different
-    lengths (torch reads beyond key), attn_mask together with is_causal, a mix of meta and cpu tensors.
+    A query that sees no key gives zeros and takes no part in gradients. NaN and Inf of a value may reach queries that
+    do not see its key, as in torch. Raises TypeError for an argument that is not a tensor, RuntimeError for what does
+    not fit together. Unlike torch, these are errors, too: key and value of different lengths (torch reads beyond key),
+    attn_mask together with is_causal, a mix of meta and cpu tensors.
     """
     lo, hi = _band(shapes.SDPA, is_causal, window)
     cap = _softcap(shapes.SDPA, softcap)
