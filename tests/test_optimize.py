@@ -590,34 +590,3 @@ def test_tensor_parallel(mesh, x):
     parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
     torch.testing.assert_close(model(x).detach(), expected)
     assert set(calls.handbacks) == {("linear", "input is a DTensor")}
-
-
-class _EveryStack(nn.Module):
-    """Layers that torch's tracer takes whole, where they are its own."""
-
-    def __init__(self):
-        super().__init__()
-        self.lstm, self.gru, self.cell = nn.LSTM(8, 16), nn.GRU(16, 16), nn.GRUCell(16, 16)
-        self.encoder = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0)
-        self.decoder = nn.TransformerDecoderLayer(16, 2, 32, dropout=0.0)
-        self.attention = nn.MultiheadAttention(16, 2)
-
-    def forward(self, x):
-        y, (h, _) = self.lstm(x)
-        z, _ = self.gru(y, h)
-        z = self.decoder(self.encoder(z), y)
-        z, _ = self.attention(z, z, z, need_weights=False)
-        return self.cell(z[0], h[0])
-
-
-def test_torch_fx_takes_layers_whole_as_torchs_own(generator):
-    model = _EveryStack().eval()
-    x = torch.randn(5, 3, 8, generator=generator)
-    expected, stock = model(x), torch.fx.symbolic_trace(model)
-    graph = torch.fx.symbolic_trace(fastdl.optimize(model))
-
-    def called(g):
-        return [node.target for node in g.graph.nodes if node.op == "call_module"]
-
-    assert called(graph) == called(stock) == ["lstm", "gru", "encoder", "decoder", "attention", "cell"]
-    torch.testing.assert_close(graph(x), expected)

@@ -100,18 +100,9 @@ class TransformerDecoderLayer(Swapped, stock.TransformerDecoderLayer):
             own = tgt_mask, tgt_key_padding_mask, tgt_is_causal
             others = memory, memory_mask, memory_key_padding_mask, memory_is_causal
             if isinstance(tgt, Proxy):
-                return traced_call(
-                    self,
-                    tgt,
-                    tgt,
-                    memory,
-                    tgt_mask,
-                    memory_mask,
-                    tgt_key_padding_mask,
-                    memory_key_padding_mask,
-                    tgt_is_causal,
-                    memory_is_causal,
-                )
+                padding = tgt_key_padding_mask, memory_key_padding_mask
+                causal = tgt_is_causal, memory_is_causal
+                return traced_call(self, tgt, tgt, memory, tgt_mask, memory_mask, *padding, *causal)
             if self.norm_first:
                 x = tgt + self._sa_block(self.norm1(tgt), *own)
                 x = x + self._mha_block(self.norm2(x), *others)
