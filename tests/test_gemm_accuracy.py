@@ -37,8 +37,9 @@ def test_against_float64_and_torch(kernel, data, K, generator):
     for bias in (None, normal((N,), generator, dtype)):
         out = torch.empty(M, N, dtype=dtype)
         _C.linear(out, a, bt, bias, kernel=kernel["name"])
-        theirs = torch.nn.functional.linear(a, bt, bias)
-        testing.assert_gemm_close(out, a, bt.t(), bias, torch_result=theirs, precision=kernel["precision"])
+        # Against the product plus the bias: on some processors torch's linear starts from the bias, and so rounds a
+        # product of K = 1 not at all.
+        testing.assert_gemm_close(out, a, bt.t(), bias, precision=kernel["precision"])
 
 
 def test_accumulate(kernel, generator):

@@ -34,6 +34,12 @@ def keeps_sums(row):
     return row["dtype"] != "float32" or row["precision"] != "fma"
 
 
+def part_rows(plan, row):
+    """Rows of the largest part: tiles are cut between multiples of 32."""
+    unit = 32 if row["isa"] == "amx" else 1
+    return max(1, min(plan["M"], -(-up(plan["M"], unit) // unit // plan["grid"][0]) * unit))
+
+
 def repairs(row):
     """Whether some elements are computed again: operands in parts."""
     return row["isa"] == "amx" and row["dtype"] != "bfloat16"
@@ -84,21 +90,26 @@ def test_forced_kernel_is_planned(kernel):
 )
 def test_workspace_is_the_packed_blocks_and_the_sums(a_strides, b_strides):
     """A thread: A block mc x kc, B block kc x nc (half for pairs of 16 bits, times the parts), float32 sums of a part
-    of C in 16 bits or from parts, or of a tile where K is one block, operands of a 32x32 block of FMA; each with at
-    most two pages of slack; 0 where there is none.
+    of C in 16 bits, from parts or streamed, or of a tile where K is one block (two of them where C is turned), operands
+    of a 32x32 block of FMA; each with at most two pages of slack; 0 where there is none.
     """
-    for M, N, K, _, _, _, plan in plans(a_strides=a_strides, b_strides=b_strides):
+    for _, N, K, _, _, _, plan in plans(a_strides=a_strides, b_strides=b_strides):
         row = ROWS[plan["kernel"]]
         once = row["kind"] == "tile" and plan["kc"] >= K
         kc = up(plan["kc"], row["k_step"]) // row["k_unit"] * row["planes"]
         blocks = plan["pack_a"] * plan["mc"] * kc + plan["pack_b"] * kc * plan["nc"]
-        along_m, along_n = plan["grid"]
-        columns = min(N, -(-up(N, plan["nr"]) // plan["nr"] // along_n) * plan["nr"])
-        rows = -(-M // along_m)
-        sums = (row["mr"] * row["nr"] if once else rows * columns) if keeps_sums(row) else 0
-        again = 32 * 32 + 192 * (14 + 32) if repairs(row) else 0
+        along_n = plan["grid"][1]
+        columns = max(1, min(N, -(-up(N, plan["nr"]) // plan["nr"] // along_n) * plan["nr"]))
+        rows = part_rows(plan, row)
+        sums = row["mr"] * row["nr"] * (1 + plan["turned"]) if once and keeps_sums(row) else 0
+        apart = plan["span"] < K
+        if apart or (keeps_sums(row) and not once):
+            sums = rows * columns * (1 + apart)
+        elif plan["streamed"]:
+            sums = rows * plan["nc"]
+        again = row["mr"] * 32 + 192 * (14 + 32) if repairs(row) else 0
         again += rows + columns if row["precision"] != "fma" else 0
-        slack = 8192 * (plan["pack_a"] + plan["pack_b"] + keeps_sums(row) + repairs(row))
+        slack = 8192 * (plan["pack_a"] + plan["pack_b"] + (sums > 0) + repairs(row))
         assert plan["workspace_bytes"] % plan["threads"] == 0
         floats, given = blocks + sums + again, plan["workspace_bytes"] // plan["threads"]
         assert 4 * floats <= given <= 4 * floats + slack, plan
@@ -149,8 +160,8 @@ def test_sums_of_a_part_are_at_most_4_mib(dtype):
         assert plan["workspace_bytes"] <= 3 * ((4 << 20) + 3 * 8192 + again + 4 * (plan["mc"] + plan["nc"]) * line), (
             plan
         )
-        along_m, along_n = plan["grid"]
-        assert -(-M // along_m) * min(N, -(-up(N, plan["nr"]) // plan["nr"] // along_n) * plan["nr"]) <= 2**20, plan
+        along_n = plan["grid"][1]
+        assert part_rows(plan, row) * min(N, -(-up(N, plan["nr"]) // plan["nr"] // along_n) * plan["nr"]) <= 2**20, plan
 
 
 def test_dtype_without_that_kernel_is_an_error():

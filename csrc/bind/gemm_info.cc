@@ -76,8 +76,11 @@ py::dict plan_dict(const GemmDesc& d, const Machine& machine, const GemmPlan& p)
   out["mc"] = p.mc;
   out["nc"] = p.nc;
   out["kc"] = p.kc;
+  out["span"] = p.span;
   out["pack_a"] = p.pack_a;
   out["pack_b"] = p.pack_b;
+  out["turned"] = p.turned;
+  out["streamed"] = p.streamed;
   out["grid"] = py::make_tuple(p.grid_m, p.grid_n);
   out["threads"] = p.threads;
   out["workspace_bytes"] = p.workspace_bytes();

@@ -30,12 +30,16 @@ struct GemmPlan {
   const GemmKernel* kernel;
   int tile_m;      // rows of a register tile as used: M cut evenly, so that no tile is much shorter than the rest
   i64 mc, nc, kc;  // cache blocks
+  i64 span;        // blocks along K whose sums are taken together; those of the next are added when they are complete
   bool pack_a, pack_b;
   int grid_m, grid_n;  // C of each matrix is cut into grid_m x grid_n parts; threads take the parts of all in order
   int threads;
   i64 a_bytes, b_bytes;      // packed blocks, a thread
   i64 sum_bytes;             // float32 sums of a part, a thread; 0 where C itself holds them
   bool tile_sums;            // of one tile instead, which is finished at once: no product is cut along K
+  bool turned;               // C' = B' A': rows of B are read as they lie, A is packed; few rows
+  bool streamed;             // B is read in place, a few of its rows at a time; sums of a K block wait in scratch
+  bool stream;               // C goes past the caches
   const GemmKernel* repair;  // computes again, by FMA, what the kernel may have got wrong; null where it never does
   i64 repair_bytes;          // its operands, and the largest magnitudes of the part's, a thread
   const char* why;
@@ -114,6 +118,8 @@ struct RowsDesc {
 };
 void gemm_sum_rows(const void* x, const RowsDesc& desc, void* out, Isa isa, int threads);
 
+// C is cut into parts between rows that are multiples of this.
+inline i64 gemm_row_unit(const GemmKernel& kernel) { return is_tiled(kernel) ? 32 : 1; }
 // Floats of a packed panel, a row or column of it, that hold this many elements along K.
 i64 gemm_packed_steps(i64 depth, const GemmKernel& kernel);
 i64 gemm_repair_bytes(const GemmPlan& plan, i64 rows, i64 cols);  // for a part of so many

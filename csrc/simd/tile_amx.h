@@ -5,6 +5,7 @@
 //   tile_release()                gives the tiles back: contexts switch without them
 //   tile_zero<T>()
 //   tile_load<T>(p, step)         rows of 64 bytes, `step` bytes apart
+//   tile_stream<T>(p, step)       the same, of what is not needed again soon
 //   tile_store<T>(p, step)
 //   tile_dpbf16ps<C, A, B>()      C(i,j) += sum_k A(i,2k)*B(k,2j) + A(i,2k+1)*B(k,2j+1): C 16x16 float, A rows of 32
 //                                 elements along K, B row k the pair of rows 2k, 2k+1 of the operand
@@ -62,6 +63,10 @@ FASTDL_INLINE void tile_load(const void* p, i64 step) {
     __builtin_memcpy(g_tiles.tile[T][r], static_cast<const char*>(p) + r * step, kTileRowBytes);
 }
 template <int T>
+FASTDL_INLINE void tile_stream(const void* p, i64 step) {
+  tile_load<T>(p, step);
+}
+template <int T>
 FASTDL_INLINE void tile_store(void* p, i64 step) {
   for (int r = 0; r < kTileRows; ++r)
     __builtin_memcpy(static_cast<char*>(p) + r * step, g_tiles.tile[T][r], kTileRowBytes);
@@ -97,6 +102,10 @@ FASTDL_INLINE void tile_zero() {
 template <int T>
 FASTDL_INLINE void tile_load(const void* p, i64 step) {
   __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(p), "r"(step), "i"(T) : "memory");
+}
+template <int T>
+FASTDL_INLINE void tile_stream(const void* p, i64 step) {
+  __asm__ volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" : : "r"(p), "r"(step), "i"(T) : "memory");
 }
 template <int T>
 FASTDL_INLINE void tile_store(void* p, i64 step) {

@@ -18,6 +18,8 @@ struct TileArgs {
   i64 k;
   int m, n;
   bool accumulate;
+  const char* ahead;  // cache lines to have in L2 soon; only tiles of bfloat16 parts ask for them
+  i64 ahead_lines;
 };
 
 enum class GemmKind : std::uint8_t {
@@ -39,6 +41,7 @@ struct FinishArgs {
   Activation activation;
   int m, n;
   bool accumulate;
+  bool stream;  // C goes past the caches where its lines are whole
 };
 
 // dst[k*panel + j] = src[k*k_step + j*j_step] for j < n, 0 for n <= j < panel (k_unit 2: see kernel_pairs.h, tiles:
@@ -76,6 +79,8 @@ struct GemmHelpers {
   bool (*suspects)(const SuspectArgs&, unsigned rows[32]);
   // dst[k*panel + j] = B(k,j) again, from the packed panel that stores it; peak as above.
   void (*unpack_b)(const float* packed, i64 k_count, int n, int panel, const float* peak, float* dst);
+  // out[j*out_row + i] = sum[i*32 + j], i, j < 32: where rows of B can take the place of A as they lie.
+  void (*turn)(const float* sum, float* out, i64 out_row);
 };
 
 struct GemmKernel {

@@ -79,6 +79,7 @@ constexpr GemmHelpers pair_helpers() {
           {},
           {},
           {},
+          {},
           {}};
 }
 

@@ -17,6 +17,10 @@ constexpr double kReadCost = 4;
 // Not for float32, whose sums are C itself: parts of 4, 16 or 32 MB make no difference. (Zen 4, 4096^3 87 / 89 / 89% of
 // the FMA peak, 2048^3 90 / 89 / 89, 512 x 14336 x 4096 87 / 87 / 87.)
 constexpr i64 kSumElements = i64{1} << 20;
+// Sums of float32 over more than this along K are taken apart and added in the end: each block is rounded once at the
+// magnitude of the sum so far. (Errors against MKL's on Intel, all positive, K = 16384 by FMA: 1.6 times, apart 0.9;
+// fewer and longer blocks 1.45.)
+constexpr i64 kSpan = 8192;
 double serial_nanoseconds(const GemmDesc& d) {
   const double m = d.M, n = d.N, k = d.K;
   return d.batch * d.pairs * (m * n * k * 2 / 100 + (m * k + k * n + m * n) * 4 / 30);  // 100 GFLOP/s, 30 GB/s
@@ -56,11 +60,11 @@ bool dot_applies(const GemmDesc& d) { return !d.packed && d.a_col == 1 && d.b_ro
 // tile kernel's smaller traffic decides. (Zen 4, M x 4096 x 4096: 48 rows 80.6 against 76.9 GFLOP/s, 2 rows 15.4
 // against 10.3; 64^3: 49 against 88.) Few columns leave most lanes of a tile empty.
 constexpr i64 kDotRows = 64, kDotCols = 8, kDotDepth = 128, kDotSums = 80;
-bool dot_pays(const GemmDesc& d, const GemmKernel& tile, const GemmKernel& dot) {
+bool dot_pays(const GemmDesc& d, const GemmKernel& tile, const GemmKernel& dot, bool turned) {
   if (d.M == 1 || (d.N <= kDotCols && d.K >= kDotDepth)) return true;
   const double sums = dot.dtype == DType::f32 ? kDotSums : 2 * kDotSums;
   const double dot_cost = static_cast<double>(d.M) * (static_cast<double>(d.K) / dot.k_unit + sums);
-  return d.M <= kDotRows && dot_cost <= (products(d, tile) + pack_cost(tile)) * d.K;
+  return d.M <= kDotRows && dot_cost <= (products(d, tile) + (turned ? 0 : pack_cost(tile))) * d.K;
 }
 
 // Rows up to which the dot kernel on a weight beats the tile kernel on its frozen pack, for each byte that the pack
@@ -70,12 +74,12 @@ bool dot_pays(const GemmDesc& d, const GemmKernel& tile, const GemmKernel& dot) 
 constexpr i64 kFrozenDotRows = 12, kFrozenMemoryRows = 40;
 
 // With so few rows the work is reading B. In place and contiguous along N, it is read a few whole rows at a time, the
-// sums waiting in C: the reads run along memory instead of across it. (Zen 4, 4096 x 4096, K block 256 / 8: M = 1
-// 3.8 / 12.7, M = 4 11.7 / 41 GFLOP/s; a block of 16 loses a fifth of that, of 4 a third.)
-constexpr i64 kStreamRows = 6, kStreamDepth = 8;
+// sums of a K block waiting in scratch: the reads run along memory instead of across it. (Zen 4, 4096 x 4096, K block
+// 256 / 8: M = 1 3.8 / 12.7, M = 4 11.7 / 41 GFLOP/s; a block of 16 loses a fifth of that, of 4 a third.)
+constexpr i64 kStreamRows = 6, kStreamSums = 1 << 14;
 bool streams_b(const GemmDesc& d, const GemmKernel& kernel) {
-  return kernel.kind == GemmKind::kTile && kernel.dtype == DType::f32 && !d.packed && d.b_col == 1 &&
-         d.M <= kStreamRows && d.M <= kernel.mr;
+  return kernel.kind == GemmKind::kTile && kernel.dtype == DType::f32 && !is_tiled(kernel) && !d.packed &&
+         d.b_col == 1 && d.K > 0 && d.M > 0 && d.M <= kStreamRows && d.M <= kernel.mr;
 }
 
 // Left in place: A whose rows or columns do not collide (a register tile reads strided rows at full speed, and
@@ -92,10 +96,21 @@ bool pack_b_pays(const GemmDesc& d, const GemmKernel& kernel, i64 tiles) {
   return d.b_col != 1 || tiles > (rows_collide(d.b_row) ? kPackTiles : kPackTilesApart);
 }
 
+// C' = B' A', on tiles: the rows of B' (of the weight) are tile rows as they lie and cost no packing; A is packed
+// instead, and each block of C is turned as it is finished. That costs M, packing costs K. (Granite Rapids, two
+// threads, bfloat16, packed / turned, GFLOP/s: 16 x 4096 x 4096 380 / 850, 30 x 28672 x 4096 410 / 675, 128 x 768 x 768
+// 1700 / 2200, 128 x 768 x 3072 1670 / 2050, 384 x 1024 x 1024 2050 / 2330, 512 x 3072 x 768 2400 / 2200. Strips of 32
+// rows: 10% less.)
+bool turns(const GemmDesc& d, const GemmKernel& kernel, const Machine& machine) {
+  if (!kernel.helpers->turn || d.packed || d.pairs != 1 || 2 * d.M > d.K) return false;
+  const bool rows_of_tiles = d.b_row == 1 && d.b_col % 2 == 0 && d.K % kernel.k_step == 0 && d.N % 16 == 0;
+  return rows_of_tiles && round_up(d.M, kernel.nr) * d.K * item_size(d.dtype) <= machine.l2 / 2;
+}
+
 const GemmKernel* choose(const GemmDesc& d, const Machine& machine, const char** why) {
   const GemmKernel* tile = d.packed ? &gemm_pack_kernel(machine.isa, d.dtype, d.precision) : find_tile(d, machine.isa);
   const GemmKernel* dot = find(machine.isa, d.dtype, d.precision, GemmKind::kDot);
-  if (dot && dot_applies(d) && dot_pays(d, *tile, *dot)) {
+  if (dot && dot_applies(d) && dot_pays(d, *tile, *dot, turns(d, *tile, machine))) {
     *why = "few rows or columns, both operands contiguous along K: nothing to pack";
     return dot;
   }
@@ -142,21 +157,29 @@ GemmPlan gemm_plan(const GemmDesc& d, const Machine& machine, const GemmKernel* 
   p.threads = team_for(serial_nanoseconds(d), machine);
   const i64 batch = std::max<i64>(1, d.batch);
   choose_grid(d, kernel, static_cast<int>(p.threads / std::gcd<i64>(batch, p.threads)), &p);
-  const auto part_rows = [&] { return std::max<i64>(1, ceil_div(d.M, p.grid_m)); };
+  p.turned = turns(d, kernel, machine);
+  if (p.turned) p.grid_n *= p.grid_m, p.grid_m = 1;
+  p.streamed = streams_b(d, kernel);
+  const i64 unit = gemm_row_unit(kernel);
+  const auto part_rows = [&] {
+    return std::max<i64>(1, std::min(d.M, ceil_div(ceil_div(d.M, unit), p.grid_m) * unit));
+  };
   const auto part_cols = [&] {
     return std::max<i64>(1, std::min(d.N, ceil_div(ceil_div(d.N, kernel.nr), p.grid_n) * kernel.nr));
   };
-  const i64 depth_limit = streams_b(d, kernel) ? kStreamDepth : kernel.kc;
-  p.kc = even_block(d.K, depth_limit, std::max(8, kernel.k_step));
-  if (d.dtype != DType::f32 || kernel.precision != Precision::fma) {  // sums wait in scratch
+  p.kc = even_block(d.K, p.turned ? d.K : kernel.kc, std::max(8, kernel.k_step));
+  p.span = d.dtype == DType::f32 && !dot && !p.streamed && d.K > kSpan ? kSpan / p.kc * p.kc : d.K;
+  if (p.span < d.K || d.dtype != DType::f32 || kernel.precision != Precision::fma) {  // sums wait in scratch
     p.tile_sums = !dot && p.kc >= d.K && d.pairs == 1;
     // Cut until a part's fit, and with them the largest magnitudes of its rows and columns.
     while ((!p.tile_sums || kernel.helpers->suspects) && part_rows() > kSumElements / part_cols())
       (part_rows() > part_cols() ? p.grid_m : p.grid_n) *= 2;
-    p.sum_bytes = pages((p.tile_sums ? i64{kernel.mr} * kernel.nr : part_rows() * part_cols()) * 4);
+    const i64 sums = p.tile_sums ? i64{kernel.mr} * kernel.nr : part_rows() * part_cols();
+    p.sum_bytes = pages(sums * (p.turned || p.span < d.K ? 2 : 1) * 4);
   }
   const i64 rows = part_rows(), cols = part_cols();
-  p.tile_m = is_tiled(kernel) ? static_cast<int>(std::min<i64>(kernel.mr, round_up(rows, 16)))
+  p.stream = is_tiled(kernel) && rows * cols * item_size(d.dtype) > machine.l2 / 2;
+  p.tile_m = is_tiled(kernel) ? static_cast<int>(std::min<i64>(kernel.mr, round_up(rows, rows > 16 ? 32 : 16)))
                               : static_cast<int>(ceil_div(rows, ceil_div(rows, kernel.mr)));
   const i64 depth_bytes = gemm_packed_steps(p.kc, kernel) * 4;  // of a row of A or a column of B, packed
 
@@ -165,16 +188,21 @@ GemmPlan gemm_plan(const GemmDesc& d, const Machine& machine, const GemmKernel* 
   p.mc = even_block(rows, mc_limit, p.tile_m);
   const i64 tiles = ceil_div(rows, p.tile_m);
 
-  p.pack_a = !dot && pack_a_pays(d, kernel, cols);
-  p.pack_b = !dot && !d.packed && pack_b_pays(d, kernel, tiles);
+  p.pack_a = !dot && !p.streamed && !p.turned && pack_a_pays(d, kernel, cols);
+  p.pack_b = !dot && !p.streamed && !d.packed && (p.turned || pack_b_pays(d, kernel, tiles));
 
-  if (!p.pack_b) {
+  if (p.turned) {
+    p.nc = round_up(d.M, kernel.nr);  // the panels are those of A
+  } else if (p.streamed) {
+    p.nc = even_block(cols, kStreamSums / rows, kernel.nr);
+    p.sum_bytes = pages(rows * p.nc * 4);
+  } else if (!p.pack_b) {
     p.nc = round_up(cols, kernel.nr);
   } else if (p.mc >= rows && d.b_col != 1) {
     p.nc = kernel.nr;  // each panel is used up while it is hot: pack it just before
   } else {
-    // B block: a share of L3, at most 4 MiB.
-    const i64 bytes = std::min<i64>(machine.l3 / (2 * p.threads), i64{4} << 20);
+    // B block: a share of L3, at most 4 MiB, on tiles 8: every block has A packed again.
+    const i64 bytes = std::min<i64>(machine.l3 / (2 * p.threads), i64{is_tiled(kernel) ? 8 : 4} << 20);
     p.nc = even_block(cols, std::max<i64>(kernel.nr, bytes / depth_bytes / kernel.nr * kernel.nr), kernel.nr);
   }
   constexpr i64 kSlack = 64;  // one vector: see GemmHelpers::pack
@@ -231,6 +259,9 @@ std::vector<std::string> gemm_candidates(const GemmDesc& d, const Machine& machi
 std::string describe(const GemmDesc& d, const GemmPlan& p) {
   return concat("gemm ", describe(d), " -> ", p.kernel->name, " mc=", p.mc, " nc=", p.nc, " kc=", p.kc,
                 " pack=", p.pack_a ? "A" : "", p.pack_b ? "B" : "", p.pack_a || p.pack_b ? "" : "none",
+                p.turned     ? " turned"
+                : p.streamed ? " streamed"
+                             : "",
                 " grid=", p.grid_m, "x", p.grid_n, " threads=", p.threads, " workspace=", p.workspace_bytes(),
                 "B: ", p.why);
 }

@@ -36,9 +36,10 @@ Part part_at(const GemmDesc& d, const GemmPlan& p, const GemmArgs& args, i64 ind
     part.c_offset += step * args.batch.c[i];
   }
   part.c = at(args.c, part.c_offset, d.dtype);
-  const i64 nr = p.kernel->nr, panels = ceil_div(d.N, nr);
-  part.m_begin = d.M * im / p.grid_m;
-  part.m_end = d.M * (im + 1) / p.grid_m;
+  const i64 nr = p.kernel->nr, panels = ceil_div(d.N, nr), unit = gemm_row_unit(*p.kernel),
+            strips = ceil_div(d.M, unit);
+  part.m_begin = std::min(d.M, strips * im / p.grid_m * unit);
+  part.m_end = std::min(d.M, strips * (im + 1) / p.grid_m * unit);
   part.n_begin = panels * in / p.grid_n * nr;
   part.n_end = std::min(d.N, panels * (in + 1) / p.grid_n * nr);
   return part;
@@ -91,6 +92,8 @@ struct Scratch {
   float* b_peak;
   float* repair;
 };
+
+constexpr int kBlockRows = 32;  // of a tile of 64, for what takes so many at a time: see GemmHelpers
 
 bool has_peaks(const GemmPlan& p) { return p.repair && p.kernel->dtype == DType::f32; }
 
@@ -158,10 +161,17 @@ struct Blocks {
   DType dtype;                // of both as they lie there: float32 once packed
 };
 
+// sums(i,j) += the tile's.
+void add(const TileArgs& t, float* sums) {
+  for (int i = 0; i < t.m; ++i)
+    for (int j = 0; j < t.n; ++j) sums[i * t.c_row + j] += t.c[i * t.c_row + j];
+}
+
 // All register tiles of a block; `finish` is applied to each while it is hot, or is null. The sums of a tile lie where
 // the tile does in C, or all tiles' in one place (see GemmPlan::sum_bytes).
-void run_tiles(const GemmPlan& p, const Blocks& x, TileArgs t, const FinishArgs* finish, const Repair& repair, i64 m0,
-               i64 n0, i64 m, i64 n) {
+// total: sums of the spans before, as those of the tiles lie, that this block completes by one; or null.
+void run_tiles(const GemmPlan& p, const Blocks& x, TileArgs t, float* total, const FinishArgs* finish,
+               const Repair& repair, i64 m0, i64 n0, i64 m, i64 n) {
   // Tiles of the dot kernel are four columns wide: a vector's worth and more is finished at a time. (bfloat16, 32 x 512
   // x 512, Zen 4: 0.080 -> 0.069 ms.)
   constexpr i64 kDotFinish = 64;
@@ -170,7 +180,7 @@ void run_tiles(const GemmPlan& p, const Blocks& x, TileArgs t, const FinishArgs*
   const TileArgs origin = t;
   const auto finish_sums = [&](i64 i, i64 j, i64 rows, i64 cols) {
     FinishArgs f = *finish;
-    f.sum = p.tile_sums ? origin.c : origin.c + i * t.c_row + j, f.sum_row = t.c_row;
+    f.sum = p.tile_sums ? origin.c : (total ? total : origin.c) + i * t.c_row + j, f.sum_row = t.c_row;
     f.m = static_cast<int>(rows), f.n = static_cast<int>(cols);
     f.c = at(f.c, i * f.c_row + j, c_dtype);
     if (f.residual) f.residual = at(f.residual, i * f.c_row + j, c_dtype);
@@ -191,16 +201,25 @@ void run_tiles(const GemmPlan& p, const Blocks& x, TileArgs t, const FinishArgs*
     t.b = at(x.b, j / p.kernel->nr * x.b_panel, x.dtype);
     t.n = static_cast<int>(std::min<i64>(p.kernel->nr, n - j));
     if (origin.bias) t.bias = origin.bias + j * t.bias_step;
+    // The next panel, a share with each tile of this one.
+    const bool panels = p.kernel->kind == GemmKind::kTile && x.b_row == p.kernel->nr && j + p.kernel->nr < n;
+    const i64 lines = panels ? t.k * p.kernel->nr * item_size(x.dtype) / 64 : 0;
     for (i64 i = 0; i < m; i += t.m) {
       // What is not packed can be cut evenly: a last tile of two rows would load more than it multiplies.
       const i64 tiles = ceil_div(m - i, p.tile_m);
       t.m = static_cast<int>(dot ? ceil_div(m - i, tiles) : std::min<i64>(p.tile_m, m - i));
       t.a = dot ? at(x.a, i * x.a_row, x.dtype) : at(x.a, i / p.tile_m * x.a_tile, x.dtype);
       if (!p.tile_sums) t.c = origin.c + i * t.c_row + j;
-      if (finish && !dot && p.sum_bytes > 0) fetch(finish->c, i, j, t.m, t.n);
+      const i64 first = lines * i / m;
+      t.ahead = static_cast<const char*>(at(t.b, x.b_panel, x.dtype)) + first * 64;
+      t.ahead_lines = lines * std::min(m, i + t.m) / m - first;
+      if (finish && !dot && p.sum_bytes > 0 && !p.stream) fetch(finish->c, i, j, t.m, t.n);
       p.kernel->tile(t);
+      float* const sums = total ? total + i * t.c_row + j : t.c;
+      if (total) add(t, sums);
       if (!finish || dot) continue;
-      if (p.repair) repair(t.c, t.c_row, m0 + i, n0 + j, t.m, t.n);
+      for (int r = 0; p.repair && r < t.m; r += kBlockRows)
+        repair(sums + r * t.c_row, t.c_row, m0 + i + r, n0 + j, std::min(kBlockRows, t.m - r), t.n);
       finish_sums(i, j, t.m, t.n);
     }
     const i64 end = j + t.n;
@@ -227,7 +246,7 @@ void run_pair(const GemmDesc& d, const GemmPlan& p, const GemmArgs& args, const 
     i64 packed_m = -1;  // the row of A that scratch.a begins with
     for (i64 n0 = part.n_begin; n0 < part.n_end; n0 += p.nc) {
       const i64 n = std::min(p.nc, part.n_end - n0);
-      Blocks x;
+      Blocks x = {};
       const void* b = at(part.b, k0 * d.b_row + n0 * d.b_col, d.dtype);
       if (p.pack_b) {
         pack_b(d, *p.kernel, b, depth, n, depth, scratch.b, peaks ? scratch.b_peak + n0 - part.n_begin : nullptr);
@@ -255,10 +274,15 @@ void run_pair(const GemmDesc& d, const GemmPlan& p, const GemmArgs& args, const 
         const void* bias = finish && args.bias ? at(args.bias, n0 * args.bias_step, d.dtype) : nullptr;
         TileArgs t = {};
         t.k = p.kernel->kind == GemmKind::kTile ? steps : depth;
+        float* total = nullptr;
         if (narrow) {
           t.c_row = p.tile_sums ? nr : part.n_end - part.n_begin;
           t.c = scratch.sum + (p.tile_sums ? 0 : (m0 - part.m_begin) * t.c_row + (n0 - part.n_begin));
           t.accumulate = !first || k0 > 0;
+          if (k0 >= p.span) {
+            if (k0 + p.kc >= d.K || (k0 + p.kc) % p.span == 0) total = t.c;
+            t.c += (part.m_end - part.m_begin) * (part.n_end - part.n_begin), t.accumulate = k0 % p.span > 0;
+          }
         } else {
           t.c = static_cast<float*>(c);
           t.c_row = args.c_row;
@@ -272,12 +296,83 @@ void run_pair(const GemmDesc& d, const GemmPlan& p, const GemmArgs& args, const 
         const i64 offset = part.c_offset + m0 * args.c_row + n0;
         if (args.residual) f.residual = at(args.residual, offset, d.dtype);
         if (args.pre) f.pre = at(args.pre, offset, d.dtype);
-        f.activation = args.activation;
-        run_tiles(p, x, t, epilogue && finish ? &f : nullptr, repair, m0, n0, m, n);
+        f.activation = args.activation, f.stream = p.stream;
+        run_tiles(p, x, t, total, epilogue && finish ? &f : nullptr, repair, m0, n0, m, n);
       }
     }
     k0 += p.kc;
   } while (k0 < d.K);
+}
+
+// See GemmPlan::turned: strips of rows of B' times panels of A'.
+void run_turned(const GemmDesc& d, const GemmPlan& p, const GemmArgs& args, const Part& part, const Scratch& scratch) {
+  const GemmKernel& kernel = *p.kernel;
+  const int strip = kernel.mr;
+  const i64 panel = kernel.nr * gemm_packed_steps(d.K, kernel);
+  for (i64 j = 0; j < d.M; j += kernel.nr)
+    kernel.helpers->pack_b(at(part.a, j * d.a_row, d.dtype), d.a_col, d.a_row, d.K,
+                           static_cast<int>(std::min<i64>(kernel.nr, d.M - j)), kernel.nr,
+                           scratch.b + j / kernel.nr * panel, nullptr);
+  float* const turned = scratch.sum + strip * kernel.nr;
+  for (i64 i = part.n_begin; i < part.n_end; i += strip) {
+    TileArgs t = {};
+    t.m = static_cast<int>(std::min<i64>(strip, part.n_end - i)), t.n = d.M <= 16 ? 16 : kernel.nr,
+    t.k = d.K / kernel.k_unit;
+    t.a = at(part.b, i * d.b_col, d.dtype), t.a_row = d.b_col / kernel.k_unit, t.a_col = 1;
+    t.b_row = kernel.nr, t.b_col = 1, t.c = scratch.sum, t.c_row = kernel.nr;
+    for (i64 j = 0; j < d.M; j += kernel.nr) {
+      t.b = scratch.b + j / kernel.nr * panel;
+      kernel.tile(t);
+      for (int r = 0; r < t.m; r += kBlockRows) kernel.helpers->turn(scratch.sum + r * kernel.nr, turned + r, strip);
+      FinishArgs f = {};
+      const i64 offset = j * args.c_row + i;
+      f.sum = turned, f.sum_row = strip, f.m = static_cast<int>(std::min<i64>(kernel.nr, d.M - j)), f.n = t.m;
+      f.c = at(part.c, offset, d.dtype), f.c_row = args.c_row, f.accumulate = args.accumulate;
+      if (args.bias) f.bias = at(args.bias, i * args.bias_step, d.dtype), f.bias_step = args.bias_step;
+      if (args.residual) f.residual = at(args.residual, part.c_offset + offset, d.dtype);
+      if (args.pre) f.pre = at(args.pre, part.c_offset + offset, d.dtype);
+      f.activation = args.activation, f.stream = p.stream;
+      kernel.helpers->finish(f);
+    }
+  }
+}
+
+// See GemmPlan::streamed. (A K block straight onto C, kDepth by kDepth, would round K / kDepth times at its magnitude.)
+void run_streamed(const GemmDesc& d, const GemmPlan& p, const GemmArgs& args, const Part& whole, float* sum) {
+  constexpr i64 kDepth = 8;
+  const GemmKernel& kernel = *p.kernel;
+  FinishArgs f = {};
+  f.m = static_cast<int>(whole.m_end - whole.m_begin), f.sum = sum, f.sum_row = p.nc, f.c_row = args.c_row;
+  for (i64 n0 = whole.n_begin; n0 < whole.n_end; n0 += p.nc) {
+    const i64 offset = whole.m_begin * args.c_row + n0;
+    f.n = static_cast<int>(std::min(p.nc, whole.n_end - n0)), f.c = at(whole.c, offset, d.dtype);
+    for (i64 r = 0; r < d.pairs; ++r) {
+      const Part part = pair_of(d, args, whole, r);
+      for (i64 k0 = 0; k0 < d.K; k0 += p.kc) {
+        const i64 end = std::min(d.K, k0 + p.kc);
+        for (i64 k = k0; k < end; k += kDepth) {
+          TileArgs t = {};
+          t.a = at(part.a, part.m_begin * d.a_row + k * d.a_col, d.dtype), t.a_row = d.a_row, t.a_col = d.a_col;
+          t.b_row = d.b_row, t.b_col = 1, t.c_row = p.nc;
+          t.m = f.m, t.k = std::min(kDepth, end - k), t.accumulate = k > k0;
+          for (int j = 0; j < f.n; j += kernel.nr) {
+            t.b = at(part.b, k * d.b_row + n0 + j, d.dtype);
+            t.c = sum + j, t.n = std::min(kernel.nr, f.n - j);
+            kernel.tile(t);
+          }
+        }
+        FinishArgs x = f;
+        x.accumulate = args.accumulate || r > 0 || k0 > 0;
+        if (r + 1 == d.pairs && end == d.K) {
+          if (args.bias) x.bias = at(args.bias, n0 * args.bias_step, d.dtype), x.bias_step = args.bias_step;
+          if (args.residual) x.residual = at(args.residual, part.c_offset + offset, d.dtype);
+          if (args.pre) x.pre = at(args.pre, part.c_offset + offset, d.dtype);
+          x.activation = args.activation;
+        }
+        kernel.helpers->finish(x);
+      }
+    }
+  }
 }
 
 void run_part(const GemmDesc& d, const GemmPlan& p, const GemmArgs& args, const Part& whole, char* memory) {
@@ -288,6 +383,8 @@ void run_part(const GemmDesc& d, const GemmPlan& p, const GemmArgs& args, const 
     return piece;
   };
   scratch.a = take(p.a_bytes), scratch.b = take(p.b_bytes), scratch.sum = take(p.sum_bytes);
+  if (p.turned) return run_turned(d, p, args, whole, scratch);
+  if (p.streamed) return run_streamed(d, p, args, whole, scratch.sum);
   const i64 rows = whole.m_end - whole.m_begin, cols = whole.n_end - whole.n_begin;
   const float* b_peak = nullptr;
   if (has_peaks(p)) {
