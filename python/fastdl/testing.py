@@ -366,26 +366,31 @@ def attention_reference(
     return AttentionReference(P @ v, P @ v.abs(), largest, max(q.shape[-1], k.shape[-2]))
 
 
-def attention_bound(reference: AttentionReference, dtype: torch.dtype) -> Tensor:
+def attention_bound(reference: AttentionReference, dtype: torch.dtype, *, precision: str = "fma") -> Tensor:
     """Elementwise bound on |O - expected| for scores and sums in float32 and P rounded once to `dtype`.
+
+    A kernel whose `precision` is not "fma" cuts operands to parts: each product is off by its PRODUCT_ERROR.
 
     An error e of the scores changes P by at most exp(2e) - 1, about 2e, of itself, and so the sums P V and P 1; each
     of those sums has `depth` roundings, exp a few units of its own, and the result is rounded once.
     """
     u, u_out = UNIT_ROUNDOFF[torch.float32], UNIT_ROUNDOFF[dtype]
-    e = torch.expm1(2 * (reference.depth + 8) * u * reference.score)
-    factor = 2 * (e + (reference.depth + 16) * u) + (2 * u_out if dtype != torch.float32 else 0)
+    cut = PRODUCT_ERROR[precision]
+    e = torch.expm1(2 * ((reference.depth + 8) * u + cut) * reference.score)
+    factor = 2 * (e + (reference.depth + 16) * u + cut) + (2 * u_out if dtype != torch.float32 else 0)
     info = torch.finfo(dtype)
     underflow = (reference.depth + 1) * 2.0**-126 + info.smallest_normal * info.eps
     return factor * reference.scale + u_out * (reference.expected.abs() + factor * reference.scale) + underflow
 
 
-def assert_attention_within_bound(actual: Tensor, reference: AttentionReference) -> ErrorMeasures:
+def assert_attention_within_bound(
+    actual: Tensor, reference: AttentionReference, *, precision: str = "fma"
+) -> ErrorMeasures:
     """`attention_bound` without violations. Returns the measures of err/S, S = P |V|."""
     if actual.shape != reference.expected.shape:
         raise AssertionError(f"shape: got {tuple(actual.shape)}, expected {tuple(reference.expected.shape)}")
     err = (actual.detach().double() - reference.expected).abs()
-    violated = ~(err <= attention_bound(reference, actual.dtype))  # NaN violates it
+    violated = ~(err <= attention_bound(reference, actual.dtype, precision=precision))  # NaN violates it
     if violated.any():
         where = tuple(violated.nonzero()[0].tolist())
         raise AssertionError(

@@ -28,6 +28,7 @@ Step = tuple[str, str, Callable[[], None]]
 """(subject, what is checked, the check, which raises AssertionError)."""
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_PRECISION = {row["name"]: row["precision"] for row in _C.kernels("attention")}
 _GRADIENT_UNITS = 32  # relative rms error of a gradient, in units of roundoff
 
 
@@ -106,7 +107,7 @@ def _check_bound(kernel: str, dtype: torch.dtype, Lq: int, Lk: int, D: int, band
     else:
         merged = given & seen if given.dtype == torch.bool else given.masked_fill(~seen, -torch.inf)
     reference = attention_reference(q, k, v, merged, scale=D**-0.5, softcap=softcap)
-    assert_attention_within_bound(out.view, reference)
+    assert_attention_within_bound(out.view, reference, precision=_PRECISION[kernel])
 
 
 def _check_threads(kernel: str, dtype: torch.dtype, Lq: int, Lk: int, D: int) -> None:

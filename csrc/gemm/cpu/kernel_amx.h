@@ -5,8 +5,6 @@
 //   [ceil(K/32)][part][panel/16][16][16] pairs of bf16 along K      A tile: [row][pair]      B tile: [pair][column]
 // 64 rows of A are two panels of 32, one behind the other.
 #pragma once
-#include <type_traits>
-
 #include "gemm/cpu/kernel.h"
 #include "simd/tile_amx.h"
 #include "simd/vec_avx512.h"
@@ -109,20 +107,38 @@ struct Fetch {
   }
 };
 
-// kNear: C is in a near cache, and whole blocks of it go on in the tiles where they stand.
+// A block of C that is not whole, zeros past its end.
+template <int kRows, int kCols>
+FASTDL_INLINE void copy_block(const TileArgs& t, float* out) {
+  for (int i = 0; i < 16 * kRows; ++i) {
+    for (int v = 0; v < kCols; ++v) {
+      const int n = i < t.m ? t.n - 16 * v : 0;
+      L::store(out + i * kBlock + 16 * v, L::load(t.c + (n > 0 ? i * t.c_row + 16 * v : 0), L::first(n < 0    ? 0
+                                                                                                     : n < 16 ? n
+                                                                                                              : 16)));
+    }
+  }
+}
+
+// kNear: C is in a near cache and goes on in the tiles where it stands, whole blocks and others alike: how C is cut
+// among threads is not to be seen in its bits.
 template <class P, bool kNear, bool kStream, int kRows, int kCols>
 void block(const TileArgs& t, TileLayout a, TileLayout b, Fetch* fetch = nullptr) {
-  const i64 row = t.c_row * 4;
-  const bool whole = t.m == 16 * kRows && t.n == 16 * kCols, onto = kNear && whole && t.accumulate;
+  const bool whole = t.m == 16 * kRows && t.n == 16 * kCols, onto = kNear && t.accumulate;
+  alignas(64) float sum[kBlock][kBlock];
+  const bool direct = whole && (onto || !t.accumulate);
+  float* const c = direct ? t.c : sum[0];
+  const i64 row = direct ? t.c_row : kBlock;
   for (int i = 0; !kNear && i < t.m; ++i) {  // C comes from memory while the products run
     __builtin_prefetch(t.c + i * t.c_row, 1);
     __builtin_prefetch(t.c + i * t.c_row + t.n - 1, 1);
   }
   if (onto) {
-    tile_load<0>(t.c, row);
-    if constexpr (kCols > 1) tile_load<1>(t.c + 16, row);
-    if constexpr (kRows > 1) tile_load<2>(t.c + 16 * t.c_row, row);
-    if constexpr (kRows > 1 && kCols > 1) tile_load<3>(t.c + 16 * t.c_row + 16, row);
+    if (!whole) copy_block<kRows, kCols>(t, sum[0]);
+    tile_load<0>(c, row * 4);
+    if constexpr (kCols > 1) tile_load<1>(c + 16, row * 4);
+    if constexpr (kRows > 1) tile_load<2>(c + 16 * row, row * 4);
+    if constexpr (kRows > 1 && kCols > 1) tile_load<3>(c + 16 * row + 16, row * 4);
   } else {
     tile_zero<0>();
     tile_zero<1>();
@@ -136,25 +152,18 @@ void block(const TileArgs& t, TileLayout a, TileLayout b, Fetch* fetch = nullptr
     b.p += b.depth;
   }
 
-  if (whole && (!t.accumulate || onto)) {
-    tile_store<0>(t.c, row);
-    if constexpr (kCols > 1) tile_store<1>(t.c + 16, row);
-    if constexpr (kRows > 1) tile_store<2>(t.c + 16 * t.c_row, row);
-    if constexpr (kRows > 1 && kCols > 1) tile_store<3>(t.c + 16 * t.c_row + 16, row);
-    return;
-  }
-  alignas(64) float sum[kBlock][kBlock];
-  tile_store<0>(sum[0], sizeof sum[0]);
-  if constexpr (kCols > 1) tile_store<1>(sum[0] + 16, sizeof sum[0]);
-  if constexpr (kRows > 1) tile_store<2>(sum[16], sizeof sum[0]);
-  if constexpr (kRows > 1 && kCols > 1) tile_store<3>(sum[16] + 16, sizeof sum[0]);
+  tile_store<0>(c, row * 4);
+  if constexpr (kCols > 1) tile_store<1>(c + 16, row * 4);
+  if constexpr (kRows > 1) tile_store<2>(c + 16 * row, row * 4);
+  if constexpr (kRows > 1 && kCols > 1) tile_store<3>(c + 16 * row + 16, row * 4);
+  if (direct) return;
   for (int v = 0; v < kCols; ++v) {
     const auto mask = L::first(t.n - 16 * v < 16 ? t.n - 16 * v : 16);
     for (int i = 0; i < t.m; ++i) {
-      float* c = t.c + i * t.c_row + 16 * v;
+      float* const to = t.c + i * t.c_row + 16 * v;
       auto x = L::load(sum[i] + 16 * v);
-      if (t.accumulate) x = L::add(L::load(c, mask), x);
-      L::store(c, x, mask);
+      if (t.accumulate && !onto) x = L::add(L::load(to, mask), x);
+      L::store(to, x, mask);
     }
   }
 }
@@ -204,7 +213,7 @@ void run_rows(const TileArgs& t) {
 // bfloat16 as it is.
 struct Whole {
   static constexpr int parts = 1;
-  static constexpr bool limited = false;
+  static constexpr bool limited = false, as_it_lies = true;
   static FASTDL_INLINE void row(const bf16* x, int n, L::V (&out)[1], L::V*) {
     out[0] = _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(static_cast<__mmask32>((std::uint64_t{1} << n) - 1), x));
   }
@@ -264,7 +273,7 @@ FASTDL_INLINE void split_pairs(L::V x, L::V y, __m512i (&out)[kParts]) {
 template <int kParts>
 struct Parts {
   static constexpr int parts = kParts;
-  static constexpr bool limited = true;
+  static constexpr bool limited = true, as_it_lies = false;
   template <class T>
   static FASTDL_INLINE void row(const T* x, int n, L::V (&out)[kParts], L::V* peak) {
     const auto x0 = L::load(x, L::first(n < 16 ? n : 16));
@@ -474,7 +483,7 @@ constexpr GemmHelpers tile_helpers() {
           end_tiles,
           S::limited ? suspects : nullptr,
           S::limited ? unpack_tiles<S> : nullptr,
-          std::is_same<S, Whole>::value ? turn_block : nullptr};
+          S::as_it_lies ? turn_block : nullptr};
 }
 
 }  // namespace

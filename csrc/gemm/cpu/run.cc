@@ -279,7 +279,7 @@ void run_pair(const GemmDesc& d, const GemmPlan& p, const GemmArgs& args, const 
           t.c_row = p.tile_sums ? nr : part.n_end - part.n_begin;
           t.c = scratch.sum + (p.tile_sums ? 0 : (m0 - part.m_begin) * t.c_row + (n0 - part.n_begin));
           t.accumulate = !first || k0 > 0;
-          if (k0 >= p.span) {
+          if (p.span < d.K && k0 >= p.span) {
             if (k0 + p.kc >= d.K || (k0 + p.kc) % p.span == 0) total = t.c;
             t.c += (part.m_end - part.m_begin) * (part.n_end - part.n_begin), t.accumulate = k0 % p.span > 0;
           }

@@ -66,7 +66,7 @@ struct Product {
   // Backward and projections: panels are the GEMM row's. Its tiles of A are packed, those of the recurrent row lie in
   // h.
   Product(const RnnKernel& k, const GemmKernel& g) : tile(g.tile), mr(g.mr), nr(g.nr), tiled(is_tiled(k)) {
-    if (tiled) tile = k.fn->tile;
+    if (tiled) tile = k.fn->tile, mr = k.mr;
     a_kc = g.kc / g.k_unit, kc = a_kc * g.planes;
   }
   // Tile rows of m, cut evenly where tiles are not 16 rows each: tile i is [begin(i), begin(i + 1)).

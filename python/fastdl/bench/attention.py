@@ -23,7 +23,13 @@ from fastdl.bench.shapes import Shape
 from fastdl.ops import attention_reference as plain
 from fastdl.ops.attention_native import empty_like
 from fastdl.ops.attention_reference import UNBOUNDED, Options
-from fastdl.testing import UNIT_ROUNDOFF, assert_attention_within_bound, attention_reference, error_measures
+from fastdl.testing import (
+    PRODUCT_ERROR,
+    UNIT_ROUNDOFF,
+    assert_attention_within_bound,
+    attention_reference,
+    error_measures,
+)
 
 _CHECK_SCORES = 1 << 23  # scores that the float64 reference of one row may write out
 _GRADIENT_FACTOR = 2.0  # rms error of a gradient against torch's own
@@ -82,9 +88,9 @@ def _seen(shape: Shape, mask: Tensor | None, rows: Tensor) -> Tensor | None:
     return (torch.arange(shape.dims["Lk"]) <= rows[:, None]).to(place.device())
 
 
-def _assert_near_torch(name: str, actual: Tensor, theirs: Tensor) -> None:
+def _assert_near_torch(name: str, actual: Tensor, theirs: Tensor, precision: str = "fma") -> None:
     """What a sample may miss: every element finite and near torch's, against the rms of the whole."""
-    tolerance = 40 * UNIT_ROUNDOFF[actual.dtype] ** 0.75
+    tolerance = 40 * max(UNIT_ROUNDOFF[actual.dtype], PRODUCT_ERROR[precision]) ** 0.75
     difference = (actual.float() - theirs.float()).abs_()
     size = theirs.float().square().mean().sqrt()
     wrong = int((~(difference <= tolerance * (theirs.float().abs() + size))).sum())
@@ -93,25 +99,27 @@ def _assert_near_torch(name: str, actual: Tensor, theirs: Tensor) -> None:
 
 
 def _check_output(
-    shape: Shape, operands: list[Tensor], mask: Tensor | None, ours: Tensor, theirs: Tensor
+    shape: Shape, operands: list[Tensor], mask: Tensor | None, ours: Tensor, theirs: Tensor, precision: str
 ) -> tuple[float, float]:
     """rms(err/S) of both results on a sample of rows; AssertionError beyond the bound."""
     query, key, value = operands
     rows = _rows(shape)
     scale = query.shape[-1] ** -0.5
     reference = attention_reference(query[:, :, rows], key, value, _seen(shape, mask, rows), scale=scale)
-    error = assert_attention_within_bound(ours[:, :, rows], reference).rms
+    error = assert_attention_within_bound(ours[:, :, rows], reference, precision=precision).rms
     return error, error_measures(theirs[:, :, rows], reference.expected, reference.scale).rms
 
 
-def _check_forward(shape: Shape, operands: list[Tensor], mask: Tensor | None, ours: Tensor, theirs: Tensor) -> Check:
+def _check_forward(
+    shape: Shape, operands: list[Tensor], mask: Tensor | None, ours: Tensor, theirs: Tensor, precision: str
+) -> Check:
     if "dropout" in shape.tags:  # drawn differently: only that what is kept averages out
         mean, wanted = ours.double().mean().item(), theirs.double().mean().item()
         near = abs(mean - wanted) < 0.05 and bool(ours.isfinite().all())
         return Check(0.0, 0.0, "" if near else f"output: mean {mean}, torch's {wanted}")
     try:
-        _assert_near_torch("output", ours, theirs)
-        return Check(*_check_output(shape, operands, mask, ours, theirs))
+        _assert_near_torch("output", ours, theirs, precision)
+        return Check(*_check_output(shape, operands, mask, ours, theirs, precision))
     except AssertionError as failure:
         return Check(0.0, 0.0, f"output: {failure}")
 
@@ -188,7 +196,7 @@ def forward(shape: Shape, settings: Settings) -> Case:
     case = Case(
         candidate,
         baseline,
-        lambda: _check_forward(shape, operands, mask, candidate(), baseline()),
+        lambda: _check_forward(shape, operands, mask, candidate(), baseline(), settings.precision),
         **_work(shape, settings, 2),
     )
     case.parts |= _backends(candidate, baseline)

@@ -21,7 +21,14 @@ from fastdl.bench.harness import Case, Check
 from fastdl.bench.operands import normal
 from fastdl.bench.settings import Settings
 from fastdl.bench.shapes import Shape
-from fastdl.testing import UNIT_ROUNDOFF, assert_within_bound, epilogue_bound, error_measures, gemm_reference
+from fastdl.testing import (
+    PRODUCT_ERROR,
+    UNIT_ROUNDOFF,
+    assert_within_bound,
+    epilogue_bound,
+    error_measures,
+    gemm_reference,
+)
 
 _FRESH_PAGES = 32 << 20  # bytes of output from which every call gets, and pays for, a fresh mapping
 _CHECK_FLOPS = 2e9  # what the float64 reference of one row may cost
@@ -46,26 +53,26 @@ def _sample(M: int, flops_a_row: float) -> Tensor:
     return torch.arange(M) if count >= M else torch.linspace(0, M - 1, count).round().long()
 
 
-def _assert_near_torch(p: Product) -> None:
+def _assert_near_torch(p: Product, precision: str) -> None:
     """Every element within both results' bounds of torch's, by |a_i| |b_j| >= S: what a sample of rows may miss."""
     sums = (p.a.shape[-1] + 1) * UNIT_ROUNDOFF[torch.float32]
     scale = p.a.float().norm(dim=-1)[..., None] * p.b.float().norm(dim=-2)[..., None, :]
-    limit = scale.mul_(4 * (sums + UNIT_ROUNDOFF[p.actual.dtype]))
+    limit = scale.mul_(4 * (sums + UNIT_ROUNDOFF[p.actual.dtype] + PRODUCT_ERROR[precision]))
     wrong = int(((p.actual.float() - p.torch_actual.float()).abs_() > limit).sum())
     if wrong or not bool(p.actual.isfinite().all()):
         raise AssertionError(f"{wrong} of {p.actual.numel()} elements are far from torch's, or not finite")
 
 
-def check_products(products: list[Product]) -> Check:
-    """Errors of the worst product; the failure names the product."""
+def check_products(products: list[Product], precision: str = "fma") -> Check:
+    """Errors of the worst product; the failure names the product. precision: of the kernel."""
     error = torch_error = 0.0
     for p in products:
         try:
             rows = _sample(p.a.shape[-2], flops_a_row=2 * p.b.numel())
             if len(rows) < p.a.shape[-2]:
-                _assert_near_torch(p)
+                _assert_near_torch(p, precision)
             reference = gemm_reference(p.a[..., rows, :], p.b, p.bias)
-            error = max(error, assert_within_bound(p.actual[..., rows, :], reference).rms)
+            error = max(error, assert_within_bound(p.actual[..., rows, :], reference, precision=precision).rms)
             theirs = error_measures(p.torch_actual[..., rows, :], reference.expected, reference.scale)
             torch_error = max(torch_error, theirs.rms)
         except AssertionError as failure:
@@ -124,7 +131,7 @@ def forward(shape: Shape, settings: Settings) -> Case:
     case = Case(
         candidate,
         baseline,
-        lambda: check_products([Product("output", candidate(), baseline(), x, weight.mT, bias)]),
+        lambda: check_products([Product("output", candidate(), baseline(), x, weight.mT, bias)], settings.precision),
         **_work(shape, settings),
     )
     if x.dtype != torch.float32:  # speedup of this part: the time of our own float32 / that of this dtype
@@ -216,7 +223,7 @@ def matmul(shape: Shape, settings: Settings) -> Case:
     case = Case(
         candidate,
         baseline,
-        lambda: check_products([Product("output", candidate(), baseline(), a, b)]),
+        lambda: check_products([Product("output", candidate(), baseline(), a, b)], settings.precision),
         **_work(shape, settings),
     )
     out = a.new_empty(*lead, M, N)

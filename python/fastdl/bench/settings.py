@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fastdl import _C
 from fastdl.bench.harness import REGIMES
 
 
@@ -27,6 +28,12 @@ class Settings:
     seconds: float = 0.4
     device: str = "cpu"  # one of place.PLACES
     limit: float = 0.0  # seconds after which no further row begins; 0: none
+
+    @property
+    def precision(self) -> str:
+        """What the results are to be as exact as: the forced kernel's precision, else that of float32 sums."""
+        rows = (row for op in ("gemm", "attention") for row in _C.kernels(op))
+        return next((row["precision"] for row in rows if row["name"] == self.kernel), "fma")
 
     @property
     def torch_dtype(self) -> torch.dtype:
