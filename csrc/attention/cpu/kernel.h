@@ -226,7 +226,7 @@ FASTDL_INLINE void decode_sums(const typename L::V (&acc)[MR][4], float* s, i64 
 
 template <class L, class T, int MR>
 void decode_scores_rows(const DecodeScoresArgs& t, int row, int begin, int end) {
-  constexpr int W = L::width, NR = 4;
+  constexpr int W = L::width, NR = 4, kRun = 16 * W;
   const T* const q = static_cast<const T*>(t.q) + row * t.q_row;
   float* const s = t.s + row * t.s_row;
   const i64 ahead = decode_ahead<T>(t.k_row, t.d);
@@ -253,14 +253,29 @@ void decode_scores_rows(const DecodeScoresArgs& t, int row, int begin, int end) 
       }
     };
     int d = 0;
-    for (; d + W <= t.d; d += W) {
-      step([&](const T* p) __attribute__((always_inline)) { return L::load(p + d); });
-    }
-    if (d < t.d) {
-      const auto mask = L::first(t.d - d);
-      step([&](const T* p) __attribute__((always_inline)) { return L::load(p + d, mask); });
-    }
+    const auto run = [&](int last) __attribute__((always_inline)) {
+      for (; d + W <= last; d += W) {
+        step([&](const T* p) __attribute__((always_inline)) { return L::load(p + d); });
+      }
+      if (d < last) {
+        const auto mask = L::first(last - d);
+        step([&](const T* p) __attribute__((always_inline)) { return L::load(p + d, mask); });
+      }
+    };
+    run(t.d < kRun ? t.d : kRun);
     decode_sums<L>(acc, s + j, t.s_row);
+    for (int first = kRun; first < t.d; first += kRun) {  // a lane sums 16 terms: few lanes do not mean large errors
+      float more[MR * NR];
+#pragma GCC unroll 4
+      for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 4
+        for (int l = 0; l < NR; ++l) acc[i][l] = L::zero();
+      d = first;
+      run(t.d - first < kRun ? t.d : first + kRun);
+      decode_sums<L>(acc, more, NR);
+      for (int i = 0; i < MR; ++i)
+        for (int l = 0; l < NR; ++l) s[i * t.s_row + j + l] += more[i * NR + l];
+    }
   }
 }
 
@@ -290,7 +305,7 @@ FASTDL_INLINE void decode_values_tile(const DecodeValuesArgs& t, int row, int co
 #pragma GCC unroll 4
   for (int i = 0; i < MR; ++i)
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) acc[i][v] = begin == 0 ? L::zero() : L::load(o + i * t.o_row + v * W);
+    for (int v = 0; v < NV; ++v) acc[i][v] = L::zero();
   const auto run = [&](auto load_last) __attribute__((always_inline)) {
     for (int j = begin; j < end; ++j) {
       const T* const p = static_cast<const T*>(t.v) + j * t.v_row + column;
@@ -314,7 +329,10 @@ FASTDL_INLINE void decode_values_tile(const DecodeValuesArgs& t, int row, int co
 #pragma GCC unroll 4
   for (int i = 0; i < MR; ++i)
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) L::store(o + i * t.o_row + v * W, acc[i][v]);
+    for (int v = 0; v < NV; ++v) {  // blocks of keys are summed apart: half the rounding of one long sum
+      float* const to = o + i * t.o_row + v * W;
+      L::store(to, begin == 0 ? acc[i][v] : L::add(L::load(to), acc[i][v]));
+    }
 }
 
 template <class L, class T, int MR, int NV>
