@@ -385,7 +385,13 @@ def test_autocast_gives_torchs_dtypes(cls, form, dtype):
     if form == "packed":
         given = (pack_padded_sequence(x, [3, 2]),)
     with torch.autocast("cpu", dtype=dtype):
-        found, expected = tensors(ours(*given)), tensors(stock(*given))
+        found = tensors(ours(*given))
+        try:
+            expected = tensors(stock(*given))
+        except RuntimeError as failure:
+            if dtype != torch.float16 or "could not create a primitive descriptor" not in str(failure):
+                raise
+            pytest.skip("this processor has float16, but torch's own LSTM does not find its kernel")
     assert [y.dtype for y in found] == [y.dtype for y in expected]
     torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
     grads = torch.autograd.grad(found[0].float().sum(), list(ours.parameters()))

@@ -41,8 +41,11 @@ class Plan(TypedDict):
     mc: int
     nc: int
     kc: int
+    span: int  # elements along K whose sums are taken together; those of the next are added when they are complete
     pack_a: bool
     pack_b: bool
+    turned: bool  # C' = B' A': rows of B are read as they lie, A is packed
+    streamed: bool  # B is read in place, a few of its rows at a time
     grid: tuple[int, int]  # how C is cut over threads: (along M, along N); batches are cut first
     threads: int
     workspace_bytes: int  # shared + threads x per_thread
