@@ -47,6 +47,7 @@ struct ConvPlan {
   i64 c_block, k_block, planes, rows, w_block;
   bool shared[3];
   bool fold;         // few channels: a pixel of the band holds all taps along the width of an output pixel
+  bool stream;       // results go past the caches
   i64 group_floats;  // packed weights of a group
   i64 w_bytes;       // of all groups, for all threads; 0 where frozen
   i64 band_bytes, sum_bytes, pointer_bytes;  // a thread

@@ -3,11 +3,11 @@
 namespace fastdl::amx {
 
 extern const ConvFunctions dense_bf16, dense_f16, dense_f32_medium, dense_f32_high, dense_f32_split;
-const ConvFunctions dense_bf16 = dense_tiles<bf16, Whole>();
-const ConvFunctions dense_f16 = dense_tiles<f16, Parts<2>>();
-const ConvFunctions dense_f32_medium = dense_tiles<float, Parts<1>>();
-const ConvFunctions dense_f32_high = dense_tiles<float, Parts<2>>();
-const ConvFunctions dense_f32_split = dense_tiles<float, Parts<3>>();
+const ConvFunctions dense_bf16 = dense_tiles<bf16, Whole, Products1>();
+const ConvFunctions dense_f16 = dense_tiles<f16, Parts<2>, Products4>();
+const ConvFunctions dense_f32_medium = dense_tiles<float, Parts<1>, Products1>();
+const ConvFunctions dense_f32_high = dense_tiles<float, Parts<2>, Products3>();
+const ConvFunctions dense_f32_split = dense_tiles<float, Parts<3>, Products6>();
 
 extern const ConvFunctions wgrad;
 const ConvFunctions wgrad = {};  // GEMM's alone

@@ -71,9 +71,10 @@ class Part {
       const i64 all_taps = axis(0).taps * axis(1).taps * width_taps();
       i64 position = all_taps * x_.units(c0);  // of the weights of the band to come
       const i64 n1 = p_.shared[1] ? axis(1).taps : 1, n2 = p_.shared[2] ? axis(2).taps : 1;
+      const bool last_channels = c0 + p_.c_block >= x_.channels;
       if (in_place_) {
         point_into_image(c0);
-        multiply(position, 1, 1);
+        multiply(position, 1, 1, last_channels);
         continue;
       }
       set_pointers();
@@ -81,7 +82,8 @@ class Part {
         for (i64 t1 = 0; t1 < axis(1).taps; t1 += n1) {
           for (i64 t2 = 0; t2 < width_taps(); t2 += n2) {
             copy_band(c0, t0, t1, t2);
-            multiply(position, n1, n2);
+            const bool last = t0 + 1 >= axis(0).taps && t1 + n1 >= axis(1).taps && t2 + n2 >= width_taps();
+            multiply(position, n1, n2, last_channels && last);
             position += n1 * n2 * floats_;
           }
         }
@@ -90,7 +92,8 @@ class Part {
     for (i64 i = 0; i < pixels_ && !started_; ++i) std::fill_n(sum_ + i * sum_row_, columns_, 0.0f);
     if (p_.repair && started_) repair();
     const ConvArgs& a = x_.args;
-    if (!written_ || a.bias || a.residual || a.pre || a.activation != Activation::none) finish();
+    if (finished_) return;
+    if (!written_ || a.bias || a.residual || a.pre || a.activation != Activation::none) finish(0, pixels_, sum_);
   }
 
  private:
@@ -236,8 +239,8 @@ class Part {
                     bytes(item));
   }
 
-  // sums += band * weights, the taps n1 x n2 of the band.
-  void multiply(i64 position, i64 n1, i64 n2) {
+  // sums += band * weights, the taps n1 x n2 of the band; last: that is all of them.
+  void multiply(i64 position, i64 n1, i64 n2, bool last) {
     const i64 width = extent(2, width_);
     const i64 h_step = axis(1).tap_step * width * floats_, w_step = axis(2).tap_step * floats_;
     const bool fold = axis(2).tap_step == 1;  // neighbours in the image: one run
@@ -251,7 +254,8 @@ class Part {
         i64 runs[kMaxRuns];
         for (i64 r = r0; r < r1; ++r) runs[r - r0] = k + (fold ? r * h_step : r / n2 * h_step + r % n2 * w_step);
         if (is_tiled(kernel_)) {
-          gathered_tiles(position + r0 * run + k, runs, r1 - r0, std::min(piece, run - k));
+          const bool complete = last && g + 1 == groups && k + piece >= run;
+          gathered_tiles(position + r0 * run + k, runs, r1 - r0, std::min(piece, run - k), complete);
         } else {
           tiles(position + r0 * run + k, runs, r1 - r0, std::min(piece, run - k));
         }
@@ -269,28 +273,44 @@ class Part {
     }
   }
 
-  // As tiles(), but all columns of 32 pixels at a time: gathered once, they stay in L1, and weights stream from L2. A
-  // gathered line of 16 floats is a load and a store, 1 to 2 cycles, and serves columns / 16 products of 16 rows in 16.
-  void gathered_tiles(i64 position, const i64* runs, i64 count, i64 run) {
+  // Floats from row to row of m pixels, where they are the same: tiles of 16 rows read them where they lie. 0:
+  // elsewhere.
+  static i64 even_step(const float* const* rows, int m) {
+    const i64 step = m > 1 ? rows[1] - rows[0] : 0;
+    for (int i = 1; i < m; ++i)
+      if (rows[i] - rows[i - 1] != step) return 0;
+    return m % 16 == 0 && step > 0 ? step : 0;
+  }
+
+  // As tiles(), but all columns of 32 pixels at a time: gathered once, if they do not lie as tiles read them, they stay
+  // in L1, and weights stream from L2. A gathered line of 16 floats is a load and a store, 1 to 2 cycles, and serves
+  // columns / 16 products of 16 rows in 16.
+  // Complete sums that need no repair are finished while they are hot, and where they are complete at once, all in one
+  // place.
+  void gathered_tiles(i64 position, const i64* runs, i64 count, i64 run, bool complete) {
+    const bool hot = complete && !p_.repair && !written_, at_once = hot && !started_;
     const i64 mr = kernel_.mr, nr = kernel_.nr;
-    const GemmKernel& kernel = conv_tiles(kernel_);
     ConvTileArgs rows = {};
     rows.runs = runs, rows.run_count = count, rows.run = run;
     TileArgs t = {};
-    t.a = gathered_, t.a_row = 1, t.b_row = nr, t.b_col = 1, t.c_row = sum_row_, t.k = count * run;
-    t.accumulate = started_;
+    t.b_row = nr, t.b_col = 1, t.c_row = sum_row_, t.accumulate = started_;
     for (i64 i = 0; i < pixels_; i += mr) {
       rows.rows = pointers_ + i, rows.m = t.m = static_cast<int>(std::min(mr, pixels_ - i));
-      t.a_col = ceil_div(t.m, 16) * 16;
-      kernel_.functions->gather(rows, gathered_);
+      t.a = rows.rows[0], t.a_row = even_step(rows.rows, t.m), t.a_col = 1, t.k = run;
+      const bool even = t.a_row > 0;
+      if (!even) {
+        kernel_.functions->gather(rows, gathered_);
+        t.a = gathered_, t.a_row = 1, t.a_col = ceil_div(t.m, 16) * 16, t.k = count * run;
+      }
       for (i64 j = 0; j < columns_; j += nr) {
         t.b = weights_ + j * phase_->steps + position * nr;
         t.n = static_cast<int>(std::min(nr, columns_ - j));
-        t.c = sum_ + i * sum_row_ + j;
-        kernel.tile(t);
+        t.c = sum_ + (at_once ? 0 : i * sum_row_) + j;
+        kernel_.functions->product(t, even ? runs : nullptr, even ? count : 1);
       }
+      if (hot) finish(i, t.m, sum_ + (at_once ? 0 : i * sum_row_));
     }
-    started_ = true;
+    started_ = true, finished_ = hot;
   }
 
   void tiles(i64 position, const i64* runs, i64 count, i64 run) {
@@ -416,34 +436,35 @@ class Part {
                                         : widen(static_cast<const f16*>(src)[c * in.c_step]);
   }
 
-  void finish() {
+  // Sums of `count` pixels of the part from the one `first` on.
+  void finish(i64 first, i64 count, const float* sum) {
     const ConvTensor& out = x_.out;
     const i64 column = group_ * x_.columns + k0_, w_step = axis(2).out_step * out.step[2];
     const DType dtype = x_.d.dtype;
     const void* bias = x_.args.bias ? at(x_.args.bias, column * x_.args.bias_step, dtype) : nullptr;
-    const float* sum = sum_;
-    for (i64 s = 0; s < planes_; ++s) {
-      const i64 n = (plane_ + s) / axis(0).count, z = (plane_ + s) % axis(0).count * axis(0).out_step;
-      for (i64 h = h0_; h < h0_ + rows_; ++h, sum += width_ * sum_row_) {
-        const i64 offset = n * out.n_step + column * out.c_step + (z + axis(0).out_first) * out.step[0] +
-                           (h * axis(1).out_step + axis(1).out_first) * out.step[1] +
-                           (w0_ * axis(2).out_step + axis(2).out_first) * out.step[2];
-        const void* residual = x_.args.residual ? at(x_.args.residual, offset, dtype) : nullptr;
-        void* pre = x_.args.pre ? at(x_.args.pre, offset, dtype) : nullptr;
-        if (x_.d.channels_last) {
-          FinishArgs f = {};
-          f.sum = sum, f.sum_row = sum_row_, f.c = at(out.data, offset, dtype), f.c_row = w_step;
-          f.bias = bias, f.bias_step = x_.args.bias_step, f.residual = residual, f.pre = pre;
-          f.activation = x_.args.activation, f.m = static_cast<int>(width_), f.n = static_cast<int>(columns_);
-          x_.helpers.finish(f);
-        } else {
-          ConvScatterArgs f = {};
-          f.sum = sum, f.sum_row = sum_row_, f.c = at(out.data, offset, dtype);
-          f.i_step = w_step, f.j_step = out.c_step;
-          f.bias = bias, f.bias_step = x_.args.bias_step, f.residual = residual, f.pre = pre;
-          f.activation = x_.args.activation, f.m = width_, f.n = columns_;
-          kernel_.functions->scatter(f);
-        }
+    for (i64 pixel = first, m; pixel < first + count; pixel += m, sum += m * sum_row_) {
+      const i64 w = pixel % width_, h = h0_ + pixel / width_ % rows_, plane = plane_ + pixel / width_ / rows_;
+      m = std::min(width_ - w, first + count - pixel);
+      const i64 n = plane / axis(0).count, z = plane % axis(0).count * axis(0).out_step;
+      const i64 offset = n * out.n_step + column * out.c_step + (z + axis(0).out_first) * out.step[0] +
+                         (h * axis(1).out_step + axis(1).out_first) * out.step[1] +
+                         ((w0_ + w) * axis(2).out_step + axis(2).out_first) * out.step[2];
+      const void* residual = x_.args.residual ? at(x_.args.residual, offset, dtype) : nullptr;
+      void* pre = x_.args.pre ? at(x_.args.pre, offset, dtype) : nullptr;
+      if (x_.d.channels_last) {
+        FinishArgs f = {};
+        f.sum = sum, f.sum_row = sum_row_, f.c = at(out.data, offset, dtype), f.c_row = w_step;
+        f.bias = bias, f.bias_step = x_.args.bias_step, f.residual = residual, f.pre = pre;
+        f.activation = x_.args.activation, f.m = static_cast<int>(m), f.n = static_cast<int>(columns_);
+        f.stream = p_.stream;
+        x_.helpers.finish(f);
+      } else {
+        ConvScatterArgs f = {};
+        f.sum = sum, f.sum_row = sum_row_, f.c = at(out.data, offset, dtype);
+        f.i_step = w_step, f.j_step = out.c_step;
+        f.bias = bias, f.bias_step = x_.args.bias_step, f.residual = residual, f.pre = pre;
+        f.activation = x_.args.activation, f.m = m, f.n = columns_;
+        kernel_.functions->scatter(f);
       }
     }
   }
@@ -454,7 +475,7 @@ class Part {
   const ConvPhase* phase_;
   i64 group_, plane_, planes_, h0_, rows_, w0_, width_, k0_, columns_, pixels_;
   i64 channels_ = 0, floats_ = 0, sum_row_;
-  bool started_ = false, in_place_, written_ = false;
+  bool started_ = false, finished_ = false, in_place_, written_ = false;
   const float* weights_;
   float* band_;
   float* sum_;

@@ -82,11 +82,17 @@ void conv_pack_tiles(const ConvPackArgs& t) {
   }
 }
 
-template <class T, class S>
+// See ConvFunctions::product. A stays in L1 for all columns, weights stream from L2.
+template <class P>
+void conv_product(const TileArgs& t, const i64* runs, i64 count) {
+  run_block<P, P::parts == 1, Streamed::b>(t, layout_a<P>(t), layout_packed_b<P>(t), nullptr, {runs, count});
+}
+
+template <class T, class S, class P>
 constexpr ConvFunctions dense_tiles() {
   ConvFunctions f = {};
   f.band = conv_band_tiles<T, S>, f.scatter = conv_scatter<L, T>, f.pack = conv_pack_tiles<T, S>;
-  f.gather = conv_gather;
+  f.product = conv_product<P>, f.gather = conv_gather;
   return f;
 }
 

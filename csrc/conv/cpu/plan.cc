@@ -177,6 +177,7 @@ void plan_dense(const ConvDesc& d, ConvPlan* plan) {
   const i64 height = std::max<i64>(1, b.axis[1].count), width = std::max<i64>(1, b.axis[2].count);
   const i64 planes = std::max<i64>(1, d.N * b.axis[0].count);
   p.k_block = even_block(std::max<i64>(1, columns), kColumns, kernel.nr);
+  p.stream = is_tiled(kernel) && planes * height * width * d.groups * columns > kConvThreadBytes / item_size(d.dtype);
   // Channels of a band. Sizes have no say: frozen packs do not know them. (Zen 4, 64 for 3x3, so that a run of taps is
   // one product, against 256: ten shapes of ResNet forward 1% slower in the mean, up to 5%.)
   constexpr i64 kUnits = 256;

@@ -60,8 +60,10 @@ FASTDL_INLINE TileLayout layout_b(const TileArgs& t) {
   return {static_cast<const char*>(t.b), row, kTileRowBytes, 16 * row, P::parts * 16 * row};
 }
 
+// Which operand comes from L2 and is not used again soon: it goes past L1, where the other one stays.
+enum class Streamed { none, a, b };
 template <bool kStream, int T>
-FASTDL_INLINE void load_a(const char* p, i64 line) {
+FASTDL_INLINE void load(const char* p, i64 line) {
   if constexpr (kStream) {
     tile_stream<T>(p, line);
   } else {
@@ -70,17 +72,17 @@ FASTDL_INLINE void load_a(const char* p, i64 line) {
 }
 
 // Rows of C: 16*kRows, columns 16*kCols, in tiles 0 to 3; A in 4 and 5, B in 6 and 7.
-template <class P, bool kStream, int kRows, int kCols, int I>
+template <class P, Streamed kStream, int kRows, int kCols, int I>
 FASTDL_INLINE void multiply(const TileLayout& a, const TileLayout& b) {
   if constexpr (I < P::count) {
     constexpr int before = I == 0 ? 0 : I - 1;
     if constexpr (I == 0 || P::a[I] != P::a[before]) {
-      load_a<kStream, 4>(a.p + P::a[I] * a.part, a.line);
-      if constexpr (kRows > 1) load_a<kStream, 5>(a.p + P::a[I] * a.part + a.tile, a.line);
+      load<kStream == Streamed::a, 4>(a.p + P::a[I] * a.part, a.line);
+      if constexpr (kRows > 1) load<kStream == Streamed::a, 5>(a.p + P::a[I] * a.part + a.tile, a.line);
     }
     if constexpr (I == 0 || P::b[I] != P::b[before]) {
-      tile_load<6>(b.p + P::b[I] * b.part, b.line);
-      if constexpr (kCols > 1) tile_load<7>(b.p + P::b[I] * b.part + b.tile, b.line);
+      load<kStream == Streamed::b, 6>(b.p + P::b[I] * b.part, b.line);
+      if constexpr (kCols > 1) load<kStream == Streamed::b, 7>(b.p + P::b[I] * b.part + b.tile, b.line);
     }
     tile_dpbf16ps<0, 4, 6>();
     if constexpr (kCols > 1) tile_dpbf16ps<1, 4, 7>();
@@ -107,6 +109,12 @@ struct Fetch {
   }
 };
 
+// Where rows of A go on, in floats from the first: `count` runs of TileArgs::k; null: one run, as they lie.
+struct Runs {
+  const i64* at = nullptr;
+  i64 count = 1;
+};
+
 // A block of C that is not whole, zeros past its end.
 template <int kRows, int kCols>
 FASTDL_INLINE void copy_block(const TileArgs& t, float* out) {
@@ -122,8 +130,8 @@ FASTDL_INLINE void copy_block(const TileArgs& t, float* out) {
 
 // kNear: C is in a near cache and goes on in the tiles where it stands, whole blocks and others alike: how C is cut
 // among threads is not to be seen in its bits.
-template <class P, bool kNear, bool kStream, int kRows, int kCols>
-void block(const TileArgs& t, TileLayout a, TileLayout b, Fetch* fetch = nullptr) {
+template <class P, bool kNear, Streamed kStream, int kRows, int kCols>
+void block(const TileArgs& t, const TileLayout& a, TileLayout b, Fetch* fetch, const Runs& runs) {
   const bool whole = t.m == 16 * kRows && t.n == 16 * kCols, onto = kNear && t.accumulate;
   alignas(64) float sum[kBlock][kBlock];
   const bool direct = whole && (onto || !t.accumulate);
@@ -145,11 +153,15 @@ void block(const TileArgs& t, TileLayout a, TileLayout b, Fetch* fetch = nullptr
     tile_zero<2>();
     tile_zero<3>();
   }
-  for (i64 k = t.k / (16 * P::parts); k > 0; --k) {
-    if (kStream) fetch->turn();
-    multiply<P, kStream, kRows, kCols, 0>(a, b);
-    a.p += a.depth;
-    b.p += b.depth;
+  for (i64 r = 0; r < runs.count; ++r) {
+    TileLayout x = a;
+    x.p += runs.at ? runs.at[r] * 4 : 0;
+    for (i64 k = t.k / (16 * P::parts); k > 0; --k) {
+      if (kStream == Streamed::a) fetch->turn();
+      multiply<P, kStream, kRows, kCols, 0>(x, b);
+      x.p += x.depth;
+      b.p += b.depth;
+    }
   }
 
   tile_store<0>(c, row * 4);
@@ -168,11 +180,14 @@ void block(const TileArgs& t, TileLayout a, TileLayout b, Fetch* fetch = nullptr
   }
 }
 
-template <class P, bool kNear = false, bool kStream = false>
-FASTDL_INLINE void run_block(const TileArgs& t, const TileLayout& a, const TileLayout& b, Fetch* fetch = nullptr) {
+template <class P, bool kNear = false, Streamed kStream = Streamed::none>
+FASTDL_INLINE void run_block(const TileArgs& t, const TileLayout& a, const TileLayout& b, Fetch* fetch = nullptr,
+                             const Runs& runs = {}) {
   if (t.m > 16)
-    return t.n > 16 ? block<P, kNear, kStream, 2, 2>(t, a, b, fetch) : block<P, kNear, kStream, 2, 1>(t, a, b, fetch);
-  return t.n > 16 ? block<P, kNear, kStream, 1, 2>(t, a, b, fetch) : block<P, kNear, kStream, 1, 1>(t, a, b, fetch);
+    return t.n > 16 ? block<P, kNear, kStream, 2, 2>(t, a, b, fetch, runs)
+                    : block<P, kNear, kStream, 2, 1>(t, a, b, fetch, runs);
+  return t.n > 16 ? block<P, kNear, kStream, 1, 2>(t, a, b, fetch, runs)
+                  : block<P, kNear, kStream, 1, 1>(t, a, b, fetch, runs);
 }
 template <class P, bool kNear = false>
 void run_block(const TileArgs& t) {
@@ -195,7 +210,7 @@ void run_panels(const TileArgs& t) {
       x.c = t.c + i * t.c_row, x.accumulate = t.accumulate || c > 0;
       TileLayout a_chunk = a, b_chunk = b;
       a_chunk.p += i / kBlock * a_block + begin * a.depth, b_chunk.p += begin * b.depth;
-      run_block<P, kNear, true>(x, a_chunk, b_chunk, &fetch);
+      run_block<P, kNear, Streamed::a>(x, a_chunk, b_chunk, &fetch);
     }
   }
 }
