@@ -64,10 +64,17 @@ MUTATIONS = [
         f"{TESTS} -k 'test_grid_is_exact and f32'",
     ),
     Mutation(
+        "rows at uneven steps read as if they were even",
+        DENSE,
+        "if (rows[i] - rows[i - 1] != step) return 0;",
+        "if (i == 1 && rows[i] - rows[i - 1] != step) return 0;",
+        f"{TESTS} -k 'test_grid_is_exact and conv_bf16_32x32_amx and forward'",
+    ),
+    Mutation(
         "the sums of a block of channels lost",
         DENSE,
-        "t.c_row = sum_row_, t.accumulate = started_;",
-        "t.c_row = sum_row_, t.accumulate = false;",
+        "t.run = run, t.c_row = sum_row_, t.accumulate = started_;",
+        "t.run = run, t.c_row = sum_row_, t.accumulate = false;",
         f"{TESTS} -k 'test_blocks_of and f32'",
     ),
     Mutation(

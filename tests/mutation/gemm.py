@@ -94,8 +94,8 @@ MUTATIONS = [
     Mutation(
         "off by one in the split along M",
         RUN,
-        "part.m_end = d.M * (im + 1) / p.grid_m;",
-        "part.m_end = d.M * (im + 1) / p.grid_m - (im + 1 < p.grid_m);",
+        "part.m_end = std::min(d.M, strips * (im + 1) / p.grid_m * unit);",
+        "part.m_end = std::min(d.M, strips * (im + 1) / p.grid_m * unit) - (im + 1 < p.grid_m);",
         f"{EXACT} -k test_k_blocks",
     ),
     Mutation(
@@ -262,8 +262,8 @@ MUTATIONS = [
     Mutation(
         "pre written after the activation",
         KERNEL,
-        "      if (t.pre) lanes.store(static_cast<T*>(t.pre) + at, x);\n      x = activate<L, kActivation>(x);\n",
-        "      x = activate<L, kActivation>(x);\n      if (t.pre) lanes.store(static_cast<T*>(t.pre) + at, x);\n",
+        "    if (t.pre) lanes.store(static_cast<T*>(t.pre) + at, x);\n    x = activate<L, kActivation>(x);\n",
+        "    x = activate<L, kActivation>(x);\n    if (t.pre) lanes.store(static_cast<T*>(t.pre) + at, x);\n",
         f"{EPILOGUE} -k test_pre_is_linear",
     ),
     Mutation(
@@ -304,9 +304,30 @@ MUTATIONS = [
     Mutation(
         "large values rounded to Inf",
         TILES,
-        "_mm512_set1_epi32(0x7f7f8000)",
-        "_mm512_set1_epi32(0x7f800000)",
+        "kRoundsToInfinity = 0x7f7f8000",
+        "kRoundsToInfinity = 0x7f800000",
         f"{SPLIT} -k test_parts_hold",
+    ),
+    Mutation(
+        "blocks of a turned product not turned",
+        TILES,
+        "L::store(out + (j + x) * out_row + i, r[x]);",
+        "L::store(out + (i + x) * out_row + j, r[x]);",
+        f"{EXACT} -k 'test_every_tail and bf16_64x32_amx and write'",
+    ),
+    Mutation(
+        "sums of the later spans lost",
+        RUN,
+        "if (total) add(t, sums);",
+        "if (total) add(t, t.c);",
+        f"{SPLIT} -k 'test_long_sums and 16384'",
+    ),
+    Mutation(
+        "streamed K blocks overwrite each other",
+        RUN,
+        "x.accumulate = args.accumulate || r > 0 || k0 > 0;",
+        "x.accumulate = args.accumulate || r > 0;",
+        f"{EXACT} -k 'test_every_tail and f32_4x8 and write'",
     ),
     Mutation(
         "Inf split into Inf and NaN",
