@@ -34,14 +34,18 @@ const GemmKernel* find(Isa isa, DType dtype, Precision precision, GemmKind kind)
 
 // --- time, in multiply-adds of the float32 FMA kernel --------------------------------------------------------------
 
+// Tiles are k_step deep: what a short K fills them up to costs the same.
+double filled(const GemmDesc& d, const GemmKernel& k) {
+  return is_tiled(k) ? static_cast<double>(round_up(d.K, k.k_step)) / static_cast<double>(std::max<i64>(1, d.K)) : 1;
+}
 double products(const GemmDesc& d, const GemmKernel& k) {  // with an element of B
-  return static_cast<double>(is_tiled(k) ? round_up(d.M, 16) : d.M) / rate(k);
+  return static_cast<double>(is_tiled(k) ? round_up(d.M, 16) : d.M) * filled(d, k) / rate(k);
 }
 
 // An element of B costs its products, packing, and its bytes, as read from L3: whichever of the two, work or bytes,
 // takes longer.
 double tile_cost(const GemmDesc& d, const GemmKernel& k) {
-  const double work = products(d, k) + (d.packed ? 0 : pack_cost(k));
+  const double work = products(d, k) + (d.packed ? 0 : pack_cost(k) * filled(d, k));
   const double bytes = d.packed ? 4.0 * k.planes / k.k_unit : item_size(d.dtype);
   return std::max(work, bytes * kL3Byte);
 }
