@@ -18,7 +18,10 @@ def blocks(kernel):
 
 
 def m_tails(kernel):
+    """Every size of a register tile; on tiles of 16 rows, two by two in a call of 64, around each of these."""
     mr = kernel["mr"]
+    if mr > 32:
+        return sorted({2, 3, *tails(16), *tails(32), *tails(mr)})
     return [*range(1, mr + 2), 2 * mr + 1]
 
 
@@ -28,7 +31,8 @@ def n_tails(kernel):
 
 def k_tails(kernel):
     kc = blocks(kernel)["kc"]
-    return sorted({1, 2, 3, 7, 8, 15, 16, 17, 31, 33, kc - 1, kc, kc + 1, 2 * kc + 3} - {0})
+    two = 2 * kc + 3 if kc <= 1024 else 385  # longer: in test_k_blocks_and_parts
+    return sorted({1, 2, 3, 7, 8, 15, 16, 17, 31, 33, kc - 1, kc, kc + 1, two} - {0})
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
