@@ -255,7 +255,7 @@ MUTATIONS = [
     Mutation(
         "residual not advanced with the block",
         RUN,
-        "f.residual = at(args.residual, offset, d.dtype);",
+        "f.residual = at(args.residual, part.c_offset + offset, d.dtype);",
         "f.residual = at(args.residual, part.c_offset, d.dtype);",
         f"{EPILOGUE} -k test_default_kernel",
     ),

@@ -9,7 +9,6 @@ const GemmHelpers helpers_f32_medium = tile_helpers<float, Parts<1>>();
 const GemmHelpers helpers_f32_high = tile_helpers<float, Parts<2>>();
 const GemmHelpers helpers_f32_split = tile_helpers<float, Parts<3>>();
 
-void tile_bf16(const TileArgs& t) { run_block<Products1>(t); }
 void tile_bf16_near(const TileArgs& t) { run_block<Products1, true>(t); }
 void tile_f16(const TileArgs& t) { run_block<Products4>(t); }
 void tile_high(const TileArgs& t) { run_block<Products3>(t); }

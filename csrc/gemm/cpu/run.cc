@@ -83,6 +83,18 @@ Part pair_of(const GemmDesc& d, const GemmArgs& args, Part part, i64 r) {
   return part;
 }
 
+// What finishes sums of C(m.., n..), all but the sums themselves.
+FinishArgs epilogue_at(const GemmDesc& d, const GemmPlan& p, const GemmArgs& args, const Part& part, i64 m, i64 n) {
+  const i64 offset = m * args.c_row + n;
+  FinishArgs f = {};
+  f.c = at(part.c, offset, d.dtype), f.c_row = args.c_row, f.accumulate = args.accumulate;
+  if (args.bias) f.bias = at(args.bias, n * args.bias_step, d.dtype), f.bias_step = args.bias_step;
+  if (args.residual) f.residual = at(args.residual, part.c_offset + offset, d.dtype);
+  if (args.pre) f.pre = at(args.pre, part.c_offset + offset, d.dtype);
+  f.activation = args.activation, f.stream = p.stream;
+  return f;
+}
+
 // Scratch of a thread, cut as the plan says. The peaks are those of the rows and columns of a part.
 struct Scratch {
   float* a;
@@ -290,13 +302,8 @@ void run_pair(const GemmDesc& d, const GemmPlan& p, const GemmArgs& args, const 
           t.bias = epilogue ? nullptr : static_cast<const float*>(bias);
           t.bias_step = args.bias_step;
         }
-        FinishArgs f = {};
-        f.c = c, f.c_row = args.c_row, f.bias = bias, f.bias_step = args.bias_step,
+        FinishArgs f = epilogue_at(d, p, args, part, m0, n0);
         f.accumulate = narrow && args.accumulate;
-        const i64 offset = part.c_offset + m0 * args.c_row + n0;
-        if (args.residual) f.residual = at(args.residual, offset, d.dtype);
-        if (args.pre) f.pre = at(args.pre, offset, d.dtype);
-        f.activation = args.activation, f.stream = p.stream;
         run_tiles(p, x, t, total, epilogue && finish ? &f : nullptr, repair, m0, n0, m, n);
       }
     }
@@ -324,14 +331,8 @@ void run_turned(const GemmDesc& d, const GemmPlan& p, const GemmArgs& args, cons
       t.b = scratch.b + j / kernel.nr * panel;
       kernel.tile(t);
       for (int r = 0; r < t.m; r += kBlockRows) kernel.helpers->turn(scratch.sum + r * kernel.nr, turned + r, strip);
-      FinishArgs f = {};
-      const i64 offset = j * args.c_row + i;
+      FinishArgs f = epilogue_at(d, p, args, part, j, i);
       f.sum = turned, f.sum_row = strip, f.m = static_cast<int>(std::min<i64>(kernel.nr, d.M - j)), f.n = t.m;
-      f.c = at(part.c, offset, d.dtype), f.c_row = args.c_row, f.accumulate = args.accumulate;
-      if (args.bias) f.bias = at(args.bias, i * args.bias_step, d.dtype), f.bias_step = args.bias_step;
-      if (args.residual) f.residual = at(args.residual, part.c_offset + offset, d.dtype);
-      if (args.pre) f.pre = at(args.pre, part.c_offset + offset, d.dtype);
-      f.activation = args.activation, f.stream = p.stream;
       kernel.helpers->finish(f);
     }
   }
@@ -341,11 +342,11 @@ void run_turned(const GemmDesc& d, const GemmPlan& p, const GemmArgs& args, cons
 void run_streamed(const GemmDesc& d, const GemmPlan& p, const GemmArgs& args, const Part& whole, float* sum) {
   constexpr i64 kDepth = 8;
   const GemmKernel& kernel = *p.kernel;
-  FinishArgs f = {};
-  f.m = static_cast<int>(whole.m_end - whole.m_begin), f.sum = sum, f.sum_row = p.nc, f.c_row = args.c_row;
   for (i64 n0 = whole.n_begin; n0 < whole.n_end; n0 += p.nc) {
-    const i64 offset = whole.m_begin * args.c_row + n0;
-    f.n = static_cast<int>(std::min(p.nc, whole.n_end - n0)), f.c = at(whole.c, offset, d.dtype);
+    FinishArgs last = epilogue_at(d, p, args, whole, whole.m_begin, n0), f = {};
+    f.m = static_cast<int>(whole.m_end - whole.m_begin), f.n = static_cast<int>(std::min(p.nc, whole.n_end - n0));
+    f.sum = sum, f.sum_row = p.nc, f.c = last.c, f.c_row = last.c_row;
+    last.m = f.m, last.n = f.n, last.sum = sum, last.sum_row = p.nc;
     for (i64 r = 0; r < d.pairs; ++r) {
       const Part part = pair_of(d, args, whole, r);
       for (i64 k0 = 0; k0 < d.K; k0 += p.kc) {
@@ -361,14 +362,8 @@ void run_streamed(const GemmDesc& d, const GemmPlan& p, const GemmArgs& args, co
             kernel.tile(t);
           }
         }
-        FinishArgs x = f;
+        FinishArgs x = r + 1 == d.pairs && end == d.K ? last : f;
         x.accumulate = args.accumulate || r > 0 || k0 > 0;
-        if (r + 1 == d.pairs && end == d.K) {
-          if (args.bias) x.bias = at(args.bias, n0 * args.bias_step, d.dtype), x.bias_step = args.bias_step;
-          if (args.residual) x.residual = at(args.residual, part.c_offset + offset, d.dtype);
-          if (args.pre) x.pre = at(args.pre, part.c_offset + offset, d.dtype);
-          x.activation = args.activation;
-        }
         kernel.helpers->finish(x);
       }
     }
