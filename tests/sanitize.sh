@@ -36,12 +36,8 @@ export LD_PRELOAD
 export ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:log_path=$work/report
 export UBSAN_OPTIONS=print_stacktrace=1:log_path=$work/report
 cd "$root"
-run() {
-  python -m pytest -q -p no:cacheprovider "$@" || {
-    cat "$work"/report.* 2>/dev/null  # pytest holds the standard error of a process that is killed
-    exit 1
-  }
-}
+# Captured by pytest in Python alone: the last words of a process that ends in the middle of a test are seen.
+run() { python -m pytest -q -p no:cacheprovider --capture=sys "$@" || { cat "$work"/report.* 2>/dev/null; exit 1; }; }
 # built_unit: no weak symbol escapes an instruction-set unit of this build either.
 run tests/test_layering.py tests/test_gemm_exact.py tests/test_gemm_strides.py tests/test_gemm_hostile.py \
   tests/test_errors_native.py -k "not guard_pages and not peak_memory" "$@"

@@ -52,9 +52,10 @@ void stage_pixels(const Part& x, const Block& b, const Pixels& p, int at, float*
     }
     for (int c = 0; c < p.n; ++c) {
       char* const dst = to + (c * row + r * b.width) * item;
-      const char* const src = line.first + c * p.c_step * item;
       std::memset(dst, 0, bytes(line.begin));
       std::memset(dst + line.end * item, 0, bytes(b.width - line.end));
+      if (count == 0) continue;  // A line outside the image has no address.
+      const char* const src = line.first + c * p.c_step * item;
       if (p.pixel_step == 1) {
         std::memcpy(dst + line.begin * item, src, bytes(count));
       } else if (item == 4) {
