@@ -60,7 +60,8 @@ endfunction()
 # Gives each file of the list its level's flags; drops those whose level is missing.
 function(fastdl_apply_isa_levels sources_variable)
   # Kernels are vectorised by hand. What GCC 12 would add reads past the end of arrays (vector loads with a gap).
-  set(by_hand -fno-tree-vectorize)
+  # -mno-stv: scalars moved through vectors wait for all stores before them, those of tiles, too.
+  set(by_hand -fno-tree-vectorize -mno-stv)
   # GCC's own intrinsics start from `__m512 y = y` and then warn of it wherever they are inlined.
   set(quiet $<$<CXX_COMPILER_ID:GNU>:-Wno-uninitialized> $<$<CXX_COMPILER_ID:GNU>:-Wno-maybe-uninitialized>)
   set(kept)

@@ -38,16 +38,19 @@ class Part {
       plane_ = row / blocks, planes_ = 1;
       h0_ = row % blocks * p_.rows, rows_ = std::min(p_.rows, axis(1).count - h0_);
     }
-    pixels_ = planes_ * rows_ * width_;
+    in_place_ = reads_in_place();
+    flat_ = p_.flat && !in_place_ && axis(0).taps * axis(1).taps * axis(2).taps > 0;
+    line_ = flat_ ? extent(2, width_) : width_;
+    plane_lines_ = flat_ ? extent(1, rows_) : rows_;
+    pixels_ = ((planes_ - 1) * plane_lines_ + rows_ - 1) * line_ + width_;
     band_ = reinterpret_cast<float*>(scratch);
     sum_ = reinterpret_cast<float*>(scratch + p_.band_bytes);
     pointers_ = reinterpret_cast<const float**>(scratch + p_.band_bytes + p_.sum_bytes);
     float* tile = reinterpret_cast<float*>(scratch + p_.band_bytes + p_.sum_bytes + p_.pointer_bytes);
     gathered_ = tile, tile += is_tiled(kernel_) ? kernel_.mr * kernel_.kc : 0;
     stage_ = tile, tile += p_.stage_floats;
-    sum_row_ = ceil_div(columns_, kernel_.nr / 2) * kernel_.nr / 2;
+    sum_row_ = conv_sum_row(kernel_, columns_);
     const i64 nr = kernel_.nr;
-    in_place_ = reads_in_place();
     if (writes_in_place()) {
       const ConvTensor& out = x_.out;
       const i64 first = plane_ / axis(0).count * out.n_step + plane_ % axis(0).count * out.step[0] + h0_ * out.step[1] +
@@ -77,7 +80,7 @@ class Part {
         multiply(position, 1, 1, last_channels);
         continue;
       }
-      set_pointers();
+      if (!flat_) set_pointers();
       for (i64 t0 = 0; t0 < axis(0).taps; ++t0) {
         for (i64 t1 = 0; t1 < axis(1).taps; t1 += n1) {
           for (i64 t2 = 0; t2 < width_taps(); t2 += n2) {
@@ -93,7 +96,8 @@ class Part {
     if (p_.repair && started_) repair();
     const ConvArgs& a = x_.args;
     if (finished_) return;
-    if (!written_ || a.bias || a.residual || a.pre || a.activation != Activation::none) finish(0, pixels_, sum_);
+    if (!written_ || a.bias || a.residual || a.pre || a.activation != Activation::none)
+      finish(0, pixels_, sum_);
   }
 
  private:
@@ -159,7 +163,7 @@ class Part {
   bool writes_in_place() const {
     const ConvTensor& out = x_.out;
     const i64 row = out.step[2];
-    if (x_.d.dtype != DType::f32 || !x_.d.channels_last || row < columns_) return false;
+    if (flat_ || x_.d.dtype != DType::f32 || !x_.d.channels_last || row < columns_) return false;
     if (axis(0).out_step != 1 || axis(1).out_step != 1 || axis(2).out_step != 1) return false;
     if (rows_ * planes_ == 1) return true;
     if (width_ != axis(2).count || out.step[1] != width_ * row) return false;
@@ -245,8 +249,10 @@ class Part {
     const i64 h_step = axis(1).tap_step * width * floats_, w_step = axis(2).tap_step * floats_;
     const bool fold = axis(2).tap_step == 1;  // neighbours in the image: one run
     const i64 run = fold ? n2 * floats_ : floats_, count = fold ? n1 : n1 * n2;
-    const i64 step = x_.units(1), pieces = ceil_div(run, kernel_.kc), piece = ceil_div(run, pieces * step) * step;
-    const i64 together = pieces > 1 ? 1 : std::min(kMaxRuns, std::max<i64>(1, kernel_.kc / run));
+    // Where sums go on in their tiles, nothing is gained by a fresh start; what is gathered must fit its panel.
+    const i64 kc = flat_ && !p_.repair ? std::max(kernel_.kc, run * count) : kernel_.kc;
+    const i64 step = x_.units(1), pieces = ceil_div(run, kc), piece = ceil_div(run, pieces * step) * step;
+    const i64 together = pieces > 1 ? 1 : std::min(kMaxRuns, std::max<i64>(1, kc / run));
     const i64 groups = ceil_div(count, together);
     for (i64 g = 0; g < groups; ++g) {
       const i64 r0 = count * g / groups, r1 = count * (g + 1) / groups;
@@ -255,7 +261,7 @@ class Part {
         for (i64 r = r0; r < r1; ++r) runs[r - r0] = k + (fold ? r * h_step : r / n2 * h_step + r % n2 * w_step);
         if (is_tiled(kernel_)) {
           const bool complete = last && g + 1 == groups && k + piece >= run;
-          gathered_tiles(position + r0 * run + k, runs, r1 - r0, std::min(piece, run - k), complete);
+          panels(position + r0 * run + k, runs, r1 - r0, std::min(piece, run - k), complete);
         } else {
           tiles(position + r0 * run + k, runs, r1 - r0, std::min(piece, run - k));
         }
@@ -267,7 +273,7 @@ class Part {
   // The largest magnitudes that the pixels meet with the taps n1 x n2 of the band.
   void raise_peaks(i64 n1, i64 n2, i64 h_step, i64 w_step) {
     for (i64 i = 0; i < pixels_; ++i) {
-      const float* const peak = band_peak_ + (pointers_[i] - band_) / floats_;
+      const float* const peak = band_peak_ + (flat_ ? i : (pointers_[i] - band_) / floats_);
       for (i64 t1 = 0; t1 < n1; ++t1)
         for (i64 t2 = 0; t2 < n2; ++t2) row_peak_[i] = std::max(peak[t1 * h_step + t2 * w_step], row_peak_[i]);
     }
@@ -282,12 +288,11 @@ class Part {
     return m % 16 == 0 && step > 0 ? step : 0;
   }
 
-  // As tiles(), but all columns of 32 pixels at a time: gathered once, if they do not lie as tiles read them, they stay
-  // in L1, and weights stream from L2. A gathered line of 16 floats is a load and a store, 1 to 2 cycles, and serves
-  // columns / 16 products of 16 rows in 16.
+  // As tiles(), but all columns of 32 pixels at a time, gathered once if they do not lie as tiles read them. A gathered
+  // line of 16 floats is a load and a store, 1 to 2 cycles, and serves columns / 16 products of 16 rows in 16.
   // Complete sums that need no repair are finished while they are hot, and where they are complete at once, all in one
   // place.
-  void gathered_tiles(i64 position, const i64* runs, i64 count, i64 run, bool complete) {
+  void panels(i64 position, const i64* runs, i64 count, i64 run, bool complete) {
     const bool hot = complete && !p_.repair && !written_, at_once = hot && !started_;
     const i64 mr = kernel_.mr, nr = kernel_.nr;
     ConvTileArgs rows = {};
@@ -296,17 +301,18 @@ class Part {
     t.b_row = nr, t.b_col = 1, t.c_row = sum_row_, t.accumulate = started_;
     for (i64 i = 0; i < pixels_; i += mr) {
       rows.rows = pointers_ + i, rows.m = t.m = static_cast<int>(std::min(mr, pixels_ - i));
-      t.a = rows.rows[0], t.a_row = even_step(rows.rows, t.m), t.a_col = 1, t.k = run;
+      t.a = flat_ ? band_ + i * floats_ : rows.rows[0], t.a_row = flat_ ? floats_ : even_step(rows.rows, t.m);
+      t.a_col = 1, t.k = run;
       const bool even = t.a_row > 0;
       if (!even) {
         kernel_.functions->gather(rows, gathered_);
-        t.a = gathered_, t.a_row = 1, t.a_col = ceil_div(t.m, 16) * 16, t.k = count * run;
+        t.a = gathered_, t.a_row = 1, t.a_col = t.m > 16 ? 32 : 16;
       }
       for (i64 j = 0; j < columns_; j += nr) {
         t.b = weights_ + j * phase_->steps + position * nr;
         t.n = static_cast<int>(std::min(nr, columns_ - j));
         t.c = sum_ + (at_once ? 0 : i * sum_row_) + j;
-        kernel_.functions->product(t, even ? runs : nullptr, even ? count : 1);
+        kernel_.functions->product(t, even ? runs : nullptr, count);
       }
       if (hot) finish(i, t.m, sum_ + (at_once ? 0 : i * sum_row_));
     }
@@ -418,8 +424,8 @@ class Part {
 
   // Channels of the image that a pixel of the part meets with a tap.
   void read_pixel(i64 pixel, const i64* tap, i64 channel, i64 count, float* out) const {
-    const i64 plane = plane_ + pixel / width_ / rows_;
-    const i64 o[3] = {plane % axis(0).count, h0_ + pixel / width_ % rows_, w0_ + pixel % width_};
+    const i64 plane = plane_ + pixel / line_ / plane_lines_;
+    const i64 o[3] = {plane % axis(0).count, h0_ + pixel / line_ % plane_lines_, w0_ + pixel % line_};
     const ConvTensor& in = x_.in;
     i64 offset = plane / axis(0).count * in.n_step + (group_ * x_.channels + channel) * in.c_step;
     for (int i = 0; i < 3; ++i) {
@@ -437,33 +443,34 @@ class Part {
   }
 
   // Sums of `count` pixels of the part from the one `first` on.
-  void finish(i64 first, i64 count, const float* sum) {
+  void finish(i64 first, i64 count, const float* sum) const {
     const ConvTensor& out = x_.out;
+    const ConvArgs& a = x_.args;
     const i64 column = group_ * x_.columns + k0_, w_step = axis(2).out_step * out.step[2];
     const DType dtype = x_.d.dtype;
-    const void* bias = x_.args.bias ? at(x_.args.bias, column * x_.args.bias_step, dtype) : nullptr;
+    const void* bias = a.bias ? at(a.bias, column * a.bias_step, dtype) : nullptr;
     for (i64 pixel = first, m; pixel < first + count; pixel += m, sum += m * sum_row_) {
-      const i64 w = pixel % width_, h = h0_ + pixel / width_ % rows_, plane = plane_ + pixel / width_ / rows_;
-      m = std::min(width_ - w, first + count - pixel);
+      const i64 w = pixel % line_, h = pixel / line_ % plane_lines_, plane = plane_ + pixel / line_ / plane_lines_;
+      m = std::min((w < width_ ? width_ : line_) - w, first + count - pixel);
+      if (w >= width_ || h >= rows_) continue;
       const i64 n = plane / axis(0).count, z = plane % axis(0).count * axis(0).out_step;
       const i64 offset = n * out.n_step + column * out.c_step + (z + axis(0).out_first) * out.step[0] +
-                         (h * axis(1).out_step + axis(1).out_first) * out.step[1] +
+                         ((h0_ + h) * axis(1).out_step + axis(1).out_first) * out.step[1] +
                          ((w0_ + w) * axis(2).out_step + axis(2).out_first) * out.step[2];
-      const void* residual = x_.args.residual ? at(x_.args.residual, offset, dtype) : nullptr;
-      void* pre = x_.args.pre ? at(x_.args.pre, offset, dtype) : nullptr;
+      const void* residual = a.residual ? at(a.residual, offset, dtype) : nullptr;
+      void* pre = a.pre ? at(a.pre, offset, dtype) : nullptr;
       if (x_.d.channels_last) {
         FinishArgs f = {};
         f.sum = sum, f.sum_row = sum_row_, f.c = at(out.data, offset, dtype), f.c_row = w_step;
-        f.bias = bias, f.bias_step = x_.args.bias_step, f.residual = residual, f.pre = pre;
-        f.activation = x_.args.activation, f.m = static_cast<int>(m), f.n = static_cast<int>(columns_);
-        f.stream = p_.stream;
+        f.bias = bias, f.bias_step = a.bias_step, f.residual = residual, f.pre = pre;
+        f.activation = a.activation, f.m = static_cast<int>(m), f.n = static_cast<int>(columns_);static const bool ST = getenv("ST"); f.stream = ST;
         x_.helpers.finish(f);
       } else {
         ConvScatterArgs f = {};
         f.sum = sum, f.sum_row = sum_row_, f.c = at(out.data, offset, dtype);
         f.i_step = w_step, f.j_step = out.c_step;
-        f.bias = bias, f.bias_step = x_.args.bias_step, f.residual = residual, f.pre = pre;
-        f.activation = x_.args.activation, f.m = m, f.n = columns_;
+        f.bias = bias, f.bias_step = a.bias_step, f.residual = residual, f.pre = pre;
+        f.activation = a.activation, f.m = m, f.n = columns_;
         kernel_.functions->scatter(f);
       }
     }
@@ -475,7 +482,8 @@ class Part {
   const ConvPhase* phase_;
   i64 group_, plane_, planes_, h0_, rows_, w0_, width_, k0_, columns_, pixels_;
   i64 channels_ = 0, floats_ = 0, sum_row_;
-  bool started_ = false, finished_ = false, in_place_, written_ = false;
+  i64 line_, plane_lines_;  // from row to row and plane to plane: pixels, those between them that nobody wants counted
+  bool started_ = false, finished_ = false, in_place_, flat_, written_ = false;
   const float* weights_;
   float* band_;
   float* sum_;

@@ -7,12 +7,15 @@
 namespace fastdl {
 namespace {
 
-// See ConvFunctions::gather: a panel is [16 floats of the runs][rows, a multiple of 16][16].
+// See ConvFunctions::gather: panels of 32 rows, [16 floats of the runs][rows, a multiple of 16][16].
 inline void conv_gather(const ConvTileArgs& t, float* panel) {
-  const i64 line = (t.m + 15) / 16 * kTileFloats;
-  for (i64 r = 0; r < t.run_count; ++r) {
-    for (i64 k = t.runs[r]; k < t.runs[r] + t.run; k += 16, panel += line)
-      for (int i = 0; i < t.m; ++i) L::store(panel + 16 * i, L::load(t.rows[i] + k));
+  const int lines = t.m > 16 ? kBlock : 16;
+  for (int i = 0; i < t.m; i += kBlock) {
+    const int m = t.m - i < kBlock ? t.m - i : kBlock;
+    for (i64 r = 0; r < t.run_count; ++r) {
+      for (i64 k = t.runs[r]; k < t.runs[r] + t.run; k += 16, panel += 16 * lines)
+        for (int j = 0; j < m; ++j) L::store(panel + 16 * j, L::load(t.rows[i + j] + k));
+    }
   }
 }
 
@@ -20,6 +23,14 @@ inline void conv_gather(const ConvTileArgs& t, float* panel) {
 template <class T, class S>
 void conv_band_tiles(const ConvBandArgs& t) {
   const T* const src = static_cast<const T*>(t.src);
+  if (S::as_it_lies && t.c_step == 1 && t.channels % kTileDepth == 0) {
+    for (i64 p = 0; p < t.pixels; ++p) {
+      const T* const s = src + p * t.pixel_step;
+      for (i64 c = 0; c < t.channels; c += kTileDepth)
+        _mm512_storeu_si512(t.dst + p * t.row + c / 2, _mm512_loadu_si512(s + c));
+    }
+    return;
+  }
   for (i64 p = 0; p < t.pixels; p += 16) {
     const int lines = t.pixels - p < 16 ? static_cast<int>(t.pixels - p) : 16;
     L::V peaks[16];
@@ -82,10 +93,12 @@ void conv_pack_tiles(const ConvPackArgs& t) {
   }
 }
 
-// See ConvFunctions::product. A stays in L1 for all columns, weights stream from L2.
+// See ConvFunctions::product.
 template <class P>
 void conv_product(const TileArgs& t, const i64* runs, i64 count) {
-  run_block<P, P::parts == 1, Streamed::b>(t, layout_a<P>(t), layout_packed_b<P>(t), nullptr, {runs, count});
+  Steps steps = all_steps<P>(t);
+  steps.end *= count, steps.at = runs;
+  run_panels<P, P::parts == 1, false>(t, steps);
 }
 
 template <class T, class S, class P>

@@ -97,7 +97,7 @@ struct ConvFunctions {
   const DirectOps* direct = nullptr;
   // Tiles: C (+)= A B, A in runs of t.k floats from t.a, `count` of them, or a gathered panel (runs null).
   void (*product)(const TileArgs& t, const i64* runs, i64 count) = nullptr;
-  // Rows that lie anywhere as the panel of A that a tile of GEMM reads; of t: rows, runs, m.
+  // Rows that lie anywhere as the panels of A that tiles of GEMM read; of t: rows, runs, m.
   void (*gather)(const ConvTileArgs& t, float* panel) = nullptr;
 };
 

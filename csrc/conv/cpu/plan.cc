@@ -97,15 +97,35 @@ struct Blocks {
     const ConvAxis& a = axis[dim];
     return a.taps > 1 && extent(a, n, true) <= a.taps * n;
   }
-  i64 pixels() const { return p.planes * p.rows * p.w_block; }
+  // Of a part, with those between rows where they are computed too.
+  i64 pixels() const { return p.flat ? flat_pixels() : p.planes * p.rows * p.w_block; }
+  i64 flat_pixels() const {
+    const i64 rows = (p.planes - 1) * extent(axis[1], p.rows, p.shared[1]) + p.rows - 1;
+    return rows * extent(axis[2], p.w_block, p.shared[2]) + p.w_block;
+  }
   i64 band_floats() const {
     const i64 rows = extent(axis[1], p.rows, p.shared[1]), width = extent(axis[2], p.w_block, p.shared[2]);
-    return p.planes * rows * width * pixel_floats();
+    return (p.planes * rows * width + (p.flat ? 16 : 0)) * pixel_floats();  // whole tiles are read
   }
   i64 pixel_floats() const { return conv_units(*p.kernel, (p.fold ? axis[2].taps : 1) * p.c_block); }
+  // Whether tiles read pixels where they lie in the band, those between its rows, too: gathering 32 elements of 16 rows
+  // takes as long as kGathered columns. Sums that may need repair are then not those of the output itself: a deep sum
+  // makes up for the copy. (Granite Rapids, two threads, gathered / flat in GFLOP/s: bfloat16 8x64x56x56 k3 1110 / 1630,
+  // 8x128x28x28 1610 / 2100, 8x256x14x14, a third of whose pixels lie between, 1660 / 1530; float32 360 / 360, 470 /
+  // 540, 460 / 460.)
+  bool flat() const {
+    constexpr double kGathered = 24, kDeep = 1024;
+    for (int i = 1; i < 3; ++i)
+      if (p.shared[i] && axis[i].in_step != 1) return false;
+    const auto taps = static_cast<double>(axis[0].taps * axis[1].taps * axis[2].taps);
+    if (!is_tiled(*p.kernel) || (p.repair && taps * static_cast<double>(p.c_block) < kDeep)) return false;
+    const double extra = static_cast<double>(flat_pixels()) / static_cast<double>(p.planes * p.rows * p.w_block) - 1;
+    return static_cast<double>(p.k_block) * extra < kGathered;
+  }
   void count_bytes() const {
+    p.flat = flat();
     p.band_bytes = pages(band_floats() * 4);
-    p.sum_bytes = pages(pixels() * p.k_block * 4);
+    p.sum_bytes = pages(pixels() * conv_sum_row(*p.kernel, p.k_block) * 4);
     p.pointer_bytes = pages(pixels() * 8);
     const bool tiled = is_tiled(*p.kernel);
     i64 floats = tiled ? p.kernel->mr * p.kernel->kc : 0;
@@ -177,7 +197,6 @@ void plan_dense(const ConvDesc& d, ConvPlan* plan) {
   const i64 height = std::max<i64>(1, b.axis[1].count), width = std::max<i64>(1, b.axis[2].count);
   const i64 planes = std::max<i64>(1, d.N * b.axis[0].count);
   p.k_block = even_block(std::max<i64>(1, columns), kColumns, kernel.nr);
-  p.stream = is_tiled(kernel) && planes * height * width * d.groups * columns > kConvThreadBytes / item_size(d.dtype);
   // Channels of a band. Sizes have no say: frozen packs do not know them. (Zen 4, 64 for 3x3, so that a run of taps is
   // one product, against 256: ten shapes of ResNet forward 1% slower in the mean, up to 5%.)
   constexpr i64 kUnits = 256;
