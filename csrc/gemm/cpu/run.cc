@@ -171,6 +171,8 @@ struct Blocks {
   const void* b;
   i64 b_panel, b_row, b_col;  // b_panel: from one panel to the next
   DType dtype;                // of both as they lie there: float32 once packed
+  const char* next;           // cache lines that will be packed for the block to come, or none
+  i64 next_lines;
 };
 
 // sums(i,j) += the tile's.
@@ -215,7 +217,8 @@ void run_tiles(const GemmPlan& p, const Blocks& x, TileArgs t, float* total, con
     if (origin.bias) t.bias = origin.bias + j * t.bias_step;
     // The next panel, a share with each tile of this one.
     const bool panels = p.kernel->kind == GemmKind::kTile && x.b_row == p.kernel->nr && j + p.kernel->nr < n;
-    const i64 lines = panels ? t.k * p.kernel->nr * item_size(x.dtype) / 64 : 0;
+    const i64 lines = panels ? t.k * p.kernel->nr * item_size(x.dtype) / 64 : x.next_lines;
+    const char* const next = panels ? static_cast<const char*>(at(t.b, x.b_panel, x.dtype)) : x.next;
     for (i64 i = 0; i < m; i += t.m) {
       // What is not packed can be cut evenly: a last tile of two rows would load more than it multiplies.
       const i64 tiles = ceil_div(m - i, p.tile_m);
@@ -223,7 +226,7 @@ void run_tiles(const GemmPlan& p, const Blocks& x, TileArgs t, float* total, con
       t.a = dot ? at(x.a, i * x.a_row, x.dtype) : at(x.a, i / p.tile_m * x.a_tile, x.dtype);
       if (!p.tile_sums) t.c = origin.c + i * t.c_row + j;
       const i64 first = lines * i / m;
-      t.ahead = static_cast<const char*>(at(t.b, x.b_panel, x.dtype)) + first * 64;
+      t.ahead = next + first * 64;
       t.ahead_lines = lines * std::min(m, i + t.m) / m - first;
       if (finish && !dot && p.sum_bytes > 0 && !p.stream) fetch(finish->c, i, j, t.m, t.n);
       p.kernel->tile(t);
@@ -272,6 +275,11 @@ void run_pair(const GemmDesc& d, const GemmPlan& p, const GemmArgs& args, const 
       x.dtype = p.kernel->kind == GemmKind::kTile ? DType::f32 : d.dtype;
       for (i64 m0 = part.m_begin; m0 < part.m_end; m0 += p.mc) {
         const i64 m = std::min(p.mc, part.m_end - m0);
+        const i64 left = part.n_end - n0 - n;
+        if (p.pack_b && d.b_row == 1 && d.b_col == depth && m0 + m == part.m_end && left > 0) {
+          x.next = static_cast<const char*>(at(b, n * d.b_col, d.dtype));
+          x.next_lines = std::min(p.nc, left) * depth * item_size(d.dtype) / 64;
+        }
         const void* a = at(part.a, m0 * d.a_row + k0 * d.a_col, d.dtype);
         if (p.pack_a) {
           float* const peak = peaks ? scratch.a_peak + m0 - part.m_begin : nullptr;
