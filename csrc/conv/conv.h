@@ -46,6 +46,9 @@ struct ConvPlan {
   std::vector<ConvPhase> phases;
   i64 c_block, k_block, planes, rows, w_block;
   bool shared[3];
+  // Groups of few channels: tiles take `merge` as one, weights between them zero. A part has group_block of these, each
+  // with a panel of its own; a pixel of the band holds the channels of all.
+  i64 merge = 1, group_block = 1;
   bool fold;         // few channels: a pixel of the band holds all taps along the width of an output pixel
   bool flat;         // tiles read pixels where they lie in the band, also those between its rows
   i64 group_floats;  // packed weights of a group
@@ -59,6 +62,7 @@ struct ConvPlan {
   DirectPlan direct;
   ConvWgradPlan wgrad;
 
+  bool mixes_groups() const { return merge > 1 || group_block > 1; }
   i64 per_thread_bytes() const {
     return band_bytes + sum_bytes + pointer_bytes + tile_bytes + wgrad.per_thread_bytes();
   }
@@ -66,6 +70,9 @@ struct ConvPlan {
 };
 
 constexpr i64 kConvThreadBytes = i64{2} << 20;  // the most that a thread takes beside the packed weights
+
+// Floats between the pixels of a band of several groups: see conv_sum_row.
+constexpr i64 kConvGroupGap = 16;
 
 inline const GemmKernel& conv_tiles(const ConvKernel& kernel) {
   return gemm_pack_kernel(kernel.isa, kernel.dtype, kernel.precision);
@@ -83,6 +90,12 @@ inline i64 conv_units(const ConvKernel& kernel, i64 channels) {
 }
 
 const std::vector<ConvKernel>& conv_kernels();
+
+// The problem with `merge` groups at a time taken as one.
+inline ConvDesc conv_merged(ConvDesc desc, i64 merge) {
+  desc.groups /= merge;
+  return desc;
+}
 
 // Direct kernels read the weight itself, of which they copy little: the problem without its pack where one of them
 // runs.

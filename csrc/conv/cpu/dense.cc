@@ -25,10 +25,13 @@ class Part {
     phase_ = &p_.phases[i];
     index -= phase_->part;
     const i64 k_blocks = ceil_div(x_.columns, p_.k_block);
-    const i64 k = index % k_blocks, w = index / k_blocks % phase_->w_blocks;
-    const i64 row = index / k_blocks / phase_->w_blocks % phase_->row_blocks;
-    group_ = index / k_blocks / phase_->w_blocks / phase_->row_blocks;
-    k0_ = k * p_.k_block, columns_ = std::min(p_.k_block, x_.columns - k0_);
+    // Groups of the same pixels follow each other: their channels share lines and pages.
+    const i64 group_blocks = ceil_div(x_.d.groups, p_.group_block);
+    const i64 k = index % k_blocks, w = index / k_blocks / group_blocks % phase_->w_blocks;
+    const i64 row = index / k_blocks / group_blocks / phase_->w_blocks;
+    group_ = index / k_blocks % group_blocks * p_.group_block;
+    groups_ = std::min(p_.group_block, x_.d.groups - group_);
+    k0_ = k * p_.k_block, columns_ = std::min(p_.k_block, x_.columns - k0_) * groups_;
     w0_ = w * p_.w_block, width_ = std::min(p_.w_block, axis(2).count - w0_);
     if (p_.planes > 1) {
       plane_ = row * p_.planes, planes_ = std::min(p_.planes, x_.d.N * axis(0).count - plane_);
@@ -69,8 +72,20 @@ class Part {
   }
 
   void run() {
+    sum_all();
+    if (!finite_) sum_each_group();
+    if (p_.repair && started_) repair();
+    const ConvArgs& a = x_.args;
+    if (finished_) return;
+    if (!written_ || a.bias || a.residual || a.pre || a.activation != Activation::none) finish(0, pixels_, sum_);
+  }
+
+ private:
+  void sum_all() {
+    started_ = false;
     for (i64 c0 = 0; c0 < x_.channels; c0 += p_.c_block) {
-      channels_ = std::min(p_.c_block, x_.channels - c0), floats_ = x_.units(lump() * channels_);
+      channels_ = std::min(p_.c_block, x_.channels - c0), units_ = floats_ = x_.units(lump() * channels_);
+      if (p_.mixes_groups()) channels_ *= groups_, floats_ = x_.units(channels_) + kConvGroupGap;
       const i64 all_taps = axis(0).taps * axis(1).taps * width_taps();
       i64 position = all_taps * x_.units(c0);  // of the weights of the band to come
       const i64 n1 = p_.shared[1] ? axis(1).taps : 1, n2 = p_.shared[2] ? axis(2).taps : 1;
@@ -85,22 +100,41 @@ class Part {
         for (i64 t1 = 0; t1 < axis(1).taps; t1 += n1) {
           for (i64 t2 = 0; t2 < width_taps(); t2 += n2) {
             copy_band(c0, t0, t1, t2);
+            if (p_.mixes_groups()) look_at_band();
             const bool last = t0 + 1 >= axis(0).taps && t1 + n1 >= axis(1).taps && t2 + n2 >= width_taps();
             multiply(position, n1, n2, last_channels && last);
-            position += n1 * n2 * floats_;
+            position += n1 * n2 * units_;
           }
         }
       }
     }
     for (i64 i = 0; i < pixels_ && !started_; ++i) std::fill_n(sum_ + i * sum_row_, columns_, 0.0f);
-    if (p_.repair && started_) repair();
-    const ConvArgs& a = x_.args;
-    if (finished_) return;
-    if (!written_ || a.bias || a.residual || a.pre || a.activation != Activation::none)
-      finish(0, pixels_, sum_);
   }
 
- private:
+  // Inf and NaN of one group, times the zeros of another's weights for it, would be the other's, too.
+  void look_at_band() {
+    const i64 pixels = planes_ * extent(1, rows_) * extent(2, width_), group = x_.channels / p_.merge / 2;
+    for (i64 i = 0; i < pixels; ++i) std::fill_n(band_ + (i + 1) * floats_ - kConvGroupGap, kConvGroupGap, 0.0f);
+    if (finite_) finite_ = kernel_.functions->finite(band_, pixels * floats_);
+    for (i64 i = 0; only_ >= 0 && i < pixels; ++i) {
+      float* const pixel = band_ + i * floats_;
+      std::fill_n(pixel, only_ * group, 0.0f);
+      std::fill(pixel + (only_ + 1) * group, pixel + floats_, 0.0f);
+    }
+  }
+
+  // One group at a time, the others' channels zero; of the sums its own columns are kept.
+  void sum_each_group() {
+    const i64 columns = x_.columns / p_.merge;
+    float* const kept = sum_ + pixels_ * sum_row_;
+    for (only_ = 0; only_ < groups_ * p_.merge; ++only_) {
+      sum_all();
+      for (i64 i = 0; i < pixels_; ++i)
+        std::copy_n(sum_ + i * sum_row_ + only_ * columns, columns, kept + i * sum_row_ + only_ * columns);
+    }
+    sum_ = kept;
+  }
+
   const ConvAxis& axis(int i) const { return phase_->axis[i]; }
   // Taps along the width that a pixel of the band holds, and how many times so many there are.
   i64 lump() const { return p_.fold ? axis(2).taps : 1; }
@@ -136,7 +170,7 @@ class Part {
     }
     const ConvTensor& in = x_.in;
     if (in.c_step != 1 && x_.channels > 1) return false;
-    if (pixels_collide()) return false;
+    if (pixels_collide() || p_.mixes_groups()) return false;
     if (kernel_.k_unit == 1) return x_.d.dtype == DType::f32;
     if (is_tiled(kernel_) && (x_.d.dtype != DType::bf16 || x_.channels % kernel_.k_step != 0)) return false;
     const bool whole_pairs = (x_.channels | in.n_step | in.step[0] | in.step[1] | in.step[2]) % 2 == 0;
@@ -247,8 +281,8 @@ class Part {
   void multiply(i64 position, i64 n1, i64 n2, bool last) {
     const i64 width = extent(2, width_);
     const i64 h_step = axis(1).tap_step * width * floats_, w_step = axis(2).tap_step * floats_;
-    const bool fold = axis(2).tap_step == 1;  // neighbours in the image: one run
-    const i64 run = fold ? n2 * floats_ : floats_, count = fold ? n1 : n1 * n2;
+    const bool fold = axis(2).tap_step == 1 && floats_ == units_;  // neighbours in the image: one run
+    const i64 run = fold ? n2 * units_ : units_, count = fold ? n1 : n1 * n2;
     // Where sums go on in their tiles, nothing is gained by a fresh start; what is gathered must fit its panel.
     const i64 kc = flat_ && !p_.repair ? std::max(kernel_.kc, run * count) : kernel_.kc;
     const i64 step = x_.units(1), pieces = ceil_div(run, kc), piece = ceil_div(run, pieces * step) * step;
@@ -293,26 +327,33 @@ class Part {
   // Complete sums that need no repair are finished while they are hot, and where they are complete at once, all in one
   // place.
   void panels(i64 position, const i64* runs, i64 count, i64 run, bool complete) {
-    const bool hot = complete && !p_.repair && !written_, at_once = hot && !started_;
+    const bool hot = complete && !p_.repair && !written_ && finite_, at_once = hot && !started_;
     const i64 mr = kernel_.mr, nr = kernel_.nr;
     ConvTileArgs rows = {};
-    rows.runs = runs, rows.run_count = count, rows.run = run;
+    rows.run_count = count, rows.run = run;
     TileArgs t = {};
-    t.b_row = nr, t.b_col = 1, t.c_row = sum_row_, t.accumulate = started_;
+    t.b_row = nr, t.b_col = 1, t.c_row = sum_row_, t.accumulate = started_, t.k = run;
+    const i64 columns = columns_ / groups_;  // of a group, whose channels begin at offset[0] of the runs
+    i64 offset[kMaxRuns];
     for (i64 i = 0; i < pixels_; i += mr) {
       rows.rows = pointers_ + i, rows.m = t.m = static_cast<int>(std::min(mr, pixels_ - i));
-      t.a = flat_ ? band_ + i * floats_ : rows.rows[0], t.a_row = flat_ ? floats_ : even_step(rows.rows, t.m);
-      t.a_col = 1, t.k = run;
-      const bool even = t.a_row > 0;
-      if (!even) {
-        kernel_.functions->gather(rows, gathered_);
-        t.a = gathered_, t.a_row = 1, t.a_col = t.m > 16 ? 32 : 16;
-      }
-      for (i64 j = 0; j < columns_; j += nr) {
-        t.b = weights_ + j * phase_->steps + position * nr;
-        t.n = static_cast<int>(std::min(nr, columns_ - j));
-        t.c = sum_ + (at_once ? 0 : i * sum_row_) + j;
-        kernel_.functions->product(t, even ? runs : nullptr, count);
+      const i64 step = flat_ ? floats_ : even_step(rows.rows, t.m);
+      for (i64 g = 0; g < groups_; ++g) {
+        if (only_ >= 0 && only_ / p_.merge != g) continue;
+        for (i64 r = 0; r < count; ++r) offset[r] = runs[r] + g * x_.channels / 2;
+        t.a = flat_ ? band_ + i * floats_ : rows.rows[0], t.a_row = step, t.a_col = 1;
+        if (step == 0) {
+          rows.runs = groups_ > 1 ? offset : runs;
+          kernel_.functions->gather(rows, gathered_);
+          t.a = gathered_, t.a_row = 1, t.a_col = t.m > 16 ? 32 : 16;
+        }
+        const float* const weights = weights_ + g * p_.group_floats + position * nr;
+        for (i64 j = 0; j < columns; j += nr) {
+          t.b = weights + j * phase_->steps;
+          t.n = static_cast<int>(std::min(nr, columns - j));
+          t.c = sum_ + (at_once ? 0 : i * sum_row_) + g * columns + j;
+          kernel_.functions->product(t, step == 0 ? nullptr : groups_ > 1 ? offset : runs, count);
+        }
       }
       if (hot) finish(i, t.m, sum_ + (at_once ? 0 : i * sum_row_));
     }
@@ -463,7 +504,7 @@ class Part {
         FinishArgs f = {};
         f.sum = sum, f.sum_row = sum_row_, f.c = at(out.data, offset, dtype), f.c_row = w_step;
         f.bias = bias, f.bias_step = a.bias_step, f.residual = residual, f.pre = pre;
-        f.activation = a.activation, f.m = static_cast<int>(m), f.n = static_cast<int>(columns_);static const bool ST = getenv("ST"); f.stream = ST;
+        f.activation = a.activation, f.m = static_cast<int>(m), f.n = static_cast<int>(columns_);
         x_.helpers.finish(f);
       } else {
         ConvScatterArgs f = {};
@@ -480,10 +521,12 @@ class Part {
   const ConvPlan& p_;
   const ConvKernel& kernel_;
   const ConvPhase* phase_;
-  i64 group_, plane_, planes_, h0_, rows_, w0_, width_, k0_, columns_, pixels_;
-  i64 channels_ = 0, floats_ = 0, sum_row_;
+  i64 group_, groups_, plane_, planes_, h0_, rows_, w0_, width_, k0_, columns_, pixels_;
+  i64 channels_ = 0, units_ = 0, floats_ = 0, sum_row_;  // floats_: of a pixel of the band; units_: of a group in it
   i64 line_, plane_lines_;  // from row to row and plane to plane: pixels, those between them that nobody wants counted
   bool started_ = false, finished_ = false, in_place_, flat_, written_ = false;
+  bool finite_ = true;  // merged groups: the image so far
+  i64 only_ = -1;       // the one of them that the band holds, or all
   const float* weights_;
   float* band_;
   float* sum_;
@@ -511,7 +554,8 @@ void conv_run_dense(const ConvDesc& d, const ConvPlan& p, const ConvArgs& args) 
   parallel(p.threads, [&](int thread, int threads) {
     char* const own = scratch.data() + p.w_bytes + thread * p.per_thread_bytes();
     if (x.helpers.begin) x.helpers.begin();
-    for (i64 i = thread; i < p.parts; i += threads) Part(x, own, i).run();
+    for (i64 i = p.parts * thread / threads, end = p.parts * (thread + 1) / threads; i < end; ++i)
+      Part(x, own, i).run();
     if (x.helpers.end) x.helpers.end();
   });
 }

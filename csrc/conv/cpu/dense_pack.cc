@@ -73,9 +73,30 @@ void pack_columns(const Problem& x, const ConvPhase& phase, const void* first, c
   }
 }
 
+// As pack_columns, of merged groups: [column][tap][channel], zeros where they belong to different ones.
+void pack_merged(const Problem& x, const ConvPhase& phase, i64 group, const ConvTensor& w, float* out) {
+  const i64* const k = x.d.kernel;
+  const i64 taps = k[0] * k[1] * k[2], channels = x.channels / x.p.merge, columns = x.columns / x.p.merge;
+  std::vector<bf16> all(static_cast<std::size_t>(x.columns * taps * x.channels));
+  for (i64 g = 0; g < x.p.merge; ++g) {
+    const i64 first = (group * x.p.merge + g) * (x.d.K / x.d.groups / x.p.merge) * w.n_step;
+    for (i64 j = 0; j < columns; ++j) {
+      bf16* const to = all.data() + (g * columns + j) * taps * x.channels + g * channels;
+      for (i64 t = 0; t < taps; ++t) {
+        const i64 tap = t / k[2] / k[1] * w.step[0] + t / k[2] % k[1] * w.step[1] + t % k[2] * w.step[2];
+        const bf16* const from = static_cast<const bf16*>(w.data) + first + tap + j * x.w_column;
+        for (i64 c = 0; c < channels; ++c) to[t * x.channels + c] = from[c * x.w_channel];
+      }
+    }
+  }
+  const ConvTensor own = {all.data(), 0, 0, {k[1] * k[2] * x.channels, k[2] * x.channels, x.channels}};
+  pack_columns(x, phase, own.data, own, 1, taps * x.channels, static_cast<int>(x.columns), out, nullptr);
+}
+
 void pack_panel(const Problem& x, const ConvPhase& phase, i64 group, i64 panel, float* out) {
   const i64 nr = x.p.kernel->nr, j0 = panel * nr;
   const ConvTensor& w = x.args.w;
+  if (x.p.merge > 1) return pack_merged(x, phase, group, w, out + x.panel_at(phase, group, panel));
   const void* const first = at(w.data, group * (x.d.K / x.d.groups) * w.n_step + j0 * x.w_column, x.d.dtype);
   float* const peak = conv_has_peaks(*x.p.kernel) ? out + x.peaks_at(phase, group, panel) : nullptr;
   if (peak) std::fill_n(peak, nr, 0.0f);
@@ -99,7 +120,10 @@ void pack_weights(const Problem& x, float* out, int threads) {
 
 }  // namespace dense
 
-i64 conv_pack_size(const ConvDesc& d, const Machine& machine) { return conv_plan(d, machine).group_floats * d.groups; }
+i64 conv_pack_size(const ConvDesc& d, const Machine& machine) {
+  const ConvPlan p = conv_plan(d, machine);
+  return p.group_floats * (d.groups / p.merge);
+}
 
 void conv_pack(const ConvDesc& d, const Machine& machine, const ConvTensor& w, float* out) {
   const ConvPlan p = conv_plan(d, machine);

@@ -9,7 +9,7 @@ namespace fastdl::dense {
 
 // The problem as forward sees it: `in` is read, `out` is written.
 struct Problem {
-  const ConvDesc& d;
+  const ConvDesc d;  // of the groups that are taken as one
   const ConvPlan& p;
   const ConvArgs& args;
   const GemmHelpers& helpers;
@@ -20,7 +20,7 @@ struct Problem {
   const float* pack = nullptr;
 
   Problem(const ConvDesc& desc, const ConvPlan& plan, const ConvArgs& a)
-      : d(desc), p(plan), args(a), helpers(*conv_tiles(*plan.kernel).helpers) {
+      : d(conv_merged(desc, plan.merge)), p(plan), args(a), helpers(*conv_tiles(*plan.kernel).helpers) {
     const bool forward = d.pass == ConvPass::forward;
     channels = (forward ? d.C : d.K) / d.groups, columns = (forward ? d.K : d.C) / d.groups;
     in = forward ? a.x : a.y, out = forward ? a.y : a.x;

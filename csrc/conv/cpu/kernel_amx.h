@@ -101,11 +101,21 @@ void conv_product(const TileArgs& t, const i64* runs, i64 count) {
   run_panels<P, P::parts == 1, false>(t, steps);
 }
 
+// See ConvFunctions::finite.
+inline bool conv_finite(const float* band, i64 floats) {
+  const __m512i exponent = _mm512_set1_epi16(0x7f80);
+  __mmask32 some = 0;
+  for (i64 i = 0; i < floats; i += 16)
+    some |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(bits(L::load(band + i)), exponent), exponent);
+  return some == 0;
+}
+
 template <class T, class S, class P>
 constexpr ConvFunctions dense_tiles() {
   ConvFunctions f = {};
   f.band = conv_band_tiles<T, S>, f.scatter = conv_scatter<L, T>, f.pack = conv_pack_tiles<T, S>;
   f.product = conv_product<P>, f.gather = conv_gather;
+  if constexpr (S::as_it_lies) f.finite = conv_finite;
   return f;
 }
 

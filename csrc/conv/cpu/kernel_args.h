@@ -97,6 +97,8 @@ struct ConvFunctions {
   const DirectOps* direct = nullptr;
   // Tiles: C (+)= A B, A in runs of t.k floats from t.a, `count` of them, or a gathered panel (runs null).
   void (*product)(const TileArgs& t, const i64* runs, i64 count) = nullptr;
+  // Whether no element of the band, 16-bit ones side by side, is Inf or NaN.
+  bool (*finite)(const float* band, i64 floats) = nullptr;
   // Rows that lie anywhere as the panels of A that tiles of GEMM read; of t: rows, runs, m.
   void (*gather)(const ConvTileArgs& t, float* panel) = nullptr;
 };

@@ -39,6 +39,28 @@ bool folds(const ConvDesc& d, const ConvKernel& k) {
   return conv_units(k, all) < taps * conv_units(k, channels);
 }
 
+// How many groups tiles take as one: as many as fit a step of channels and a panel of columns; 0: not even one does.
+i64 merged_groups(const ConvDesc& d, const ConvKernel& k) {
+  const bool forward = d.pass != ConvPass::dgrad;
+  const i64 channels = (forward ? d.C : d.K) / d.groups, columns = (forward ? d.K : d.C) / d.groups;
+  if (!k.functions->finite || d.groups == 1 || channels % 2 != 0 || columns == 0 || channels == 0) return 0;
+  i64 merge = std::min(d.groups, std::min<i64>(k.k_step / channels, k.nr / columns));
+  while (merge > 1 && d.groups % merge != 0) --merge;
+  return merge;
+}
+
+// Whether tiles, which multiply groups with zeros between them, beat direct kernels, which have an eighth of their
+// rate. (Granite Rapids, two threads, k3, 32 groups, direct / tiles in GFLOP/s: 4 channels 85 / 190, 8 110 / 450, 16
+// 150 / 840, 32 180 / 1000. One merged group a part instead of 256 channels: 16 channels of 8x56x56 450, as its lines
+// are far apart.)
+bool tiles_pay(const ConvDesc& d, const ConvKernel& k) {
+  if (d.groups == 1 || !k.functions->finite) return false;
+  const bool forward = d.pass != ConvPass::dgrad;
+  const i64 merge = std::max<i64>(1, merged_groups(d, k)), groups = d.groups / merge;
+  const i64 channels = (forward ? d.C : d.K) / groups, columns = (forward ? d.K : d.C) / groups;
+  return round_up(channels, k.k_step) * round_up(columns, k.nr / 2) <= 8 * (channels * columns / merge);
+}
+
 // Time of a pass, an output channel: in multiply-adds of the float32 FMA kernel, of which a core does 122e9 a second
 // where tiles exist. Tiles take 16 rows, and 32 of what is summed over, at a time, and each operand is split into parts
 // first; kGather: a row of 32 elements, a load and a store of 64 bytes, in the place of 40 multiply-adds. Frozen packs
@@ -107,12 +129,14 @@ struct Blocks {
     const i64 rows = extent(axis[1], p.rows, p.shared[1]), width = extent(axis[2], p.w_block, p.shared[2]);
     return (p.planes * rows * width + (p.flat ? 16 : 0)) * pixel_floats();  // whole tiles are read
   }
-  i64 pixel_floats() const { return conv_units(*p.kernel, (p.fold ? axis[2].taps : 1) * p.c_block); }
+  i64 pixel_floats() const {
+    return conv_units(*p.kernel, (p.fold ? axis[2].taps : 1) * p.c_block) + (p.mixes_groups() ? kConvGroupGap : 0);
+  }
   // Whether tiles read pixels where they lie in the band, those between its rows, too: gathering 32 elements of 16 rows
   // takes as long as kGathered columns. Sums that may need repair are then not those of the output itself: a deep sum
-  // makes up for the copy. (Granite Rapids, two threads, gathered / flat in GFLOP/s: bfloat16 8x64x56x56 k3 1110 / 1630,
-  // 8x128x28x28 1610 / 2100, 8x256x14x14, a third of whose pixels lie between, 1660 / 1530; float32 360 / 360, 470 /
-  // 540, 460 / 460.)
+  // makes up for the copy. (Granite Rapids, two threads, gathered / flat in GFLOP/s: bfloat16 8x64x56x56 k3 1110 /
+  // 1630, 8x128x28x28 1610 / 2100, 8x256x14x14, a third of whose pixels lie between, 1660 / 1530; float32 360 / 360,
+  // 470 / 540, 460 / 460.)
   bool flat() const {
     constexpr double kGathered = 24, kDeep = 1024;
     for (int i = 1; i < 3; ++i)
@@ -125,7 +149,7 @@ struct Blocks {
   void count_bytes() const {
     p.flat = flat();
     p.band_bytes = pages(band_floats() * 4);
-    p.sum_bytes = pages(pixels() * conv_sum_row(*p.kernel, p.k_block) * 4);
+    p.sum_bytes = pages(pixels() * conv_sum_row(*p.kernel, p.k_block) * (p.mixes_groups() ? 8 : 4));
     p.pointer_bytes = pages(pixels() * 8);
     const bool tiled = is_tiled(*p.kernel);
     i64 floats = tiled ? p.kernel->mr * p.kernel->kc : 0;
@@ -160,7 +184,9 @@ void balance(const ConvDesc& d, const Blocks& b, i64 columns, int threads) {
       const i64 more = cut <= planes0 ? 0 : ceil_div(cut, planes0) - 1;
       const i64 rows = ceil_div(height, ceil_div(height, rows0) + more);
       const i64 blocks = ceil_div(planes, many) * ceil_div(height, rows) * ceil_div(b.axis[2].count, p.w_block);
-      const double parts = phases * static_cast<double>(d.groups * blocks * ceil_div(columns, k_block));
+      const i64 group_block = std::max<i64>(1, k_block / columns);
+      const double parts =
+          phases * static_cast<double>(ceil_div(d.groups, group_block) * blocks * ceil_div(columns, k_block));
       const double rounds = std::ceil(parts / threads);
       const double pixels = static_cast<double>(round_up(many * rows * p.w_block, mr));
       const double halo = static_cast<double>(extent(b.axis[1], rows, p.shared[1])) / static_cast<double>(rows);
@@ -169,15 +195,19 @@ void balance(const ConvDesc& d, const Blocks& b, i64 columns, int threads) {
       if (best >= 0 && cost >= best * 0.99) continue;
       best = cost;
       p.k_block = k_block, p.planes = many, p.rows = rows;
+      if (p.group_block > 1) p.group_block = group_block;
     }
   }
   if (p.rows < height) p.planes = 1;
   b.count_bytes();
 }
 
-void plan_dense(const ConvDesc& d, ConvPlan* plan) {
+void plan_dense(const ConvDesc& desc, ConvPlan* plan) {
   ConvPlan& p = *plan;
   const ConvKernel& kernel = *p.kernel;
+  const i64 merge = merged_groups(desc, kernel);
+  p.merge = std::max<i64>(1, merge);
+  const ConvDesc d = conv_merged(desc, p.merge);
   const bool forward = d.pass == ConvPass::forward;
   const i64 columns = (forward ? d.K : d.C) / d.groups, channels = (forward ? d.C : d.K) / d.groups;
   Blocks b = {d, p, {}};
@@ -204,6 +234,12 @@ void plan_dense(const ConvDesc& d, ConvPlan* plan) {
   p.c_block = even_block(std::max<i64>(1, channels), channel_limit, kernel.k_step);
   p.fold = folds(d, kernel);
   if (p.fold) p.c_block = channels;
+  if (merge > 0) {
+    p.k_block = even_block(d.groups * columns, kColumns, kernel.nr);
+    p.group_block = std::max<i64>(1, p.k_block / columns);
+    p.c_block = p.group_block * channels;
+    p.fold = false;
+  }
   if (is_tiled(kernel) && conv_tiles(kernel).helpers->suspects)
     p.repair = &gemm_pack_kernel(Isa::kAvx512, d.dtype, Precision::fma);
   p.w_block = even_block(width, kPixels, 1);
@@ -251,7 +287,7 @@ void plan_dense(const ConvDesc& d, ConvPlan* plan) {
     x.w_blocks = ceil_div(x.axis[2].count, p.w_block);
     if (x.axis[1].count == 0) x.row_blocks = 0;
     x.part = part;
-    part += d.groups * ceil_div(columns, p.k_block) * x.row_blocks * x.w_blocks;
+    part += ceil_div(d.groups, p.group_block) * ceil_div(columns, p.k_block) * x.row_blocks * x.w_blocks;
     p.phases.push_back(x);
   }
   p.parts = part;
@@ -295,13 +331,14 @@ ConvPlan conv_plan(const ConvDesc& d, const Machine& machine, const ConvKernel* 
   p.kernel = forced;
   p.why = "forced";
   if (!forced) {
+    const ConvKernel* const tiles = find(d, machine.isa, d.precision, kind_of(d));
+    if (tiles_pay(d, *tiles)) p.kernel = tiles, p.why = "groups of few channels, several at a time";
     for (const ConvKernel& k : conv_kernels()) {
-      if (k.isa > machine.isa || k.dtype != d.dtype || !direct(k.kind)) continue;
+      if (p.kernel || k.isa > machine.isa || k.dtype != d.dtype || !direct(k.kind)) continue;
       if (k.kind == ConvKind::kDepthwise && turns(d) && !turning_pays(d)) continue;
       if (!plan_direct(d, k, &p)) continue;
       p.kernel = &k;
       p.why = k.kind == ConvKind::kDepthwise ? "one channel a group" : "groups of few channels";
-      break;
     }
   }
   if (!p.kernel) p.kernel = choose(d, machine.isa, &p.why);

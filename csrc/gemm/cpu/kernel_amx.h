@@ -230,8 +230,8 @@ void run_panels(const TileArgs& t, const Steps& steps) {
 template <class P>
 void run_rows(const TileArgs& t) {
   const i64 row = t.a_row * 4;
-  run_block<P>(sums_of(t), {static_cast<const char*>(t.a), row, 16 * row, t.a_col * 4, kTileRowBytes}, layout_packed_b<P>(t),
-               all_steps<P>(t));
+  run_block<P>(sums_of(t), {static_cast<const char*>(t.a), row, 16 * row, t.a_col * 4, kTileRowBytes},
+               layout_packed_b<P>(t), all_steps<P>(t));
 }
 
 // --- splitting -----------------------------------------------------------------------------------------------------
