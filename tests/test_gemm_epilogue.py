@@ -96,6 +96,15 @@ def test_without_an_epilogue_it_is_linear(kernel, generator):
     assert torch.equal(fused, plain)
 
 
+def test_a_subnormal_bias_is_written_as_it_is(kernel):
+    """Where products are zero: what narrows sums must not flush them."""
+    dtype = DTYPES[kernel["dtype"]]
+    bias = (torch.arange(1, 71) * torch.finfo(dtype).smallest_normal / 128).to(dtype)
+    out = torch.empty(40, 70, dtype=dtype)
+    _C.linear(out, torch.zeros(40, 90, dtype=dtype), torch.zeros(70, 90, dtype=dtype), bias, kernel=kernel["name"])
+    assert bool((bias != 0).all()) and torch.equal(out, bias.expand(40, 70))
+
+
 @every_dtype
 def test_pre_is_linear(dtype, generator):
     x, weight, bias, residual = problem(40, 70, 90, dtype, generator)

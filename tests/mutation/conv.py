@@ -71,6 +71,34 @@ MUTATIONS = [
         f"{TESTS} -k 'test_grid_is_exact and conv_bf16_32x32_amx and forward'",
     ),
     Mutation(
+        "pixels between the rows of the band written, too",
+        DENSE,
+        "if (w >= width_ || h >= rows_) continue;",
+        "if (h >= rows_) continue;",
+        f"{TESTS} -k 'test_grid_is_exact and conv_bf16_32x32_amx and forward'",
+    ),
+    Mutation(
+        "NaN of one group spread over those it is merged with",
+        DENSE,
+        "    if (!finite_) sum_each_group();\n",
+        "",
+        "tests/test_conv_groups.py -k 'stays_in_its_group'",
+    ),
+    Mutation(
+        "the last channels of a group read as the next group's first",
+        "csrc/conv/cpu/dense_pack.cc",
+        "(group * x.p.merge + g) * (x.d.K / x.d.groups / x.p.merge) * w.n_step",
+        "(group * x.p.merge + g) * (x.d.K / x.d.groups) * w.n_step",
+        "tests/test_conv_groups.py -k 'groups_are_exact and conv_bf16_32x32_amx'",
+    ),
+    Mutation(
+        "what the processor rounds to zero narrowed by it",
+        "csrc/simd/vec_avx512bf16.h",
+        "    if (__builtin_expect(some, 0)) return VecAvx512::store(p, x, y, past);\n",
+        "",
+        "tests/test_gemm_epilogue.py -k 'subnormal and amx'",
+    ),
+    Mutation(
         "the sums of a block of channels lost",
         DENSE,
         "t.run = run, t.c_row = sum_row_, t.accumulate = started_;",
@@ -129,8 +157,8 @@ MUTATIONS = [
     Mutation(
         "a second tile of gathered pixels laid over the first",
         TILES,
-        "const i64 line = (t.m + 15) / 16 * kTileFloats;",
-        "const i64 line = kTileFloats;",
+        "k += 16, panel += 16 * lines)",
+        "k += 16, panel += kTileFloats)",
         f"{SPLIT} -k 'test_tails_of_tiles and not wgrad and contiguous'",
     ),
     Mutation(
