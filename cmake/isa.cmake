@@ -1,5 +1,6 @@
 # Instruction set levels above scalar. One row a level: its flags, and a few lines that use what its kernels use.
 # A compiler that cannot build the lines leaves the level out; `fastdl info` names it with the reason.
+include(CheckCXXCompilerFlag)
 include(CheckCXXSourceCompiles)
 
 set(FASTDL_ISA_LEVELS avx2 avx512 avx512bf16 amx)
@@ -60,8 +61,10 @@ endfunction()
 # Gives each file of the list its level's flags; drops those whose level is missing.
 function(fastdl_apply_isa_levels sources_variable)
   # Kernels are vectorised by hand. What GCC 12 would add reads past the end of arrays (vector loads with a gap).
-  # -mno-stv: scalars moved through vectors wait for all stores before them, those of tiles, too.
-  set(by_hand -fno-tree-vectorize -mno-stv)
+  set(by_hand -fno-tree-vectorize)
+  # GCC for x86: scalars that it moves through vectors wait for all stores before them, those of tiles, too.
+  check_cxx_compiler_flag(-mno-stv FASTDL_HAS_NO_STV)
+  set(scalars $<$<BOOL:${FASTDL_HAS_NO_STV}>:-mno-stv>)
   # GCC's own intrinsics start from `__m512 y = y` and then warn of it wherever they are inlined.
   set(quiet $<$<CXX_COMPILER_ID:GNU>:-Wno-uninitialized> $<$<CXX_COMPILER_ID:GNU>:-Wno-maybe-uninitialized>)
   set(kept)
@@ -74,7 +77,7 @@ function(fastdl_apply_isa_levels sources_variable)
       if(source MATCHES "[/_]${level}\\.cc$")
         string(TOUPPER ${level} upper)
         set(wanted ${FASTDL_HAVE_${upper}})
-        set_source_files_properties(${source} PROPERTIES COMPILE_OPTIONS "${FASTDL_FLAGS_${level}};${by_hand};${quiet}")
+        set_source_files_properties(${source} PROPERTIES COMPILE_OPTIONS "${FASTDL_FLAGS_${level}};${by_hand};${scalars};${quiet}")
       endif()
     endforeach()
     if(wanted)

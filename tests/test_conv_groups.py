@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from conftest import DTYPES
-from conv_reference import LAYOUTS, Conv
+from conv_reference import LAYOUTS, Conv, lay
 from fastdl import _C
 from test_conv_native import ROWS, THREAD_BYTES, assert_exact, every_pass, every_row, run
 
@@ -30,6 +30,7 @@ SHAPES = {
     "dilated": dict(N=1, size=(9, 21), kernel=(2, 2), padding=(0, 1), dilation=(3, 17)),
     "1x1": dict(N=2, size=(5, 6), kernel=(1, 1)),
     "long": dict(N=1, size=(70,), kernel=(5,), padding=(2,)),
+    "deep": dict(N=1, size=(3, 5, 6), kernel=(2, 3, 2), padding=(1, 1, 0)),
 }
 tiles = pytest.mark.parametrize(
     "row",
@@ -74,6 +75,20 @@ def test_what_is_not_finite_stays_in_its_group(row, pass_, value):
 
 @tiles
 @every_pass
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_epilogue_of_groups(row, pass_, layout):
+    """relu(sum + bias) + residual, and what relu was applied to."""
+    for sizes in SIZES:
+        x = problem("stride 1", *sizes, dtype=DTYPES[row["dtype"]], layout=layout)
+        z = x.reference(pass_)
+        residual, pre = (lay(torch.full(z.shape, value, dtype=x.dtype), layout) for value in (3.0, math.nan))
+        y = run(x, pass_, kernel=row["name"], activation="relu", residual=residual, pre=pre)
+        assert torch.equal(pre, z.to(x.dtype)), sizes
+        assert torch.equal(y, (z.relu() + 3).to(x.dtype)), sizes
+
+
+@tiles
+@every_pass
 def test_the_threads_are_not_to_be_seen(row, pass_):
     for shape in SHAPES:
         x = problem(shape, 4, 4, 64, dtype=DTYPES[row["dtype"]], high=0)
@@ -106,13 +121,14 @@ def test_workspace_of_groups(pass_, groups):
 @built
 @every_pass
 def test_tiles_where_they_pay(pass_):
-    """bfloat16 on tiles from 4 channels a group on; fewer, and the other dtypes, by the direct kernels."""
+    """bfloat16 on tiles from 4 channels a group on; fewer, small images and other dtypes by the direct kernels."""
 
-    def kernel(channels, dtype):
-        sizes = [1, 8 * channels, 20, 20], [8 * channels, channels, 3, 3], [1, 8 * channels, 20, 20]
+    def kernel(channels, dtype, size=20):
+        sizes = [1, 8 * channels, size, size], [8 * channels, channels, 3, 3], [1, 8 * channels, size, size]
         options = dict(stride=[1, 1], padding=[1, 1], dilation=[1, 1], groups=8)
         return _C.conv_plan(pass_, *sizes, **options, dtype=dtype, isa="amx")["kernel"]
 
     assert [kernel(c, "bfloat16") for c in (4, 8, 16, 32)] == ["conv_bf16_32x32_amx"] * 4
     assert "grouped" in kernel(2, "bfloat16")
+    assert "grouped" in kernel(8, "bfloat16", size=4)
     assert "grouped" in kernel(8, "float32")

@@ -155,6 +155,9 @@ py::dict plan_shape(const std::string& pass, const Sizes& x, const Sizes& w, con
   out["planes"] = p.planes;
   out["rows"] = p.rows;
   out["w_block"] = p.w_block;
+  out["flat"] = p.flat;
+  out["merge"] = p.merge;
+  out["group_block"] = p.group_block;
   out["phases"] = p.phases.size();
   out["parts"] = p.parts;
   out["threads"] = p.threads;

@@ -51,7 +51,7 @@ struct ConvPlan {
   i64 merge = 1, group_block = 1;
   bool fold;         // few channels: a pixel of the band holds all taps along the width of an output pixel
   bool flat;         // tiles read pixels where they lie in the band, also those between its rows
-  i64 group_floats;  // packed weights of a group
+  i64 group_floats;  // packed weights of a group, or of those taken as one
   i64 w_bytes;       // of all groups, for all threads; 0 where frozen
   i64 band_bytes, sum_bytes, pointer_bytes;  // a thread
   i64 band_pixels, stage_floats;
@@ -71,18 +71,17 @@ struct ConvPlan {
 
 constexpr i64 kConvThreadBytes = i64{2} << 20;  // the most that a thread takes beside the packed weights
 
-// Floats between the pixels of a band of several groups: see conv_sum_row.
-constexpr i64 kConvGroupGap = 16;
-
 inline const GemmKernel& conv_tiles(const ConvKernel& kernel) {
   return gemm_pack_kernel(kernel.isa, kernel.dtype, kernel.precision);
 }
 // Whether the kernel needs the largest magnitudes of rows and columns: see GemmHelpers::suspects.
 inline bool conv_has_peaks(const ConvKernel& kernel) { return is_tiled(kernel) && kernel.dtype == DType::f32; }
-// From row to row of sums in scratch. Rows of tiles a multiple of 1024 bytes apart, which fall on few sets of L1, take
-// 12% longer (1x1, 64 -> 256).
+// From row to row of what tiles load or store, so many floats at least. (Rows a multiple of 1024 bytes apart fall on
+// few sets of L1: 1x1, 64 -> 256, takes 12% longer.)
+inline i64 conv_apart(i64 floats) { return floats + (floats % 256 == 240 ? 32 : 16); }
 inline i64 conv_sum_row(const ConvKernel& kernel, i64 columns) {
-  return round_up(columns, kernel.nr / 2) + (is_tiled(kernel) ? 16 : 0);
+  const i64 row = round_up(columns, kernel.nr / 2);
+  return is_tiled(kernel) ? conv_apart(row) : row;
 }
 // Floats of a packed row or column that hold so many channels.
 inline i64 conv_units(const ConvKernel& kernel, i64 channels) {

@@ -262,8 +262,8 @@ MUTATIONS = [
     Mutation(
         "pre written after the activation",
         KERNEL,
-        "      if (t.pre) lanes.store(static_cast<T*>(t.pre) + at, x);\n      x = activate<L, kActivation>(x);\n",
-        "      x = activate<L, kActivation>(x);\n      if (t.pre) lanes.store(static_cast<T*>(t.pre) + at, x);\n",
+        "    if (t.pre) lanes.store(static_cast<T*>(t.pre) + at, x);\n    x = activate<L, kActivation>(x);\n",
+        "    x = activate<L, kActivation>(x);\n    if (t.pre) lanes.store(static_cast<T*>(t.pre) + at, x);\n",
         f"{EPILOGUE} -k test_pre_is_linear",
     ),
     Mutation(

@@ -1,6 +1,7 @@
 // Forward and dgrad. Every pass of every phase (ConvAxis) is a product of output pixels with packed weights: the rows
 // of a tile point into a copy of the image, in which all of a pixel's taps and channels lie at offsets that pixels
-// share. Tiles read rows that follow each other: the pixels of each are gathered first, for all columns of a part.
+// share. Tiles read rows that are evenly apart: flat, with the pixels between the rows of the band, or gathered first,
+// for all columns of a part.
 #include <algorithm>
 #include <cstring>
 #include <vector>
@@ -73,7 +74,7 @@ class Part {
 
   void run() {
     sum_all();
-    if (!finite_) sum_each_group();
+    if (!finite_) sum_apart();
     if (p_.repair && started_) repair();
     const ConvArgs& a = x_.args;
     if (finished_) return;
@@ -85,7 +86,7 @@ class Part {
     started_ = false;
     for (i64 c0 = 0; c0 < x_.channels; c0 += p_.c_block) {
       channels_ = std::min(p_.c_block, x_.channels - c0), units_ = floats_ = x_.units(lump() * channels_);
-      if (p_.mixes_groups()) channels_ *= groups_, floats_ = x_.units(channels_) + kConvGroupGap;
+      if (p_.mixes_groups()) channels_ *= groups_, floats_ = conv_apart(x_.units(channels_));
       const i64 all_taps = axis(0).taps * axis(1).taps * width_taps();
       i64 position = all_taps * x_.units(c0);  // of the weights of the band to come
       const i64 n1 = p_.shared[1] ? axis(1).taps : 1, n2 = p_.shared[2] ? axis(2).taps : 1;
@@ -101,6 +102,7 @@ class Part {
           for (i64 t2 = 0; t2 < width_taps(); t2 += n2) {
             copy_band(c0, t0, t1, t2);
             if (p_.mixes_groups()) look_at_band();
+            if (!finite_ && only_ < 0) return;
             const bool last = t0 + 1 >= axis(0).taps && t1 + n1 >= axis(1).taps && t2 + n2 >= width_taps();
             multiply(position, n1, n2, last_channels && last);
             position += n1 * n2 * units_;
@@ -111,28 +113,33 @@ class Part {
     for (i64 i = 0; i < pixels_ && !started_; ++i) std::fill_n(sum_ + i * sum_row_, columns_, 0.0f);
   }
 
-  // Inf and NaN of one group, times the zeros of another's weights for it, would be the other's, too.
+  // Inf and NaN of one group, times the zeros of another's weights for it, would be the other's, too: those merged with
+  // it, and, where a run of channels is not a whole step, those that follow. The last run ends between pixels.
   void look_at_band() {
-    const i64 pixels = planes_ * extent(1, rows_) * extent(2, width_), group = x_.channels / p_.merge / 2;
-    for (i64 i = 0; i < pixels; ++i) std::fill_n(band_ + (i + 1) * floats_ - kConvGroupGap, kConvGroupGap, 0.0f);
+    const i64 pixels = planes_ * extent(1, rows_) * extent(2, width_), used = x_.units(channels_);
+    for (i64 i = 0; i < pixels; ++i) std::fill(band_ + i * floats_ + used, band_ + (i + 1) * floats_, 0.0f);
     if (finite_) finite_ = kernel_.functions->finite(band_, pixels * floats_);
-    for (i64 i = 0; only_ >= 0 && i < pixels; ++i) {
-      float* const pixel = band_ + i * floats_;
-      std::fill_n(pixel, only_ * group, 0.0f);
-      std::fill(pixel + (only_ + 1) * group, pixel + floats_, 0.0f);
-    }
+    const i64 all = groups_ * p_.merge, floats = x_.channels / p_.merge / 2;
+    for (i64 g = 0; only_ >= 0 && g < all; ++g)
+      for (i64 i = 0; !kept(g) && i < pixels; ++i) std::fill_n(band_ + i * floats_ + g * floats, floats, 0.0f);
   }
 
-  // One group at a time, the others' channels zero; of the sums its own columns are kept.
-  void sum_each_group() {
+  // Groups so far apart, of those a run of channels begins with, that none meets another's: one pass for all of them.
+  i64 group_turns() const { return ceil_div(kernel_.k_step, x_.channels); }
+  bool kept(i64 g) const { return g % p_.merge == only_ % p_.merge && in_turn(g / p_.merge); }
+  bool in_turn(i64 merged) const { return only_ < 0 || merged % group_turns() == only_ / p_.merge; }
+
+  // A few groups at a time, the others' channels zero; of the sums their own columns are kept.
+  void sum_apart() {
     const i64 columns = x_.columns / p_.merge;
-    float* const kept = sum_ + pixels_ * sum_row_;
-    for (only_ = 0; only_ < groups_ * p_.merge; ++only_) {
+    float* const kept_sums = sum_ + pixels_ * sum_row_;
+    for (only_ = 0; only_ < p_.merge * group_turns(); ++only_) {
       sum_all();
-      for (i64 i = 0; i < pixels_; ++i)
-        std::copy_n(sum_ + i * sum_row_ + only_ * columns, columns, kept + i * sum_row_ + only_ * columns);
+      for (i64 g = 0; g < groups_ * p_.merge; ++g)
+        for (i64 i = 0; kept(g) && i < pixels_; ++i)
+          std::copy_n(sum_ + i * sum_row_ + g * columns, columns, kept_sums + i * sum_row_ + g * columns);
     }
-    sum_ = kept;
+    sum_ = kept_sums;
   }
 
   const ConvAxis& axis(int i) const { return phase_->axis[i]; }
@@ -339,7 +346,7 @@ class Part {
       rows.rows = pointers_ + i, rows.m = t.m = static_cast<int>(std::min(mr, pixels_ - i));
       const i64 step = flat_ ? floats_ : even_step(rows.rows, t.m);
       for (i64 g = 0; g < groups_; ++g) {
-        if (only_ >= 0 && only_ / p_.merge != g) continue;
+        if (!in_turn(g)) continue;
         for (i64 r = 0; r < count; ++r) offset[r] = runs[r] + g * x_.channels / 2;
         t.a = flat_ ? band_ + i * floats_ : rows.rows[0], t.a_row = step, t.a_col = 1;
         if (step == 0) {
@@ -390,6 +397,9 @@ class Part {
     started_ = true;
   }
 
+  // Not one between the rows of the band.
+  bool is_written(i64 pixel) const { return pixel % line_ < width_ && pixel / line_ % plane_lines_ < rows_; }
+
   // What tiles got wrong (GemmHelpers::suspects), once all is summed.
   void repair() {
     const i64 mr = kernel_.mr, nr = kernel_.nr;
@@ -399,8 +409,10 @@ class Part {
         s.sum = sum_ + i * sum_row_ + j, s.sum_row = sum_row_;
         if (row_peak_) s.a_peak = row_peak_ + i, s.b_peak = w_peak_ + j;
         s.m = static_cast<int>(std::min(mr, pixels_ - i)), s.n = static_cast<int>(std::min(nr, columns_ - j));
-        unsigned columns[32];
-        if (x_.helpers.suspects(s, columns)) compute_again(i, j, s, columns);
+        unsigned columns[32], some = 0;
+        if (!x_.helpers.suspects(s, columns)) continue;
+        for (int r = 0; r < s.m; ++r) some |= columns[r] = is_written(i + r) ? columns[r] : 0;
+        if (some) compute_again(i, j, s, columns);
       }
     }
   }
@@ -493,7 +505,7 @@ class Part {
     for (i64 pixel = first, m; pixel < first + count; pixel += m, sum += m * sum_row_) {
       const i64 w = pixel % line_, h = pixel / line_ % plane_lines_, plane = plane_ + pixel / line_ / plane_lines_;
       m = std::min((w < width_ ? width_ : line_) - w, first + count - pixel);
-      if (w >= width_ || h >= rows_) continue;
+      if (!is_written(pixel)) continue;
       const i64 n = plane / axis(0).count, z = plane % axis(0).count * axis(0).out_step;
       const i64 offset = n * out.n_step + column * out.c_step + (z + axis(0).out_first) * out.step[0] +
                          ((h0_ + h) * axis(1).out_step + axis(1).out_first) * out.step[1] +
@@ -526,7 +538,7 @@ class Part {
   i64 line_, plane_lines_;  // from row to row and plane to plane: pixels, those between them that nobody wants counted
   bool started_ = false, finished_ = false, in_place_, flat_, written_ = false;
   bool finite_ = true;  // merged groups: the image so far
-  i64 only_ = -1;       // the one of them that the band holds, or all
+  i64 only_ = -1;       // which of them the band holds: see kept; or all
   const float* weights_;
   float* band_;
   float* sum_;

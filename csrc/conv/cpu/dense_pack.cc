@@ -73,24 +73,25 @@ void pack_columns(const Problem& x, const ConvPhase& phase, const void* first, c
   }
 }
 
-// As pack_columns, of merged groups: [column][tap][channel], zeros where they belong to different ones.
+// As pack_columns, of merged groups: zeros where column and channel belong to different ones.
 void pack_merged(const Problem& x, const ConvPhase& phase, i64 group, const ConvTensor& w, float* out) {
-  const i64* const k = x.d.kernel;
-  const i64 taps = k[0] * k[1] * k[2], channels = x.channels / x.p.merge, columns = x.columns / x.p.merge;
-  std::vector<bf16> all(static_cast<std::size_t>(x.columns * taps * x.channels));
-  for (i64 g = 0; g < x.p.merge; ++g) {
-    const i64 first = (group * x.p.merge + g) * (x.d.K / x.d.groups / x.p.merge) * w.n_step;
-    for (i64 j = 0; j < columns; ++j) {
-      bf16* const to = all.data() + (g * columns + j) * taps * x.channels + g * channels;
-      for (i64 t = 0; t < taps; ++t) {
-        const i64 tap = t / k[2] / k[1] * w.step[0] + t / k[2] % k[1] * w.step[1] + t % k[2] * w.step[2];
-        const bf16* const from = static_cast<const bf16*>(w.data) + first + tap + j * x.w_column;
-        for (i64 c = 0; c < channels; ++c) to[t * x.channels + c] = from[c * x.w_channel];
-      }
+  const i64 nr = x.p.kernel->nr, step = x.p.kernel->k_step;
+  const i64 channels = x.channels / x.p.merge, columns = x.columns / x.p.merge;
+  const i64 rows = x.d.K / x.d.groups / x.p.merge;  // of w, of a group
+  const ConvAxis* const axis = phase.axis;
+  bf16 some[32 * 32] = {};  // [column][channel]
+  for (i64 t = 0; t < axis[0].taps * axis[1].taps * axis[2].taps; ++t, out += x.units(x.channels) * nr) {
+    const i64 tap[3] = {t / axis[2].taps / axis[1].taps, t / axis[2].taps % axis[1].taps, t % axis[2].taps};
+    i64 offset = 0;
+    for (int i = 0; i < 3; ++i) offset += (axis[i].tap_first + tap[i] * axis[i].tap_inc) * w.step[i];
+    for (i64 g = 0; g < x.p.merge; ++g) {
+      const bf16* const from = static_cast<const bf16*>(w.data) + (group * x.p.merge + g) * rows * w.n_step + offset;
+      bf16* const to = some + g * columns * step + g * channels;
+      for (i64 j = 0; j < columns; ++j)
+        for (i64 c = 0; c < channels; ++c) to[j * step + c] = from[j * x.w_column + c * x.w_channel];
     }
+    x.helpers.pack_b(some, 1, step, x.channels, static_cast<int>(x.columns), static_cast<int>(nr), out, nullptr);
   }
-  const ConvTensor own = {all.data(), 0, 0, {k[1] * k[2] * x.channels, k[2] * x.channels, x.channels}};
-  pack_columns(x, phase, own.data, own, 1, taps * x.channels, static_cast<int>(x.columns), out, nullptr);
 }
 
 void pack_panel(const Problem& x, const ConvPhase& phase, i64 group, i64 panel, float* out) {

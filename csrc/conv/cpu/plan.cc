@@ -52,10 +52,15 @@ i64 merged_groups(const ConvDesc& d, const ConvKernel& k) {
 // Whether tiles, which multiply groups with zeros between them, beat direct kernels, which have an eighth of their
 // rate. (Granite Rapids, two threads, k3, 32 groups, direct / tiles in GFLOP/s: 4 channels 85 / 190, 8 110 / 450, 16
 // 150 / 840, 32 180 / 1000. One merged group a part instead of 256 channels: 16 channels of 8x56x56 450, as its lines
-// are far apart.)
+// are far apart. Images of fewer than kTilePixels pixels do not pay for the packing.)
 bool tiles_pay(const ConvDesc& d, const ConvKernel& k) {
+  constexpr i64 kTilePixels = 32;
   if (d.groups == 1 || !k.functions->finite) return false;
   const bool forward = d.pass != ConvPass::dgrad;
+  const i64* const size = forward ? d.out : d.in;
+  const double pixels = static_cast<double>(d.N) * static_cast<double>(size[0]) * static_cast<double>(size[1]) *
+                        static_cast<double>(size[2]);
+  if (!d.frozen && pixels < kTilePixels) return false;
   const i64 merge = std::max<i64>(1, merged_groups(d, k)), groups = d.groups / merge;
   const i64 channels = (forward ? d.C : d.K) / groups, columns = (forward ? d.K : d.C) / groups;
   return round_up(channels, k.k_step) * round_up(columns, k.nr / 2) <= 8 * (channels * columns / merge);
@@ -130,7 +135,8 @@ struct Blocks {
     return (p.planes * rows * width + (p.flat ? 16 : 0)) * pixel_floats();  // whole tiles are read
   }
   i64 pixel_floats() const {
-    return conv_units(*p.kernel, (p.fold ? axis[2].taps : 1) * p.c_block) + (p.mixes_groups() ? kConvGroupGap : 0);
+    const i64 floats = conv_units(*p.kernel, (p.fold ? axis[2].taps : 1) * p.c_block);
+    return p.mixes_groups() ? conv_apart(floats) : floats;
   }
   // Whether tiles read pixels where they lie in the band, those between its rows, too: gathering 32 elements of 16 rows
   // takes as long as kGathered columns. Sums that may need repair are then not those of the output itself: a deep sum
@@ -184,7 +190,7 @@ void balance(const ConvDesc& d, const Blocks& b, i64 columns, int threads) {
       const i64 more = cut <= planes0 ? 0 : ceil_div(cut, planes0) - 1;
       const i64 rows = ceil_div(height, ceil_div(height, rows0) + more);
       const i64 blocks = ceil_div(planes, many) * ceil_div(height, rows) * ceil_div(b.axis[2].count, p.w_block);
-      const i64 group_block = std::max<i64>(1, k_block / columns);
+      const i64 group_block = std::clamp<i64>(k_block / columns, 1, p.group_block);
       const double parts =
           phases * static_cast<double>(ceil_div(d.groups, group_block) * blocks * ceil_div(columns, k_block));
       const double rounds = std::ceil(parts / threads);
@@ -195,10 +201,13 @@ void balance(const ConvDesc& d, const Blocks& b, i64 columns, int threads) {
       if (best >= 0 && cost >= best * 0.99) continue;
       best = cost;
       p.k_block = k_block, p.planes = many, p.rows = rows;
-      if (p.group_block > 1) p.group_block = group_block;
     }
   }
   if (p.rows < height) p.planes = 1;
+  if (p.group_block > 1) {
+    const i64 channels = p.c_block / p.group_block;
+    p.group_block = std::clamp<i64>(p.k_block / columns, 1, p.group_block), p.c_block = p.group_block * channels;
+  }
   b.count_bytes();
 }
 
@@ -236,7 +245,7 @@ void plan_dense(const ConvDesc& desc, ConvPlan* plan) {
   if (p.fold) p.c_block = channels;
   if (merge > 0) {
     p.k_block = even_block(d.groups * columns, kColumns, kernel.nr);
-    p.group_block = std::max<i64>(1, p.k_block / columns);
+    p.group_block = std::clamp<i64>(std::min(p.k_block / columns, channel_limit / channels), 1, d.groups);
     p.c_block = p.group_block * channels;
     p.fold = false;
   }
@@ -332,9 +341,10 @@ ConvPlan conv_plan(const ConvDesc& d, const Machine& machine, const ConvKernel* 
   p.why = "forced";
   if (!forced) {
     const ConvKernel* const tiles = find(d, machine.isa, d.precision, kind_of(d));
-    if (tiles_pay(d, *tiles)) p.kernel = tiles, p.why = "groups of few channels, several at a time";
+    const bool pay = tiles_pay(d, *tiles);
+    if (pay && merged_groups(d, *tiles) > 0) p.kernel = tiles, p.why = "groups of few channels, several at a time";
     for (const ConvKernel& k : conv_kernels()) {
-      if (p.kernel || k.isa > machine.isa || k.dtype != d.dtype || !direct(k.kind)) continue;
+      if (pay || p.kernel || k.isa > machine.isa || k.dtype != d.dtype || !direct(k.kind)) continue;
       if (k.kind == ConvKind::kDepthwise && turns(d) && !turning_pays(d)) continue;
       if (!plan_direct(d, k, &p)) continue;
       p.kernel = &k;
@@ -391,8 +401,10 @@ std::vector<std::string> conv_candidates(const ConvDesc& d, const Machine& machi
 
 std::string describe(const ConvDesc& d, const ConvPlan& p) {
   return concat("conv ", describe(d), " -> ", p.kernel->name, " c_block=", p.c_block, " k_block=", p.k_block,
-                " planes=", p.planes, " rows=", p.rows, " w_block=", p.w_block, " phases=", p.phases.size(),
-                " chunks=", p.wgrad.chunks, " threads=", p.threads, " workspace=", p.workspace_bytes(), "B: ", p.why);
+                " planes=", p.planes, " rows=", p.rows, " w_block=", p.w_block, p.flat ? " flat" : "",
+                p.mixes_groups() ? concat(" merge=", p.merge, " group_block=", p.group_block) : "",
+                " phases=", p.phases.size(), " chunks=", p.wgrad.chunks, " threads=", p.threads,
+                " workspace=", p.workspace_bytes(), "B: ", p.why);
 }
 
 }  // namespace fastdl

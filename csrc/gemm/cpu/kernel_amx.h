@@ -119,8 +119,7 @@ struct Steps {
 // waits for all stores before, those of the tiles, too: 28% of a 1x1 convolution of 64 channels.)
 struct Sums {
   float* c;
-  i64 row;
-  int m, n;
+  i64 row, m, n;
   bool accumulate;
 };
 FASTDL_INLINE Sums sums_of(const TileArgs& t) { return {t.c, t.c_row, t.m, t.n, t.accumulate}; }
@@ -130,7 +129,7 @@ template <int kRows, int kCols>
 FASTDL_INLINE void copy_block(const Sums& t, float* out) {
   for (int i = 0; i < 16 * kRows; ++i) {
     for (int v = 0; v < kCols; ++v) {
-      const int left = i < t.m ? t.n - 16 * v : 0;
+      const int left = i < t.m ? static_cast<int>(t.n) - 16 * v : 0;
       const auto mask = L::first(left < 0 ? 0 : left < 16 ? left : 16);
       L::store(out + i * kBlock + 16 * v, L::load(t.c + (left > 0 ? i * t.row + 16 * v : 0), mask));
     }
@@ -178,7 +177,7 @@ void block(const Sums& t, const TileLayout& a, const TileLayout& b, const Steps&
   if constexpr (kRows > 1 && kCols > 1) tile_store<3>(c + 16 * row + 16, row * 4);
   if (direct) return;
   for (int v = 0; v < kCols; ++v) {
-    const auto mask = L::first(t.n - 16 * v < 16 ? t.n - 16 * v : 16);
+    const auto mask = L::first(t.n - 16 * v < 16 ? static_cast<int>(t.n) - 16 * v : 16);
     for (int i = 0; i < t.m; ++i) {
       float* const to = t.c + i * t.row + 16 * v;
       auto x = L::load(sum[i] + 16 * v);
