@@ -48,5 +48,5 @@ run tests/test_attention_backward.py -k "every_tail or layouts or broadcast_mask
   or zero or refusals" "$@"
 run tests/test_rnn_native.py -k "tails or packed or projections or special or nothing or strides or missing or bad \
   or apart or checks" "$@"
-run tests/test_conv_native.py tests/test_conv_groups.py tests/test_conv_wgrad.py tests/test_conv_direct.py \
+run tests/test_conv_native.py tests/test_conv_wgrad.py tests/test_conv_direct.py \
   -k "not guard_pages and not nothing_outside" "$@"

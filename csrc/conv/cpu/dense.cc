@@ -290,8 +290,10 @@ class Part {
     const i64 h_step = axis(1).tap_step * width * floats_, w_step = axis(2).tap_step * floats_;
     const bool fold = axis(2).tap_step == 1 && floats_ == units_;  // neighbours in the image: one run
     const i64 run = fold ? n2 * units_ : units_, count = fold ? n1 : n1 * n2;
-    // Where sums go on in their tiles, nothing is gained by a fresh start; what is gathered must fit its panel.
-    const i64 kc = flat_ && !p_.repair ? std::max(kernel_.kc, run * count) : kernel_.kc;
+    // All at once where sums go on in their tiles and wait nowhere. Else a few weights serve all pixels, sums beside
+    // them in L2; what is gathered must fit its panel.
+    const bool at_once = flat_ && !p_.repair && last && !started_;
+    const i64 kc = at_once ? std::max(kernel_.kc, run * count) : kernel_.kc;
     const i64 step = x_.units(1), pieces = ceil_div(run, kc), piece = ceil_div(run, pieces * step) * step;
     const i64 together = pieces > 1 ? 1 : std::min(kMaxRuns, std::max<i64>(1, kc / run));
     const i64 groups = ceil_div(count, together);
