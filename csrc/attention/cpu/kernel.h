@@ -158,26 +158,14 @@ void softmax(const SoftmaxArgs& t) {
       const std::uint64_t key =
           t.dropout.threshold ? dropout_row_key(t.dropout.seed, t.dropout.batch, t.dropout.head, t.dropout.row + row)
                               : 0;
-      auto sum = L::zero();
-      i64 j = from[i];
-      const auto power = [&](i64 at) __attribute__((always_inline)) {
-        const auto p = exp2_falling<L>(L::mul(L::sub(L::load(s + at), x0), factor));
-        sum = L::add(sum, p);
-        return p;
-      };
-      if (!t.dropout.threshold) {
-        for (; j + 2 * W <= to[i]; j += 2 * W) {
-          const auto p0 = power(j), p1 = power(j + W);
-          Rows::store(out, j, p0);
-          Rows::store(out, j + W, p1);
-        }
-      }
-      for (; j < to[i]; j += W) {
-        auto p = power(j);
+      r[i] = L::zero();
+      for (i64 j = from[i]; j < to[i]; j += W) {
+        const auto x = L::load(s + j);
+        auto p = exp2_falling<L>(L::mul(L::sub(x, x0), factor));
+        r[i] = L::add(r[i], p);
         if (t.dropout.threshold) p = drop<L>(p, key, t.dropout.col + j, t.dropout.threshold);
         Rows::store(out, j, p);
       }
-      r[i] = sum;
       for (i64 j = t.begin; j < from[i]; j += W) Rows::store(out, j, L::zero());
       for (i64 j = to[i]; j < t.stop; j += W) Rows::store(out, j, L::zero());
       if (t.first || rescale[i] == 1.0f) continue;
