@@ -113,6 +113,24 @@ def check_packed_blocks(kernel, crossed, threads, integers, guarded):
     out.assert_guards_intact()
 
 
+@pytest.mark.rows(kind="tile")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_columns_finished_together(kernel, threads, integers, guarded):
+    """Several blocks of rows, groups of columns and chunks of K, the last ones short; a weight in both layouts."""
+    levels = {"kernel": kernel["name"], "isa": kernel["isa"], "dtype": kernel["dtype"], "threads": threads}
+    for K in (70, 449):
+        plan = _C.gemm_plan(4096, 512, K, b_strides=(1, K), **levels)
+        M, N = min(plan["mc"], 800) * plan["grid"][0] + 37, 2 * plan["finish_cols"] + 45
+        a, bt, bias = integers((M, K), K), integers((N, K), K), integers((N,), 1)
+        for b in (bt.t(), bt.t().contiguous()):
+            if not takes(kernel, a, b):
+                continue
+            out = guarded((M, N), fill=float("nan"))
+            _C.gemm(out.view, a, b, bias, False, kernel=kernel["name"], threads=threads)
+            assert torch.equal(out.view, exact_product(a, b, bias)), (M, N, K, b.stride())
+            out.assert_guards_intact()
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_linear(kernel, threads, integers, guarded):
     mr, nr = kernel["mr"], kernel["nr"]

@@ -79,6 +79,8 @@ py::dict plan_dict(const GemmDesc& d, const Machine& machine, const GemmPlan& p)
   out["span"] = p.span;
   out["pack_a"] = p.pack_a;
   out["pack_b"] = p.pack_b;
+  out["one_panel"] = p.one_panel;
+  out["finish_cols"] = p.finish_cols;
   out["turned"] = p.turned;
   out["streamed"] = p.streamed;
   out["grid"] = py::make_tuple(p.grid_m, p.grid_n);

@@ -32,14 +32,18 @@ struct GemmPlan {
   i64 mc, nc, kc;  // cache blocks
   i64 span;        // blocks along K whose sums are taken together; those of the next are added when they are complete
   bool pack_a, pack_b;
+  bool by_panel;       // a panel of B is packed just before its first use ..
+  bool one_panel;      // .. which is its only one: there is room for one
   int grid_m, grid_n;  // C of each matrix is cut into grid_m x grid_n parts; threads take the parts of all in order
   int threads;
-  i64 a_bytes, b_bytes;      // packed blocks, a thread
-  i64 sum_bytes;             // float32 sums of a part, a thread; 0 where C itself holds them
-  bool tile_sums;            // of one tile instead, which is finished at once: no product is cut along K
-  bool turned;               // C' = B' A': rows of B are read as they lie, A is packed; few rows
-  bool streamed;             // B is read in place, a few of its rows at a time; sums of a K block wait in scratch
-  bool stream;               // C goes past the caches
+  i64 a_bytes, b_bytes;  // packed blocks, a thread
+  i64 sum_bytes;         // float32 sums of a part, a thread; 0 where C itself holds them
+  i64 sum_row;           // floats from a row of them to the next
+  i64 finish_cols;       // columns of C that are finished at a time
+  bool tile_sums;  // of so many columns of a block, or of one tile, instead, which is finished at once: no product is
+                   // cut along K
+  bool turned;     // C' = B' A': rows of B are read as they lie, A is packed; few rows
+  bool streamed;   // B is read in place, a few of its rows at a time; sums of a K block wait in scratch
   const GemmKernel* repair;  // computes again, by FMA, what the kernel may have got wrong; null where it never does
   i64 repair_bytes;          // its operands, and the largest magnitudes of the part's, a thread
   const char* why;

@@ -32,8 +32,7 @@ struct VecAvx512 {
   static FASTDL_INLINE void store(f16* p, V v, M m = kAll) {
     _mm256_mask_storeu_epi16(p, m, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
   }
-  // 2 * width elements in order, and what the other stores of whole vectors write, past the caches: whole, aligned
-  // lines.
+  // 2 * width elements in order.
   static FASTDL_INLINE __m512i narrow(V x, V y, bf16) {
     const __m512i odd =
         _mm512_setr_epi32(0x30001, 0x70005, 0xb0009, 0xf000d, 0x130011, 0x170015, 0x1b0019, 0x1f001d, 0x230021,
@@ -45,15 +44,9 @@ struct VecAvx512 {
     return _mm512_inserti64x4(_mm512_castsi256_si512(low), _mm512_cvtps_ph(y, _MM_FROUND_TO_NEAREST_INT), 1);
   }
   template <class T>
-  static FASTDL_INLINE void store(T* p, V x, V y, bool past) {
-    const __m512i v = narrow(x, y, T{});
-    if (past) {
-      _mm512_stream_si512(reinterpret_cast<__m512i*>(p), v);
-    } else {
-      _mm512_storeu_si512(p, v);
-    }
+  static FASTDL_INLINE void store(T* p, V x, V y) {
+    _mm512_storeu_si512(p, narrow(x, y, T{}));
   }
-  static FASTDL_INLINE void stream(float* p, V v) { _mm512_stream_ps(p, v); }
   static FASTDL_INLINE __m256i narrow_bf16(V v) {
     const __m512i u = _mm512_castps_si512(v), high = _mm512_srli_epi32(u, 16);
     const __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));

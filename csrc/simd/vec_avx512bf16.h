@@ -23,13 +23,11 @@ struct VecAvx512Narrow : VecAvx512 {
 // As VecAvx512, two vectors at a time narrowed by the processor, which rounds them alike where nothing is subnormal.
 struct VecAvx512Rounding : VecAvx512 {
   using VecAvx512::store;
-  static FASTDL_INLINE void store(bf16* p, V x, V y, bool past) {
+  static FASTDL_INLINE void store(bf16* p, V x, V y) {
     constexpr int kSubnormal = 0x20;
     const int some = _mm512_fpclass_ps_mask(x, kSubnormal) | _mm512_fpclass_ps_mask(y, kSubnormal);
-    if (__builtin_expect(some, 0)) return VecAvx512::store(p, x, y, past);
-    const auto pairs = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(y, x));
-    if (past) return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), pairs);
-    _mm512_storeu_si512(p, pairs);
+    if (__builtin_expect(some, 0)) return VecAvx512::store(p, x, y);
+    _mm512_storeu_si512(p, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(y, x)));
   }
 };
 

@@ -45,6 +45,8 @@ class Plan(TypedDict):
     pack_a: bool
     pack_b: bool
     turned: bool  # C' = B' A': rows of B are read as they lie, A is packed
+    one_panel: bool  # B is packed panel by panel, each used up before the next
+    finish_cols: int  # columns of C that are finished at a time
     streamed: bool  # B is read in place, a few of its rows at a time
     grid: tuple[int, int]  # how C is cut over threads: (along M, along N); batches are cut first
     threads: int

@@ -241,15 +241,15 @@ MUTATIONS = [
     Mutation(
         "residual not advanced with the tile",
         RUN,
-        "    if (f.residual) f.residual = at(f.residual, i * f.c_row + j, c_dtype);\n",
+        "    if (f.residual) f.residual = at(f.residual, i * f.c_row + j, kernel.dtype);\n",
         "",
         f"{EPILOGUE} -k 'test_every_row and not amx'",
     ),
     Mutation(
         "last columns of the dot kernel not finished",
         RUN,
-        "(end % kDotFinish == 0 || end == n)",
-        "(end % kDotFinish == 0)",
+        "(end % p.finish_cols == 0 || end == n)",
+        "(end % p.finish_cols == 0)",
         f"{EPILOGUE} -k 'test_every_row and not amx'",
     ),
     Mutation(
@@ -314,6 +314,27 @@ MUTATIONS = [
         "L::store(out + (j + x) * out_row + i, r[x]);",
         "L::store(out + (i + x) * out_row + j, r[x]);",
         f"{EXACT} -k 'test_every_tail and bf16_64x32_amx and write'",
+    ),
+    Mutation(
+        "columns finished together begin anew",
+        RUN,
+        "return wide ? c + i * t.c_row + j % p.finish_cols : c;",
+        "return wide ? c + i * t.c_row + j % 32 : c;",
+        f"{EXACT} -k 'test_columns_finished_together and bf16 and amx'",
+    ),
+    Mutation(
+        "one panel's place for all of them",
+        RUN,
+        "x.b_panel = p.one_panel ? 0 : steps * nr,",
+        "x.b_panel = p.by_panel ? 0 : steps * nr,",
+        f"{EXACT} -k 'test_columns_finished_together and bf16 and amx'",
+    ),
+    Mutation(
+        "sums of a part's panels on top of each other",
+        RUN,
+        "sum_panel = is_tiled(*p.kernel) ? rows * nr : nr;",
+        "sum_panel = is_tiled(*p.kernel) ? rows * nr / 2 : nr;",
+        f"{EXACT} -k 'test_k_blocks_and_parts and bf16 and amx'",
     ),
     Mutation(
         "sums of the later spans lost",

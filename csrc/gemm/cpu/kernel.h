@@ -270,7 +270,6 @@ void finish_plain(const FinishArgs& t) {
   constexpr int W = L::width;
   constexpr bool kPairs = W == 16 && sizeof(T) == 2;
   const T* const bias = static_cast<const T*>(t.bias);
-  const bool past = t.stream && (reinterpret_cast<std::uintptr_t>(t.c) | sizeof(T) * t.c_row) % 64 == 0;
   for (int i = 0; i < t.m; ++i) {
     const float* const sum = t.sum + i * t.sum_row;
     T* const c = static_cast<T*>(t.c) + i * t.c_row;
@@ -280,17 +279,9 @@ void finish_plain(const FinishArgs& t) {
     };
     int j = 0;
     if constexpr (kPairs) {
-      for (; j + 2 * W <= t.n; j += 2 * W) L::store(c + j, result(j), result(j + W), past);
+      for (; j + 2 * W <= t.n; j += 2 * W) L::store(c + j, result(j), result(j + W));
     }
-    for (; j + W <= t.n; j += W) {
-      if constexpr (W == 16 && sizeof(T) == 4) {
-        if (past) {
-          L::stream(c + j, result(j));
-          continue;
-        }
-      }
-      L::store(c + j, result(j));
-    }
+    for (; j + W <= t.n; j += W) L::store(c + j, result(j));
     if (j < t.n) {
       const Lanes<L> lanes(t.n - j);
       auto x = lanes.load(sum + j);
@@ -325,14 +316,12 @@ void finish_with(const FinishArgs& t) {
     return x;
   };
   T* const c = static_cast<T*>(t.c);
-  const bool past = t.stream && (reinterpret_cast<std::uintptr_t>(c) | sizeof(T) * t.c_row) % 64 == 0;
   int j = 0;
   if constexpr (kPairs) {
     for (; j + 2 * W <= t.n; j += 2 * W) {
       const Lanes<L> all(W);
       const auto b0 = bias_at(j, all), b1 = bias_at(j + W, all);
-      for (int i = 0; i < t.m; ++i)
-        L::store(c + i * t.c_row + j, result(i, j, all, b0), result(i, j + W, all, b1), past);
+      for (int i = 0; i < t.m; ++i) L::store(c + i * t.c_row + j, result(i, j, all, b0), result(i, j + W, all, b1));
     }
   }
   for (; j < t.n; j += W) {
@@ -340,12 +329,6 @@ void finish_with(const FinishArgs& t) {
     const auto b = bias_at(j, lanes);
     for (int i = 0; i < t.m; ++i) {
       const auto x = result(i, j, lanes, b);
-      if constexpr (W == 16 && sizeof(T) == 4) {
-        if (past && lanes.n == W) {
-          L::stream(c + i * t.c_row + j, x);
-          continue;
-        }
-      }
       lanes.store(c + i * t.c_row + j, x);
     }
   }

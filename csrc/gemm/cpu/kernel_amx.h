@@ -75,36 +75,39 @@ template <class P, bool kStream, int kRows, int kCols, int I>
 FASTDL_INLINE void multiply(const TileLayout& a, const char* at_a, const TileLayout& b, const char* at_b) {
   if constexpr (I < P::count) {
     constexpr int before = I == 0 ? 0 : I - 1;
-    if constexpr (I == 0 || P::a[I] != P::a[before]) {
-      load<kStream, 4>(at_a + P::a[I] * a.part, a.line);
-      if constexpr (kRows > 1) load<kStream, 5>(at_a + P::a[I] * a.part + a.tile, a.line);
-    }
-    if constexpr (I == 0 || P::b[I] != P::b[before]) {
-      tile_load<6>(at_b + P::b[I] * b.part, b.line);
-      if constexpr (kCols > 1) tile_load<7>(at_b + P::b[I] * b.part + b.tile, b.line);
-    }
+    constexpr bool new_a = I == 0 || P::a[I] != P::a[before], new_b = I == 0 || P::b[I] != P::b[before];
+    const char* const tile_a = at_a + P::a[I] * a.part;
+    const char* const tile_b = at_b + P::b[I] * b.part;
+    if constexpr (new_a) load<kStream, 4>(tile_a, a.line);
+    if constexpr (new_b) tile_load<6>(tile_b, b.line);
     tile_dpbf16ps<0, 4, 6>();
-    if constexpr (kCols > 1) tile_dpbf16ps<1, 4, 7>();
+    if constexpr (new_a && kRows > 1) load<kStream, 5>(tile_a + a.tile, a.line);
     if constexpr (kRows > 1) tile_dpbf16ps<2, 5, 6>();
+    if constexpr (new_b && kCols > 1) tile_load<7>(tile_b + b.tile, b.line);
+    if constexpr (kCols > 1) tile_dpbf16ps<1, 4, 7>();
     if constexpr (kRows > 1 && kCols > 1) tile_dpbf16ps<3, 5, 7>();
     multiply<P, kStream, kRows, kCols, I + 1>(a, at_a, b, at_b);
   }
 }
 
-// Asks for what TileArgs::ahead says, spread over the products. Where there is much of it and little to multiply, the
-// processor's own prefetch is faster: software's holds its few buffers. (Granite Rapids, two threads, bfloat16,
-// 16 x 4096 x 4096 with / without: 600 / 850 GFLOP/s; 512 x 3072 x 768 frozen: 2790 / 2510.)
+// Asks for what TileArgs::ahead says, one range after the other, spread over the products. Where there is much of it
+// and little to multiply, the processor's own prefetch is faster: software's holds its few buffers. (Granite Rapids,
+// two threads, bfloat16, 16 x 4096 x 4096 with / without: 600 / 850 GFLOP/s; 512 x 3072 x 768 frozen: 2790 / 2510.)
 struct Fetch {
   static constexpr i64 kMost = 8;  // lines a turn
-  const char* p;
-  i64 left, per;
+  Ahead now = {}, next = {};
+  i64 each = 0;
 
-  Fetch(const char* ahead, i64 lines, i64 turns)
-      : p(ahead), left(lines), per(turns > 0 ? (lines + turns - 1) / turns : 0) {
-    if (per > kMost) left = 0;
+  Fetch() = default;
+  Fetch(const Ahead (&ahead)[2], i64 turns) {
+    each = turns > 0 ? (ahead[0].left + ahead[1].left + turns - 1) / turns : 0;
+    if (each <= kMost) now = ahead[0], next = ahead[1];
   }
   FASTDL_INLINE void turn() {
-    for (i64 i = per < left ? per : left; i > 0; --i, --left, p += 64) __builtin_prefetch(p, 0, 2);
+    for (i64 i = each < now.left ? each : now.left; i > 0; --i, --now.left) {
+      __builtin_prefetch(now.p + now.line * 64, 0, 2);
+      if (++now.line == now.per_row) now.line = 0, now.p += now.step;
+    }
   }
 };
 
@@ -139,7 +142,10 @@ FASTDL_INLINE void copy_block(const Sums& t, float* out) {
 // kNear: C is in a near cache and goes on in the tiles where it stands, whole blocks and others alike: how C is cut
 // among threads is not to be seen in its bits.
 template <class P, bool kNear, bool kStream, int kRows, int kCols>
-void block(const Sums& t, const TileLayout& a, const TileLayout& b, const Steps& steps, Fetch* fetch) {
+void block(const Sums& t, const TileLayout& a_, const TileLayout& b_, const Steps& steps, Fetch* fetch) {
+  const TileLayout a = a_, b = b_;
+  Fetch local;  // tiles are loaded behind the compiler's back: what others may see would stay in memory
+  if (fetch) local = *fetch;
   const bool whole = t.m == 16 * kRows && t.n == 16 * kCols, onto = kNear && t.accumulate;
   alignas(64) float sum[kBlock][kBlock];
   const bool direct = whole && (onto || !t.accumulate);
@@ -162,13 +168,24 @@ void block(const Sums& t, const TileLayout& a, const TileLayout& b, const Steps&
     tile_zero<3>();
   }
   const char* at_b = b.p + steps.begin * b.depth;
-  for (i64 k = steps.begin; k < steps.end;) {
-    const i64 run = k / steps.each, next = (run + 1) * steps.each, end = next < steps.end ? next : steps.end;
-    const char* at_a = a.p + (steps.at ? steps.at[run] * 4 + (k - run * steps.each) * a.depth : k * a.depth);
+  i64 k = steps.begin;
+  const auto run = [&](const char* at_a, i64 end) __attribute__((always_inline)) {
     for (; k < end; ++k, at_a += a.depth, at_b += b.depth) {
-      if (fetch) fetch->turn();
+      local.turn();
       multiply<P, kStream, kRows, kCols, 0>(a, at_a, b, at_b);
     }
+  };
+  if (!steps.at) {
+    run(a.p + k * a.depth, steps.end);
+  } else {
+    while (k < steps.end) {
+      const i64 r = k / steps.each, next = (r + 1) * steps.each;
+      run(a.p + steps.at[r] * 4 + (k - r * steps.each) * a.depth, next < steps.end ? next : steps.end);
+    }
+  }
+  if (fetch) {
+    fetch->now = local.now;
+    if (local.now.left == 0) fetch->now = fetch->next, fetch->next = {};
   }
 
   tile_store<0>(c, row * 4);
@@ -215,7 +232,7 @@ void run_panels(const TileArgs& t, const Steps& steps) {
   const char* const first = a.p;
   const i64 all = steps.end, chunks = all == 0 ? 1 : (all + kChunk - 1) / kChunk;
   const i64 a_block = t.a_col == 1 ? kBlock * a.line : all * a.depth;
-  Fetch fetch(t.ahead, t.ahead_lines, (t.m + kBlock - 1) / kBlock * all);
+  Fetch fetch(t.ahead, (t.m + kBlock - 1) / kBlock * all);
   for (i64 c = 0; c < chunks; ++c) {
     const Steps some = {all * c / chunks, all * (c + 1) / chunks, steps.each, steps.at};
     a.p = first;
@@ -494,10 +511,7 @@ inline void turn_block(const float* sum, float* out, i64 out_row) {
 }
 
 inline void begin_tiles() { tile_configure(); }
-inline void end_tiles() {
-  tile_release();
-  _mm_sfence();  // what was streamed is seen by the threads that this one meets next
-}
+inline void end_tiles() { tile_release(); }
 
 template <class T, class S>
 constexpr GemmHelpers tile_helpers() {

@@ -5,6 +5,12 @@
 
 namespace fastdl {
 
+// Cache lines to have in L2 soon: `left` of them, in rows of `per_row`, `step` bytes apart, from line `line` of the row
+// at p on.
+struct Ahead {
+  const char* p;
+  i64 step, per_row, line, left;
+};
 // One register tile: C(i,j) = [C(i,j) +] sum_k A(i,k) * B(k,j) [+ bias(j)], i < m <= MR, j < n <= NR.
 struct TileArgs {
   const void* a;  // A(i,k) = a[i*a_row + k*a_col]; float for tile kernels, the kernel's dtype for dot kernels
@@ -18,8 +24,7 @@ struct TileArgs {
   i64 k;
   int m, n;
   bool accumulate;
-  const char* ahead;  // cache lines to have in L2 soon; only tiles of bfloat16 parts ask for them
-  i64 ahead_lines;
+  Ahead ahead[2];  // what calls to come will read; only tiles of bfloat16 parts ask for it
 };
 
 enum class GemmKind : std::uint8_t {
@@ -41,7 +46,6 @@ struct FinishArgs {
   Activation activation;
   int m, n;
   bool accumulate;
-  bool stream;  // C goes past the caches where its lines are whole
 };
 
 // dst[k*panel + j] = src[k*k_step + j*j_step] for j < n, 0 for n <= j < panel (k_unit 2: see kernel_pairs.h, tiles:

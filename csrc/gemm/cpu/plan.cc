@@ -17,6 +17,13 @@ constexpr double kReadCost = 4;
 // Not for float32, whose sums are C itself: parts of 4, 16 or 32 MB make no difference. (Zen 4, 4096^3 87 / 89 / 89% of
 // the FMA peak, 2048^3 90 / 89 / 89, 512 x 14336 x 4096 87 / 87 / 87.)
 constexpr i64 kSumElements = i64{1} << 20;
+// Columns that are finished at a time. Of the dot kernel, whose tiles are four wide (bfloat16, 32 x 512 x 512, Zen 4:
+// 0.080 -> 0.069 ms), and of tiles of bfloat16: lines of C that follow each other are written at 20 to 26 GB/s, single
+// ones, rows apart, at 13. Their sums take a sixteenth of L2. (Granite Rapids, two threads, frozen, GFLOP/s, 3200 x
+// 1024 x 256 and 2048 x 1024 x 1024: 32 columns 1460 and 2400; 128 in 1/8 2100 and 2270, in 1/16 2220 and 2720; 256 in
+// 1/8 1960 and 2760. C past the caches is faster, 2950 against 2670 for 512 x 3072 x 768, until the next layer reads
+// it.)
+constexpr i64 kDotFinish = 64, kFinish = 128, kFinishShare = 16;
 // Sums of float32 over more than this along K are taken apart and added in the end: each block is rounded once at the
 // magnitude of the sum so far. (Errors against MKL's on Intel, all positive, K = 16384 by FMA: 1.6 times, apart 0.9;
 // fewer and longer blocks 1.45.)
@@ -173,37 +180,40 @@ GemmPlan gemm_plan(const GemmDesc& d, const Machine& machine, const GemmKernel* 
   };
   p.kc = even_block(d.K, p.turned ? d.K : kernel.kc, std::max(8, kernel.k_step));
   p.span = d.dtype == DType::f32 && !dot && !p.streamed && d.K > kSpan ? kSpan / p.kc * p.kc : d.K;
-  if (p.span < d.K || d.dtype != DType::f32 || kernel.precision != Precision::fma) {  // sums wait in scratch
+  const bool narrow = p.span < d.K || d.dtype != DType::f32 || kernel.precision != Precision::fma;
+  if (narrow) {  // sums wait in scratch
     p.tile_sums = !dot && p.kc >= d.K && d.pairs == 1;
-    // Cut until a part's fit, and with them the largest magnitudes of its rows and columns.
-    while ((!p.tile_sums || kernel.helpers->suspects) && part_rows() > kSumElements / part_cols())
+    // Cut until a part's fit, and with them the largest magnitudes of its rows and columns. On tiles they lie by
+    // panels.
+    const auto sum_cols = [&] { return is_tiled(kernel) ? round_up(part_cols(), kernel.nr) : part_cols(); };
+    while ((!p.tile_sums || kernel.helpers->suspects) && part_rows() > kSumElements / sum_cols())
       (part_rows() > part_cols() ? p.grid_m : p.grid_n) *= 2;
-    const i64 sums = p.tile_sums ? i64{kernel.mr} * kernel.nr : part_rows() * part_cols();
-    p.sum_bytes = pages(sums * (p.turned || p.span < d.K ? 2 : 1) * 4);
   }
   const i64 rows = part_rows(), cols = part_cols();
-  p.stream = is_tiled(kernel) && rows * cols * item_size(d.dtype) > machine.l2 / 2;
   p.tile_m = is_tiled(kernel) ? static_cast<int>(std::min<i64>(kernel.mr, round_up(rows, rows > 16 ? 32 : 16)))
                               : static_cast<int>(ceil_div(rows, ceil_div(rows, kernel.mr)));
   const i64 depth_bytes = gemm_packed_steps(p.kc, kernel) * 4;  // of a row of A or a column of B, packed
 
+  const bool wide = is_tiled(kernel) && kernel.planes == 1 && p.tile_sums && !p.turned;
+  p.finish_cols = dot ? kDotFinish : wide ? kFinish : kernel.nr;
+  const i64 sum_rows = wide ? machine.l2 / kFinishShare / (p.finish_cols * 4) : rows;
   // A block: half of L2, the other half is for the panel of B and C passing through.
-  const i64 mc_limit = std::max<i64>(1, machine.l2 / 2 / depth_bytes / p.tile_m) * p.tile_m;
+  const i64 mc_limit = std::max<i64>(1, std::min(machine.l2 / 2 / depth_bytes, sum_rows) / p.tile_m) * p.tile_m;
   p.mc = even_block(rows, mc_limit, p.tile_m);
   const i64 tiles = ceil_div(rows, p.tile_m);
 
   p.pack_a = !dot && !p.streamed && !p.turned && pack_a_pays(d, kernel, cols);
   p.pack_b = !dot && !p.streamed && !d.packed && (p.turned || pack_b_pays(d, kernel, tiles));
+  p.by_panel = p.pack_b && !p.turned && d.b_col != 1;
+  p.one_panel = p.by_panel && p.mc >= rows;
 
   if (p.turned) {
     p.nc = round_up(d.M, kernel.nr);  // the panels are those of A
   } else if (p.streamed) {
     p.nc = even_block(cols, kStreamSums / rows, kernel.nr);
     p.sum_bytes = pages(rows * p.nc * 4);
-  } else if (!p.pack_b) {
+  } else if (!p.pack_b || p.one_panel) {
     p.nc = round_up(cols, kernel.nr);
-  } else if (p.mc >= rows && d.b_col != 1) {
-    p.nc = kernel.nr;  // each panel is used up while it is hot: pack it just before
   } else {
     // B block: a share of L3, at most 4 MiB, on tiles 8: every block has A packed again.
     const i64 bytes = std::min<i64>(machine.l3 / (2 * p.threads), i64{is_tiled(kernel) ? 8 : 4} << 20);
@@ -211,7 +221,16 @@ GemmPlan gemm_plan(const GemmDesc& d, const Machine& machine, const GemmKernel* 
   }
   constexpr i64 kSlack = 64;  // one vector: see GemmHelpers::pack
   p.a_bytes = p.pack_a ? pages(p.mc * depth_bytes + kSlack) : 0;
-  p.b_bytes = p.pack_b ? pages(p.nc * depth_bytes + kSlack) : 0;
+  p.b_bytes = p.pack_b ? pages((p.one_panel ? kernel.nr : p.nc) * depth_bytes + kSlack) : 0;
+  if (narrow && !p.streamed) {
+    // Of tiles: by panels, or rows of a few columns an odd number of lines apart, which sets of L1 share evenly.
+    const bool tiled = is_tiled(kernel);
+    const i64 padded = round_up(cols, kernel.nr);
+    p.sum_row = wide ? round_up(std::min(p.finish_cols, padded), 64) + 32 : p.tile_sums || tiled ? kernel.nr : cols;
+    const i64 kept_rows = !p.tile_sums ? rows : wide ? p.mc : kernel.mr;
+    const i64 kept_cols = !p.tile_sums && tiled ? padded : p.sum_row;
+    p.sum_bytes = pages(kept_rows * kept_cols * (p.turned || p.span < d.K ? 2 : 1) * 4);
+  }
   if (kernel.helpers->suspects) {
     p.repair = find(Isa::kAvx512, d.dtype, Precision::fma, GemmKind::kTile);
     p.repair_bytes = pages(gemm_repair_bytes(p, rows, cols));

@@ -84,14 +84,14 @@ Part pair_of(const GemmDesc& d, const GemmArgs& args, Part part, i64 r) {
 }
 
 // What finishes sums of C(m.., n..), all but the sums themselves.
-FinishArgs epilogue_at(const GemmDesc& d, const GemmPlan& p, const GemmArgs& args, const Part& part, i64 m, i64 n) {
+FinishArgs epilogue_at(const GemmDesc& d, const GemmArgs& args, const Part& part, i64 m, i64 n) {
   const i64 offset = m * args.c_row + n;
   FinishArgs f = {};
   f.c = at(part.c, offset, d.dtype), f.c_row = args.c_row, f.accumulate = args.accumulate;
   if (args.bias) f.bias = at(args.bias, n * args.bias_step, d.dtype), f.bias_step = args.bias_step;
   if (args.residual) f.residual = at(args.residual, part.c_offset + offset, d.dtype);
   if (args.pre) f.pre = at(args.pre, part.c_offset + offset, d.dtype);
-  f.activation = args.activation, f.stream = p.stream;
+  f.activation = args.activation;
   return f;
 }
 
@@ -171,9 +171,18 @@ struct Blocks {
   const void* b;
   i64 b_panel, b_row, b_col;  // b_panel: from one panel to the next
   DType dtype;                // of both as they lie there: float32 once packed
-  const char* next;           // cache lines that will be packed for the block to come, or none
-  i64 next_lines;
+  const void* source;         // what panels of B are packed from as they are reached; null: they are packed
+  i64 source_cols, depth;     // of the source, to the end of the part
+  float* peak;                // of the columns of B, or null
 };
+
+// The share of rows i to end, of m, in fetching `rows` rows of `per_row` cache lines.
+Ahead share(const void* p, i64 step, i64 per_row, i64 rows, i64 i, i64 end, i64 m) {
+  const i64 lines = rows * per_row, first = lines * i / m;
+  if (lines <= 0) return {};
+  return {static_cast<const char*>(p) + first / per_row * step, step, per_row, first % per_row,
+          lines * end / m - first};
+}
 
 // sums(i,j) += the tile's.
 void add(const TileArgs& t, float* sums) {
@@ -181,65 +190,78 @@ void add(const TileArgs& t, float* sums) {
     for (int j = 0; j < t.n; ++j) sums[i * t.c_row + j] += t.c[i * t.c_row + j];
 }
 
-// All register tiles of a block; `finish` is applied to each while it is hot, or is null. The sums of a tile lie where
-// the tile does in C, or all tiles' in one place (see GemmPlan::sum_bytes).
-// total: sums of the spans before, as those of the tiles lie, that this block completes by one; or null.
-void run_tiles(const GemmPlan& p, const Blocks& x, TileArgs t, float* total, const FinishArgs* finish,
-               const Repair& repair, i64 m0, i64 n0, i64 m, i64 n) {
-  // Tiles of the dot kernel are four columns wide: a vector's worth and more is finished at a time. (bfloat16, 32 x 512
-  // x 512, Zen 4: 0.080 -> 0.069 ms.)
-  constexpr i64 kDotFinish = 64;
-  const bool dot = p.kernel->kind == GemmKind::kDot;
-  const DType c_dtype = p.kernel->dtype;
+// All register tiles of a block. `finish`, or null, is applied to their sums, a few columns at a time: see
+// GemmPlan::finish_cols. total: sums of the spans before, as those of the tiles lie, that this block completes by one;
+// or null.
+void run_tiles(const GemmDesc& d, const GemmPlan& p, const Blocks& x, TileArgs t, i64 sum_panel, float* total,
+               const FinishArgs* finish, const Repair& repair, i64 m0, i64 n0, i64 m, i64 n) {
+  const GemmKernel& kernel = *p.kernel;
+  const bool dot = kernel.kind == GemmKind::kDot, wide = p.finish_cols > kernel.nr, narrow = p.sum_bytes > 0;
+  const i64 nr = kernel.nr;
   const TileArgs origin = t;
+  // Sums of the tile at (i, j): in C, in those of a part, on tiles by panels, or of a few columns, or of a tile alone.
+  const auto sums_at = [&](float* c, i64 i, i64 j) {
+    if (!p.tile_sums) return c + i * t.c_row + j / nr * sum_panel;
+    return wide ? c + i * t.c_row + j % p.finish_cols : c;
+  };
   const auto finish_sums = [&](i64 i, i64 j, i64 rows, i64 cols) {
     FinishArgs f = *finish;
-    f.sum = p.tile_sums ? origin.c : (total ? total : origin.c) + i * t.c_row + j, f.sum_row = t.c_row;
+    f.sum = sums_at(total ? total : origin.c, i, j), f.sum_row = t.c_row;
     f.m = static_cast<int>(rows), f.n = static_cast<int>(cols);
-    f.c = at(f.c, i * f.c_row + j, c_dtype);
-    if (f.residual) f.residual = at(f.residual, i * f.c_row + j, c_dtype);
-    if (f.pre) f.pre = at(f.pre, i * f.c_row + j, c_dtype);
-    if (f.bias) f.bias = at(f.bias, j * f.bias_step, c_dtype);
-    p.kernel->helpers->finish(f);
+    f.c = at(f.c, i * f.c_row + j, kernel.dtype);
+    if (f.residual) f.residual = at(f.residual, i * f.c_row + j, kernel.dtype);
+    if (f.pre) f.pre = at(f.pre, i * f.c_row + j, kernel.dtype);
+    if (f.bias) f.bias = at(f.bias, j * f.bias_step, kernel.dtype);
+    kernel.helpers->finish(f);
   };
   // C comes from memory while the products run, as tiles see to where it takes their sums. (bfloat16, 3200 x 1024 x
   // 256, one thread of Zen 4: 10.1 -> 8.5 ms, of which the sums of one tile instead of a part's are 0.2.)
   const auto fetch = [&](void* c, i64 i, i64 j, int rows, int cols) {
     for (int r = 0; r < rows; ++r) {
-      __builtin_prefetch(at(c, (i + r) * finish->c_row + j, c_dtype), 1);
-      __builtin_prefetch(at(c, (i + r) * finish->c_row + j + cols - 1, c_dtype), 1);
+      __builtin_prefetch(at(c, (i + r) * finish->c_row + j, kernel.dtype), 1);
+      __builtin_prefetch(at(c, (i + r) * finish->c_row + j + cols - 1, kernel.dtype), 1);
     }
   };
   t.a_row = x.a_row, t.a_col = x.a_col, t.b_row = x.b_row, t.b_col = x.b_col;
-  for (i64 j = 0; j < n; j += p.kernel->nr) {
-    t.b = at(x.b, j / p.kernel->nr * x.b_panel, x.dtype);
-    t.n = static_cast<int>(std::min<i64>(p.kernel->nr, n - j));
+  for (i64 j = 0; j < n; j += nr) {
+    t.b = at(x.b, j / nr * x.b_panel, x.dtype);
+    t.n = static_cast<int>(std::min(nr, n - j));
     if (origin.bias) t.bias = origin.bias + j * t.bias_step;
-    // The next panel, a share with each tile of this one.
-    const bool panels = p.kernel->kind == GemmKind::kTile && x.b_row == p.kernel->nr && j + p.kernel->nr < n;
-    const i64 lines = panels ? t.k * p.kernel->nr * item_size(x.dtype) / 64 : x.next_lines;
-    const char* const next = panels ? static_cast<const char*>(at(t.b, x.b_panel, x.dtype)) : x.next;
+    if (x.source)
+      kernel.helpers->pack_b(at(x.source, j * d.b_col, d.dtype), d.b_row, d.b_col, x.depth, t.n, kernel.nr,
+                             static_cast<float*>(const_cast<void*>(t.b)), x.peak ? x.peak + j : nullptr);
     for (i64 i = 0; i < m; i += t.m) {
       // What is not packed can be cut evenly: a last tile of two rows would load more than it multiplies.
       const i64 tiles = ceil_div(m - i, p.tile_m);
       t.m = static_cast<int>(dot ? ceil_div(m - i, tiles) : std::min<i64>(p.tile_m, m - i));
       t.a = dot ? at(x.a, i * x.a_row, x.dtype) : at(x.a, i / p.tile_m * x.a_tile, x.dtype);
-      if (!p.tile_sums) t.c = origin.c + i * t.c_row + j;
-      const i64 first = lines * i / m;
-      t.ahead = next + first * 64;
-      t.ahead_lines = lines * std::min(m, i + t.m) / m - first;
-      if (finish && !dot && p.sum_bytes > 0 && !p.stream) fetch(finish->c, i, j, t.m, t.n);
-      p.kernel->tile(t);
-      float* const sums = total ? total + i * t.c_row + j : t.c;
+      t.c = sums_at(origin.c, i, j);
+      if (is_tiled(kernel)) {
+        // The next panel, or what it will be packed from, a share with each tile of this one; and the next tile's sums.
+        const i64 item = item_size(d.dtype), end = i + t.m;
+        if (!x.source && j + nr < n)
+          t.ahead[0] = share(at(t.b, x.b_panel, x.dtype), 0, t.k * nr / 16, 1, i, end, m);
+        else if (x.source && d.b_row == 1)
+          t.ahead[0] = share(at(x.source, (j + nr) * d.b_col, d.dtype), d.b_col * item, ceil_div(x.depth * item, 64),
+                             std::min(nr, x.source_cols - j - nr), i, end, m);
+        else
+          t.ahead[0] = {};
+        const i64 next = origin.accumulate && !p.tile_sums ? std::min<i64>(t.m, m - end) : 0;
+        t.ahead[1] = share(t.c + t.m * t.c_row, t.c_row * 4, nr / 16, next, 0, 1, 1);
+      } else if (finish && !dot && narrow) {
+        fetch(finish->c, i, j, t.m, t.n);
+      }
+      kernel.tile(t);
+      float* const sums = total ? sums_at(total, i, j) : t.c;
       if (total) add(t, sums);
       if (!finish || dot) continue;
       for (int r = 0; p.repair && r < t.m; r += kBlockRows)
         repair(sums + r * t.c_row, t.c_row, m0 + i + r, n0 + j, std::min(kBlockRows, t.m - r), t.n);
-      finish_sums(i, j, t.m, t.n);
+      if (!wide) finish_sums(i, j, t.m, t.n);
     }
     const i64 end = j + t.n;
-    if (finish && dot && (end % kDotFinish == 0 || end == n)) {
-      const i64 begin = (end - 1) / kDotFinish * kDotFinish;
+    if (finish && wide && (end % p.finish_cols == 0 || end == n)) {
+      const i64 begin = (end - 1) / p.finish_cols * p.finish_cols;
       finish_sums(0, begin, m, end - begin);
     }
   }
@@ -264,8 +286,9 @@ void run_pair(const GemmDesc& d, const GemmPlan& p, const GemmArgs& args, const 
       Blocks x = {};
       const void* b = at(part.b, k0 * d.b_row + n0 * d.b_col, d.dtype);
       if (p.pack_b) {
-        pack_b(d, *p.kernel, b, depth, n, depth, scratch.b, peaks ? scratch.b_peak + n0 - part.n_begin : nullptr);
-        x.b = scratch.b, x.b_panel = steps * nr, x.b_row = nr, x.b_col = 1;
+        x.peak = peaks ? scratch.b_peak + n0 - part.n_begin : nullptr;
+        if (!p.by_panel) pack_b(d, *p.kernel, b, depth, n, depth, scratch.b, x.peak);
+        x.b = scratch.b, x.b_panel = p.one_panel ? 0 : steps * nr, x.b_row = nr, x.b_col = 1;
       } else if (d.packed) {
         x.b_panel = gemm_packed_steps(d.K, *p.kernel) * nr, x.b_row = nr, x.b_col = 1;
         x.b = at(part.b, n0 / nr * x.b_panel + gemm_packed_steps(k0, *p.kernel) * nr, DType::f32);
@@ -275,11 +298,8 @@ void run_pair(const GemmDesc& d, const GemmPlan& p, const GemmArgs& args, const 
       x.dtype = p.kernel->kind == GemmKind::kTile ? DType::f32 : d.dtype;
       for (i64 m0 = part.m_begin; m0 < part.m_end; m0 += p.mc) {
         const i64 m = std::min(p.mc, part.m_end - m0);
-        const i64 left = part.n_end - n0 - n;
-        if (p.pack_b && d.b_row == 1 && d.b_col == depth && m0 + m == part.m_end && left > 0) {
-          x.next = static_cast<const char*>(at(b, n * d.b_col, d.dtype));
-          x.next_lines = std::min(p.nc, left) * depth * item_size(d.dtype) / 64;
-        }
+        x.source = p.by_panel && m0 == part.m_begin ? b : nullptr;
+        x.source_cols = part.n_end - n0, x.depth = depth;
         const void* a = at(part.a, m0 * d.a_row + k0 * d.a_col, d.dtype);
         if (p.pack_a) {
           float* const peak = peaks ? scratch.a_peak + m0 - part.m_begin : nullptr;
@@ -295,13 +315,17 @@ void run_pair(const GemmDesc& d, const GemmPlan& p, const GemmArgs& args, const 
         TileArgs t = {};
         t.k = p.kernel->kind == GemmKind::kTile ? steps : depth;
         float* total = nullptr;
+        i64 sum_panel = nr;
         if (narrow) {
-          t.c_row = p.tile_sums ? nr : part.n_end - part.n_begin;
-          t.c = scratch.sum + (p.tile_sums ? 0 : (m0 - part.m_begin) * t.c_row + (n0 - part.n_begin));
+          const i64 rows = part.m_end - part.m_begin;
+          t.c_row = p.sum_row, sum_panel = is_tiled(*p.kernel) ? rows * nr : nr;
+          t.c = scratch.sum;
+          if (!p.tile_sums) t.c += (m0 - part.m_begin) * t.c_row + (n0 - part.n_begin) / nr * sum_panel;
           t.accumulate = !first || k0 > 0;
           if (p.span < d.K && k0 >= p.span) {
             if (k0 + p.kc >= d.K || (k0 + p.kc) % p.span == 0) total = t.c;
-            t.c += (part.m_end - part.m_begin) * (part.n_end - part.n_begin), t.accumulate = k0 % p.span > 0;
+            t.c += rows * (is_tiled(*p.kernel) ? round_up(part.n_end - part.n_begin, nr) : t.c_row),
+                t.accumulate = k0 % p.span > 0;
           }
         } else {
           t.c = static_cast<float*>(c);
@@ -310,9 +334,9 @@ void run_pair(const GemmDesc& d, const GemmPlan& p, const GemmArgs& args, const 
           t.bias = epilogue ? nullptr : static_cast<const float*>(bias);
           t.bias_step = args.bias_step;
         }
-        FinishArgs f = epilogue_at(d, p, args, part, m0, n0);
+        FinishArgs f = epilogue_at(d, args, part, m0, n0);
         f.accumulate = narrow && args.accumulate;
-        run_tiles(p, x, t, total, epilogue && finish ? &f : nullptr, repair, m0, n0, m, n);
+        run_tiles(d, p, x, t, sum_panel, total, epilogue && finish ? &f : nullptr, repair, m0, n0, m, n);
       }
     }
     k0 += p.kc;
@@ -339,7 +363,7 @@ void run_turned(const GemmDesc& d, const GemmPlan& p, const GemmArgs& args, cons
       t.b = scratch.b + j / kernel.nr * panel;
       kernel.tile(t);
       for (int r = 0; r < t.m; r += kBlockRows) kernel.helpers->turn(scratch.sum + r * kernel.nr, turned + r, strip);
-      FinishArgs f = epilogue_at(d, p, args, part, j, i);
+      FinishArgs f = epilogue_at(d, args, part, j, i);
       f.sum = turned, f.sum_row = strip, f.m = static_cast<int>(std::min<i64>(kernel.nr, d.M - j)), f.n = t.m;
       kernel.helpers->finish(f);
     }
@@ -351,7 +375,7 @@ void run_streamed(const GemmDesc& d, const GemmPlan& p, const GemmArgs& args, co
   constexpr i64 kDepth = 8;
   const GemmKernel& kernel = *p.kernel;
   for (i64 n0 = whole.n_begin; n0 < whole.n_end; n0 += p.nc) {
-    FinishArgs last = epilogue_at(d, p, args, whole, whole.m_begin, n0), f = {};
+    FinishArgs last = epilogue_at(d, args, whole, whole.m_begin, n0), f = {};
     f.m = static_cast<int>(whole.m_end - whole.m_begin), f.n = static_cast<int>(std::min(p.nc, whole.n_end - n0));
     f.sum = sum, f.sum_row = p.nc, f.c = last.c, f.c_row = last.c_row;
     last.m = f.m, last.n = f.n, last.sum = sum, last.sum_row = p.nc;
