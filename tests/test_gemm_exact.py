@@ -83,6 +83,22 @@ def test_packed_blocks(kernel, crossed, threads, integers, guarded):
     check_packed_blocks(kernel, crossed, threads, integers, guarded)
 
 
+@pytest.mark.rows(kind="tile")
+def test_panels_reached_again(kernel, integers, guarded):
+    """A weight along K that is packed panel by panel, in several blocks of columns, for several blocks of rows."""
+    levels = {"kernel": kernel["name"], "isa": kernel["isa"], "dtype": kernel["dtype"], "threads": 1}
+    K = min(blocks(kernel)["kc"], 600)
+    plan = _C.gemm_plan(4096, 1 << 15, K, b_strides=(1, K), **levels)
+    M, N = plan["mc"] + 37, plan["nc"] + 45
+    if plan["one_panel"] or M * N > 2**24:
+        pytest.skip("the caches of this machine hold every block of a problem that is still quick to multiply")
+    a, bt = integers((M, K), K), integers((N, K), K)
+    out = guarded((M, N), fill=float("nan"))
+    _C.gemm(out.view, a, bt.t(), None, False, kernel=kernel["name"], threads=1)
+    assert torch.equal(out.view, exact_product(a, bt.t())), (M, N, K)
+    out.assert_guards_intact()
+
+
 @pytest.mark.rows(kind="tile", dtype="float32")  # 16 bits: the sums that a part keeps bound it to fewer blocks
 def test_packed_blocks_both_ways(kernel, integers, guarded):
     check_packed_blocks(kernel, "mc and nc", 1, integers, guarded)

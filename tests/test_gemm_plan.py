@@ -91,7 +91,7 @@ def test_forced_kernel_is_planned(kernel):
 def test_workspace_is_the_packed_blocks_and_the_sums(a_strides, b_strides):
     """A thread: A block mc x kc, B block kc x nc (half for pairs of 16 bits, times the parts), float32 sums of a part
     of C in 16 bits, from parts or streamed, or of a tile where K is one block (two of them where C is turned) or, on
-    tiles of bfloat16, of the columns of mc rows that are finished at a time and half as many again at most, operands of
+    tiles of bfloat16, of the columns of mc rows that are finished at a time and 32 to 95 more, operands of
     a 32x32 block of FMA; each with at most two pages of slack; 0 where there is none.
     """
     for _, N, K, _, _, _, plan in plans(a_strides=a_strides, b_strides=b_strides):
@@ -127,6 +127,15 @@ def test_blocks_are_whole_tiles_and_no_larger_than_the_problem(a_strides, b_stri
         assert plan["mc"] < M + plan["mr"] or M == 0, plan
         assert plan["nc"] < N + plan["nr"] or N == 0, plan
         assert plan["kc"] < K + max(16, ROWS[plan["kernel"]]["k_step"]) or K == 0, plan
+
+
+@pytest.mark.parametrize("M", [7, 16, 32, 100, 128, 200])
+def test_rows_that_fit_half_of_l2_are_one_block(kernel, M):
+    """Cut in two, they would have all of B read or packed twice."""
+    levels = {"kernel": kernel["name"], "isa": kernel["isa"], "dtype": kernel["dtype"], "threads": 1}
+    for K in (64, 600):
+        plan = _C.gemm_plan(M, 700, K, b_strides=(1, K), **levels, **CACHES)
+        assert plan["mc"] >= M, plan
 
 
 def test_workspace_stays_near_the_caches():

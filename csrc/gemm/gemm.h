@@ -36,14 +36,13 @@ struct GemmPlan {
   bool one_panel;      // .. which is its only one: there is room for one
   int grid_m, grid_n;  // C of each matrix is cut into grid_m x grid_n parts; threads take the parts of all in order
   int threads;
-  i64 a_bytes, b_bytes;  // packed blocks, a thread
-  i64 sum_bytes;         // float32 sums of a part, a thread; 0 where C itself holds them
-  i64 sum_row;           // floats from a row of them to the next
-  i64 finish_cols;       // columns of C that are finished at a time
-  bool tile_sums;  // of so many columns of a block, or of one tile, instead, which is finished at once: no product is
-                   // cut along K
-  bool turned;     // C' = B' A': rows of B are read as they lie, A is packed; few rows
-  bool streamed;   // B is read in place, a few of its rows at a time; sums of a K block wait in scratch
+  i64 a_bytes, b_bytes;      // packed blocks, a thread
+  i64 sum_bytes;             // float32 sums of a part, a thread; 0 where C itself holds them
+  bool tile_sums;            // those of one tile alone, or of finish_cols columns of mc rows: no product is cut along K
+  i64 sum_row;               // floats from a row of them to the next
+  i64 finish_cols;           // columns of C that are finished at a time
+  bool turned;               // C' = B' A': rows of B are read as they lie, A is packed; few rows
+  bool streamed;             // B is read in place, a few of its rows at a time; sums of a K block wait in scratch
   const GemmKernel* repair;  // computes again, by FMA, what the kernel may have got wrong; null where it never does
   i64 repair_bytes;          // its operands, and the largest magnitudes of the part's, a thread
   const char* why;

@@ -318,9 +318,16 @@ MUTATIONS = [
     Mutation(
         "columns finished together begin anew",
         RUN,
-        "return wide ? c + i * t.c_row + j % p.finish_cols : c;",
-        "return wide ? c + i * t.c_row + j % 32 : c;",
+        "return grouped ? c + i * t.c_row + j % p.finish_cols : c;",
+        "return grouped ? c + i * t.c_row + j % 32 : c;",
         f"{EXACT} -k 'test_columns_finished_together and bf16 and amx'",
+    ),
+    Mutation(
+        "rows of a part cut in two where half of L2 holds them",
+        "csrc/gemm/cpu/plan.cc",
+        "  i64 mc_rows = machine.l2 / 2 / depth_bytes;\n",
+        "  i64 mc_rows = std::min(rows, machine.l2 / 2 / depth_bytes);\n",
+        "tests/test_gemm_plan.py -k test_rows_that_fit",
     ),
     Mutation(
         "one panel's place for all of them",

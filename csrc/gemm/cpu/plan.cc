@@ -19,10 +19,10 @@ constexpr double kReadCost = 4;
 constexpr i64 kSumElements = i64{1} << 20;
 // Columns that are finished at a time. Of the dot kernel, whose tiles are four wide (bfloat16, 32 x 512 x 512, Zen 4:
 // 0.080 -> 0.069 ms), and of tiles of bfloat16: lines of C that follow each other are written at 20 to 26 GB/s, single
-// ones, rows apart, at 13. Their sums take a sixteenth of L2. (Granite Rapids, two threads, frozen, GFLOP/s, 3200 x
-// 1024 x 256 and 2048 x 1024 x 1024: 32 columns 1460 and 2400; 128 in 1/8 2100 and 2270, in 1/16 2220 and 2720; 256 in
-// 1/8 1960 and 2760. C past the caches is faster, 2950 against 2670 for 512 x 3072 x 768, until the next layer reads
-// it.)
+// ones, rows apart, at 13. Their sums take a sixteenth of L2, and the space between rows. (Granite Rapids, two threads,
+// frozen, GFLOP/s, 3200 x 1024 x 256 and 2048 x 1024 x 1024: 32 columns 1460 and 2400; 128 in 1/8 2100 and 2270, in
+// 1/16 2220 and 2720; 256 in 1/8 1960 and 2760. C past the caches is faster, 2950 against 2670 for 512 x 3072 x 768,
+// until the next layer reads it.)
 constexpr i64 kDotFinish = 64, kFinish = 128, kFinishShare = 16;
 // Sums of float32 over more than this along K are taken apart and added in the end: each block is rounded once at the
 // magnitude of the sum so far. (Errors against MKL's on Intel, all positive, K = 16384 by FMA: 1.6 times, apart 0.9;
@@ -196,9 +196,10 @@ GemmPlan gemm_plan(const GemmDesc& d, const Machine& machine, const GemmKernel* 
 
   const bool wide = is_tiled(kernel) && kernel.planes == 1 && p.tile_sums && !p.turned;
   p.finish_cols = dot ? kDotFinish : wide ? kFinish : kernel.nr;
-  const i64 sum_rows = wide ? machine.l2 / kFinishShare / (p.finish_cols * 4) : rows;
-  // A block: half of L2, the other half is for the panel of B and C passing through.
-  const i64 mc_limit = std::max<i64>(1, std::min(machine.l2 / 2 / depth_bytes, sum_rows) / p.tile_m) * p.tile_m;
+  // A block: half of L2, the other half is for the panel of B, sums, and C passing through.
+  i64 mc_rows = machine.l2 / 2 / depth_bytes;
+  if (wide) mc_rows = std::min(mc_rows, machine.l2 / kFinishShare / (p.finish_cols * 4));
+  const i64 mc_limit = std::max<i64>(1, mc_rows / p.tile_m) * p.tile_m;
   p.mc = even_block(rows, mc_limit, p.tile_m);
   const i64 tiles = ceil_div(rows, p.tile_m);
 
@@ -223,7 +224,8 @@ GemmPlan gemm_plan(const GemmDesc& d, const Machine& machine, const GemmKernel* 
   p.a_bytes = p.pack_a ? pages(p.mc * depth_bytes + kSlack) : 0;
   p.b_bytes = p.pack_b ? pages((p.one_panel ? kernel.nr : p.nc) * depth_bytes + kSlack) : 0;
   if (narrow && !p.streamed) {
-    // Of tiles: by panels, or rows of a few columns an odd number of lines apart, which sets of L1 share evenly.
+    // Of tiles: by panels, or rows of a few columns, an odd number of pairs of lines apart, which L1's sets share
+    // evenly.
     const bool tiled = is_tiled(kernel);
     const i64 padded = round_up(cols, kernel.nr);
     p.sum_row = wide ? round_up(std::min(p.finish_cols, padded), 64) + 32 : p.tile_sums || tiled ? kernel.nr : cols;
