@@ -135,8 +135,12 @@ def test_columns_finished_together(kernel, threads, integers, guarded):
     """Several blocks of rows, groups of columns and chunks of K, the last ones short; a weight in both layouts."""
     levels = {"kernel": kernel["name"], "isa": kernel["isa"], "dtype": kernel["dtype"], "threads": threads}
     for K in (70, 449):
-        plan = _C.gemm_plan(4096, 512, K, b_strides=(1, K), **levels)
-        M, N = min(plan["mc"], 800) * plan["grid"][0] + 37, 2 * plan["finish_cols"] + 45
+        plan = _C.gemm_plan(1 << 15, 512, K, b_strides=(1, K), **levels)
+        N = 2 * plan["finish_cols"] + 45
+        M = min(plan["mc"], 800) * plan["grid"][0] + 37
+        if plan["finish_cols"] > kernel["nr"]:  # C that does not stay in L2
+            M = max(M, _C.cpu_info()["l2"] // 4 // N * threads + 65)
+            assert _C.gemm_plan(M, N, K, b_strides=(1, K), **levels)["finish_cols"] == plan["finish_cols"]
         a, bt, bias = integers((M, K), K), integers((N, K), K), integers((N,), 1)
         for b in (bt.t(), bt.t().contiguous()):
             if not takes(kernel, a, b):

@@ -18,11 +18,11 @@ constexpr double kReadCost = 4;
 // the FMA peak, 2048^3 90 / 89 / 89, 512 x 14336 x 4096 87 / 87 / 87.)
 constexpr i64 kSumElements = i64{1} << 20;
 // Columns that are finished at a time. Of the dot kernel, whose tiles are four wide (bfloat16, 32 x 512 x 512, Zen 4:
-// 0.080 -> 0.069 ms), and of tiles of bfloat16: lines of C that follow each other are written at 20 to 26 GB/s, single
-// ones, rows apart, at 13. Their sums take a sixteenth of L2, and the space between rows. (Granite Rapids, two threads,
-// frozen, GFLOP/s, 3200 x 1024 x 256 and 2048 x 1024 x 1024: 32 columns 1460 and 2400; 128 in 1/8 2100 and 2270, in
-// 1/16 2220 and 2720; 256 in 1/8 1960 and 2760. C past the caches is faster, 2950 against 2670 for 512 x 3072 x 768,
-// until the next layer reads it.)
+// 0.080 -> 0.069 ms), and of tiles of bfloat16 where C does not stay in L2: lines of C that follow each other are
+// written at 20 to 26 GB/s, single ones, rows apart, at 13. Their sums take a sixteenth of L2, and the space between
+// rows. (Granite Rapids, two threads, frozen, GFLOP/s, 3200 x 1024 x 256 and 2048 x 1024 x 1024: 32 columns 1460 and
+// 2400; 128 in 1/8 2100 and 2270, in 1/16 2220 and 2720; 256 in 1/8 1960 and 2760. C past the caches is faster, 2950
+// against 2670 for 512 x 3072 x 768, until the next layer reads it.)
 constexpr i64 kDotFinish = 64, kFinish = 128, kFinishShare = 16;
 // Sums of float32 over more than this along K are taken apart and added in the end: each block is rounded once at the
 // magnitude of the sum so far. (Errors against MKL's on Intel, all positive, K = 16384 by FMA: 1.6 times, apart 0.9;
@@ -194,7 +194,8 @@ GemmPlan gemm_plan(const GemmDesc& d, const Machine& machine, const GemmKernel* 
                               : static_cast<int>(ceil_div(rows, ceil_div(rows, kernel.mr)));
   const i64 depth_bytes = gemm_packed_steps(p.kc, kernel) * 4;  // of a row of A or a column of B, packed
 
-  const bool wide = is_tiled(kernel) && kernel.planes == 1 && p.tile_sums && !p.turned;
+  const bool stays = rows * cols * item_size(d.dtype) <= machine.l2 / 2;  // C, in L2
+  const bool wide = is_tiled(kernel) && kernel.planes == 1 && p.tile_sums && !p.turned && !stays;
   p.finish_cols = dot ? kDotFinish : wide ? kFinish : kernel.nr;
   // A block: half of L2, the other half is for the panel of B, sums, and C passing through.
   i64 mc_rows = machine.l2 / 2 / depth_bytes;

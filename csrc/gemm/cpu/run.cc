@@ -199,14 +199,16 @@ void run_tiles(const GemmDesc& d, const GemmPlan& p, const Blocks& x, TileArgs t
   const bool dot = kernel.kind == GemmKind::kDot, grouped = p.finish_cols > kernel.nr, narrow = p.sum_bytes > 0;
   const i64 nr = kernel.nr;
   const TileArgs origin = t;
-  // Sums of the tile at (i, j): in C, in those of a part, on tiles by panels, or of a few columns, or of a tile alone.
-  const auto sums_at = [&](float* c, i64 i, i64 j) {
-    if (!p.tile_sums) return c + i * t.c_row + j / nr * sum_panel;
-    return grouped ? c + i * t.c_row + j % p.finish_cols : c;
+  // Sums of the tile at (i, j), sum_row * i + column(j) from the first: in C, in those of a part, on tiles by panels,
+  // or of a few columns, or of a tile alone.
+  const i64 sum_row = p.tile_sums && !grouped ? 0 : t.c_row;
+  const auto column = [&](i64 j) {
+    if (!p.tile_sums) return j / nr * sum_panel;
+    return grouped ? j % p.finish_cols : 0;
   };
   const auto finish_sums = [&](i64 i, i64 j, i64 rows, i64 cols) {
     FinishArgs f = *finish;
-    f.sum = sums_at(total ? total : origin.c, i, j), f.sum_row = t.c_row;
+    f.sum = (total ? total : origin.c) + i * sum_row + column(j), f.sum_row = t.c_row;
     f.m = static_cast<int>(rows), f.n = static_cast<int>(cols);
     f.c = at(f.c, i * f.c_row + j, kernel.dtype);
     if (f.residual) f.residual = at(f.residual, i * f.c_row + j, kernel.dtype);
@@ -229,6 +231,7 @@ void run_tiles(const GemmDesc& d, const GemmPlan& p, const Blocks& x, TileArgs t
     t.b = at(x.b, j / nr * x.b_panel, x.dtype);
     t.n = static_cast<int>(std::min(nr, n - j));
     if (origin.bias) t.bias = origin.bias + j * t.bias_step;
+    const i64 sums_at = column(j);
     if (x.source)
       kernel.helpers->pack_b(at(x.source, j * d.b_col, d.dtype), d.b_row, d.b_col, x.depth, t.n, kernel.nr,
                              static_cast<float*>(const_cast<void*>(t.b)), x.peak ? x.peak + j : nullptr);
@@ -237,7 +240,7 @@ void run_tiles(const GemmDesc& d, const GemmPlan& p, const Blocks& x, TileArgs t
       const i64 tiles = ceil_div(m - i, p.tile_m);
       t.m = static_cast<int>(dot ? ceil_div(m - i, tiles) : std::min<i64>(p.tile_m, m - i));
       t.a = dot ? at(x.a, i * x.a_row, x.dtype) : at(x.a, i / p.tile_m * x.a_tile, x.dtype);
-      t.c = sums_at(origin.c, i, j);
+      t.c = origin.c + i * sum_row + sums_at;
       if (is_tiled(kernel)) {
         // The next panel, or what it will be packed from, a share with each tile of this one; and the next tile's sums.
         const i64 item = item_size(d.dtype), end = i + t.m;
@@ -254,7 +257,7 @@ void run_tiles(const GemmDesc& d, const GemmPlan& p, const Blocks& x, TileArgs t
         fetch(finish->c, i, j, t.m, t.n);
       }
       kernel.tile(t);
-      float* const sums = total ? sums_at(total, i, j) : t.c;
+      float* const sums = total ? total + i * sum_row + sums_at : t.c;
       if (total) add(t, sums);
       if (!finish || dot) continue;
       for (int r = 0; p.repair && r < t.m; r += kBlockRows)
