@@ -11,6 +11,7 @@ struct Ahead {
   const char* p;
   i64 step, per_row, line, left;
 };
+
 // One register tile: C(i,j) = [C(i,j) +] sum_k A(i,k) * B(k,j) [+ bias(j)], i < m <= MR, j < n <= NR.
 struct TileArgs {
   const void* a;  // A(i,k) = a[i*a_row + k*a_col]; float for tile kernels, the kernel's dtype for dot kernels
