@@ -2,10 +2,36 @@
 // NaN goes through, and -Inf * 0 is NaN as in torch. Errors against float64 are asserted in the tests.
 #pragma once
 #include "simd/activation.h"
+#include "simd/tables.h"
 #include "simd/vec.h"
 
 namespace fastdl {
 namespace {
+
+// f(t), t >= 0, of a table (tables.h); NaN for NaN. Adding 1.5 * 2^23 leaves the interval's number in the lowest bits.
+// (Granite Rapids, ns for 64 vectors of 16: GELU 375 by exp and a division, 180 so; linear with it, bfloat16,
+// 512 x 3072 x 768: 1.71 -> 1.45 ms.)
+template <class L, class Table>
+FASTDL_INLINE typename L::V piecewise(typename L::V t) {
+  constexpr float kRound = 0x1.8p23f;
+  t = L::min(L::set1(31 * Table::step), t);
+  const auto at = L::fma(t, L::set1(1 / Table::step), L::set1(kRound));
+  const auto u = L::fma(L::sub(at, L::set1(kRound)), L::set1(-Table::step), t);
+  auto p = L::lookup(Table::coefficient[Table::degree], at);
+#pragma GCC unroll 8
+  for (int d = Table::degree - 1; d >= 0; --d) p = L::fma(p, u, L::lookup(Table::coefficient[d], at));
+  return p;
+}
+template <class L>
+FASTDL_INLINE typename L::V absolute(typename L::V x) {
+  return L::max(L::sub(L::zero(), x), x);
+}
+// f(x) where f(x) + f(-x) = 1, from the table of f(-t).
+template <class L, class Table>
+FASTDL_INLINE typename L::V from_tail(typename L::V x) {
+  const auto tail = piecewise<L, Table>(absolute<L>(x));
+  return L::select_le_zero(x, tail, L::sub(L::set1(1.0f), tail));
+}
 
 // exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln(2)/2: polynomial of degree 6 (minimax by Lawson's iteration,
 // relative error 3e-9), reduction in two parts (Cody and Waite, 1980). Clamped where the result is Inf or 0 anyway.
@@ -28,15 +54,19 @@ FASTDL_INLINE typename L::V exp(typename L::V x) {
 // 1 / (1 + exp(-x))
 template <class L>
 FASTDL_INLINE typename L::V logistic(typename L::V x) {
-  const auto one = L::set1(1.0f);
-  return L::div(one, L::add(one, exp<L>(L::sub(L::zero(), x))));
+  if constexpr (L::looks_up) {
+    return from_tail<L, LogisticTail>(x);
+  } else {
+    const auto one = L::set1(1.0f);
+    return L::div(one, L::add(one, exp<L>(L::sub(L::zero(), x))));
+  }
 }
 
 // tanh(x) = m / (m + 2), m = exp(2x) - 1 = 2^n p + (2^n - 1), p = exp(r) - 1 = r + r^2 q(r): nothing cancels, so the
 // relative error stays below 3 * 2^-24 down to the smallest x. q has degree 4 (minimax by Lawson's iteration, 1.4e-8).
 // Clamped where the result is 1 or -1 anyway.
 template <class L>
-FASTDL_INLINE typename L::V tanh(typename L::V x) {
+FASTDL_INLINE typename L::V tanh_by_exp(typename L::V x) {
   x = L::min(L::set1(44.0f), L::max(L::set1(-44.0f), L::add(x, x)));
   const auto n = L::round(L::mul(x, L::set1(1.44269504f)));
   auto r = L::fma(n, L::set1(-0.693359375f), x);
@@ -50,6 +80,17 @@ FASTDL_INLINE typename L::V tanh(typename L::V x) {
   const auto power = L::scale(L::set1(1.0f), n);
   const auto m = L::fma(power, p, L::sub(power, L::set1(1.0f)));
   return L::div(m, L::add(m, L::set1(2.0f)));
+}
+
+// By the table of tanh(t) / t where there is one: relative error below 3 * 2^-24, too; 1 at the end is rounded up.
+template <class L>
+FASTDL_INLINE typename L::V tanh(typename L::V x) {
+  if constexpr (L::looks_up) {
+    const auto y = L::mul(x, piecewise<L, TanhRatio>(absolute<L>(x)));
+    return L::max(L::set1(-1.0f), L::min(L::set1(1.0f), y));
+  } else {
+    return tanh_by_exp<L>(x);
+  }
 }
 
 // exp(-x^2 / 2), and Phi(x), the normal distribution function: Phi(-s) = t Q(t) exp(-s^2/2) with t = 1 / (1 + s/4) and
@@ -87,9 +128,13 @@ FASTDL_INLINE typename L::V activate(typename L::V x) {
   } else if constexpr (kActivation == Activation::silu) {
     return L::mul(x, logistic<L>(x));
   } else if constexpr (kActivation == Activation::gelu) {
-    typename L::V density, phi;
-    normal<L>(x, &density, &phi);
-    return L::mul(x, phi);
+    if constexpr (L::looks_up) {
+      return L::mul(x, from_tail<L, NormalTail>(x));
+    } else {
+      typename L::V density, phi;
+      normal<L>(x, &density, &phi);
+      return L::mul(x, phi);
+    }
   } else if constexpr (kActivation == Activation::gelu_tanh) {  // (1 + tanh u) / 2 = logistic(2u)
     const auto cube = L::fma(L::mul(x, x), L::set1(kGeluCube), L::set1(1.0f));
     return L::mul(x, logistic<L>(L::mul(L::mul(x, cube), L::set1(2 * kGeluScale))));
@@ -108,9 +153,13 @@ FASTDL_INLINE typename L::V activate_grad(typename L::V x) {
     const auto s = logistic<L>(x);
     return L::fma(L::mul(x, s), L::sub(one, s), s);
   } else if constexpr (kActivation == Activation::gelu) {
-    typename L::V density, phi;
-    normal<L>(x, &density, &phi);
-    return L::fma(L::mul(x, density), L::set1(0.3989422804f), phi);  // 1 / sqrt(2 pi)
+    if constexpr (L::looks_up) {
+      return from_tail<L, GeluSlopeTail>(x);
+    } else {
+      typename L::V density, phi;
+      normal<L>(x, &density, &phi);
+      return L::fma(L::mul(x, density), L::set1(0.3989422804f), phi);  // 1 / sqrt(2 pi)
+    }
   } else if constexpr (kActivation == Activation::gelu_tanh) {
     const auto square = L::mul(x, x);
     const auto u = L::mul(L::mul(x, L::fma(square, L::set1(kGeluCube), one)), L::set1(2 * kGeluScale));

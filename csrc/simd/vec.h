@@ -14,6 +14,8 @@
 //   round(x)                      to the nearest integer
 //   scale(x, n)                   x * 2^n, n integral, -150 <= n <= 128
 //   select_le_zero(x, a, b)       a where x <= 0, else b
+//   looks_up                      whether there is lookup(table, x): of 32 floats those that the lowest five bits of
+//                                 each lane of x, as an integer, choose
 //   transpose(r)                  V r[width], in place
 //   sum4(a, b, c, d, out)         out[0..3] = the four horizontal sums, in a fixed order
 //
@@ -75,6 +77,7 @@ FASTDL_INLINE void narrow(float x, f16* out) {
 // for every other level. (Plain loops over float[4] would be vectorised too, but gcc 12 then loads past their ends.)
 struct VecScalar {
   static constexpr int width = 4;
+  static constexpr bool looks_up = false;
   typedef float V __attribute__((vector_size(16)));
   using M = int;
 

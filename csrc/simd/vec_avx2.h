@@ -9,6 +9,7 @@ namespace {
 
 struct VecAvx2 {
   static constexpr int width = 8;
+  static constexpr bool looks_up = false;
   using V = __m256;
   using M = __m256i;
 

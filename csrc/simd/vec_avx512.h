@@ -9,6 +9,7 @@ namespace {
 
 struct VecAvx512 {
   static constexpr int width = 16;
+  static constexpr bool looks_up = true;
   using V = __m512;
   using M = __mmask16;
 
@@ -93,6 +94,9 @@ struct VecAvx512 {
     return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, zero(), _CMP_LE_OQ), b, a);
   }
   static FASTDL_INLINE V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+  static FASTDL_INLINE V lookup(const float (&table)[32], V x) {
+    return _mm512_permutex2var_ps(_mm512_load_ps(table), _mm512_castps_si512(x), _mm512_load_ps(table + 16));
+  }
 
   static FASTDL_INLINE void transpose(V (&r)[16]) {
     V t[16];

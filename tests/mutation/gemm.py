@@ -22,6 +22,20 @@ MUTATIONS = [
         f"{EXACT} -k 'test_every_tail and not amx'",
     ),
     Mutation(
+        "the end of a table is not its last interval",
+        "csrc/simd/math.h",
+        "L::set1(31 * Table::step)",
+        "L::set1(32 * Table::step)",
+        f"{EPILOGUE} -k special",
+    ),
+    Mutation(
+        "one entry of a table is off by 2^-17",
+        "csrc/simd/tables.h",
+        "0.413422406f",
+        "0.413430035f",
+        f"{EPILOGUE} -k fused",
+    ),
+    Mutation(
         "dropped last K block",
         RUN,
         "  } while (k0 < d.K);",

@@ -98,7 +98,7 @@ template <class P>
 void conv_product(const TileArgs& t, const i64* runs, i64 count) {
   Steps steps = all_steps<P>(t);
   steps.end *= count, steps.at = runs;
-  run_panels<P, P::parts == 1, false>(t, steps);
+  run_panels<P, P::parts == 1, Stream::none>(t, steps);
 }
 
 // See ConvFunctions::finite.

@@ -13,9 +13,9 @@ void tile_bf16_near(const TileArgs& t) { run_block<Products1, true>(t); }
 void tile_f16(const TileArgs& t) { run_block<Products4>(t); }
 void tile_high(const TileArgs& t) { run_block<Products3>(t); }
 void tile_split(const TileArgs& t) { run_block<Products6>(t); }
-void panels_bf16(const TileArgs& t) { run_panels<Products1, true, true>(t, all_steps<Products1>(t)); }
-void panels_f16(const TileArgs& t) { run_panels<Products4, false, true>(t, all_steps<Products4>(t)); }
-void panels_high(const TileArgs& t) { run_panels<Products3, false, true>(t, all_steps<Products3>(t)); }
-void panels_split(const TileArgs& t) { run_panels<Products6, false, true>(t, all_steps<Products6>(t)); }
+void panels_bf16(const TileArgs& t) { run_panels<Products1, true, Stream::a>(t, all_steps<Products1>(t)); }
+void panels_f16(const TileArgs& t) { run_panels<Products4, false, Stream::a>(t, all_steps<Products4>(t)); }
+void panels_high(const TileArgs& t) { run_panels<Products3, false, Stream::a>(t, all_steps<Products3>(t)); }
+void panels_split(const TileArgs& t) { run_panels<Products6, false, Stream::a>(t, all_steps<Products6>(t)); }
 
 }  // namespace fastdl::amx

@@ -60,10 +60,11 @@ FASTDL_INLINE TileLayout layout_b(const TileArgs& t) {
   return {static_cast<const char*>(t.b), row, kTileRowBytes, 16 * row, P::parts * 16 * row};
 }
 
-// kStream: A, which comes from L2, goes past L1, where B stays.
-template <bool kStream, int T>
+// The operand that comes from L2 once for each block goes past L1, where the other one stays.
+enum class Stream { none, a, b };
+template <bool kPast, int T>
 FASTDL_INLINE void load(const char* p, i64 line) {
-  if constexpr (kStream) {
+  if constexpr (kPast) {
     tile_stream<T>(p, line);
   } else {
     tile_load<T>(p, line);
@@ -71,19 +72,19 @@ FASTDL_INLINE void load(const char* p, i64 line) {
 }
 
 // Rows of C: 16*kRows, columns 16*kCols, in tiles 0 to 3; A in 4 and 5, B in 6 and 7.
-template <class P, bool kStream, int kRows, int kCols, int I>
+template <class P, Stream kStream, int kRows, int kCols, int I>
 FASTDL_INLINE void multiply(const TileLayout& a, const char* at_a, const TileLayout& b, const char* at_b) {
   if constexpr (I < P::count) {
     constexpr int before = I == 0 ? 0 : I - 1;
     constexpr bool new_a = I == 0 || P::a[I] != P::a[before], new_b = I == 0 || P::b[I] != P::b[before];
     const char* const tile_a = at_a + P::a[I] * a.part;
     const char* const tile_b = at_b + P::b[I] * b.part;
-    if constexpr (new_a) load<kStream, 4>(tile_a, a.line);
-    if constexpr (new_b) tile_load<6>(tile_b, b.line);
+    if constexpr (new_a) load<kStream == Stream::a, 4>(tile_a, a.line);
+    if constexpr (new_b) load<kStream == Stream::b, 6>(tile_b, b.line);
     tile_dpbf16ps<0, 4, 6>();
-    if constexpr (new_a && kRows > 1) load<kStream, 5>(tile_a + a.tile, a.line);
+    if constexpr (new_a && kRows > 1) load<kStream == Stream::a, 5>(tile_a + a.tile, a.line);
     if constexpr (kRows > 1) tile_dpbf16ps<2, 5, 6>();
-    if constexpr (new_b && kCols > 1) tile_load<7>(tile_b + b.tile, b.line);
+    if constexpr (new_b && kCols > 1) load<kStream == Stream::b, 7>(tile_b + b.tile, b.line);
     if constexpr (kCols > 1) tile_dpbf16ps<1, 4, 7>();
     if constexpr (kRows > 1 && kCols > 1) tile_dpbf16ps<3, 5, 7>();
     multiply<P, kStream, kRows, kCols, I + 1>(a, at_a, b, at_b);
@@ -144,7 +145,7 @@ FASTDL_INLINE void copy_block(const Sums& t, float* out) {
 
 // kNear: C is in a near cache and goes on in the tiles where it stands, whole blocks and others alike: how C is cut
 // among threads is not to be seen in its bits.
-template <class P, bool kNear, bool kStream, int kRows, int kCols>
+template <class P, bool kNear, Stream kStream, int kRows, int kCols>
 void block(const Sums& t, const TileLayout& a_, const TileLayout& b_, const Steps& steps, Fetch* fetch) {
   const TileLayout a = a_, b = b_;
   Fetch local;  // tiles are loaded behind the compiler's back: what others may see would stay in memory
@@ -207,7 +208,7 @@ void block(const Sums& t, const TileLayout& a_, const TileLayout& b_, const Step
   }
 }
 
-template <class P, bool kNear = false, bool kStream = false>
+template <class P, bool kNear = false, Stream kStream = Stream::none>
 FASTDL_INLINE void run_block(const Sums& t, const TileLayout& a, const TileLayout& b, const Steps& steps,
                              Fetch* fetch = nullptr) {
   if (t.m > 16)
@@ -227,7 +228,7 @@ void run_block(const TileArgs& t) {
 }
 // Panels of any depth: a chunk of B, as much as stays in L1, is multiplied with all of the rows before the next; the
 // sums wait in L1 meanwhile. A comes from L2, past L1 where it is not used again soon.
-template <class P, bool kNear, bool kStream>
+template <class P, bool kNear, Stream kStream>
 void run_panels(const TileArgs& t, const Steps& steps) {
   constexpr i64 kChunk = (P::parts == 1 ? 384 : 512) / kTileDepth;
   TileLayout a = layout_a<P>(t);
@@ -249,8 +250,9 @@ void run_panels(const TileArgs& t, const Steps& steps) {
 template <class P>
 void run_rows(const TileArgs& t) {
   const i64 row = t.a_row * 4;
-  run_block<P>(sums_of(t), {static_cast<const char*>(t.a), row, 16 * row, t.a_col * 4, kTileRowBytes},
-               layout_packed_b<P>(t), all_steps<P>(t));
+  run_block<P, P::parts == 1, Stream::b>(sums_of(t),
+                                         {static_cast<const char*>(t.a), row, 16 * row, t.a_col * 4, kTileRowBytes},
+                                         layout_packed_b<P>(t), all_steps<P>(t));
 }
 
 // --- splitting -----------------------------------------------------------------------------------------------------
