@@ -131,20 +131,35 @@ def check_packed_blocks(kernel, crossed, threads, integers, guarded):
 
 @pytest.mark.rows(kind="tile")
 @pytest.mark.parametrize("threads", [1, 2])
-def test_columns_finished_together(kernel, threads, integers, guarded):
-    """Several blocks of rows, groups of columns and chunks of K, the last ones short; a weight in both layouts."""
+def test_several_blocks_of_rows(kernel, threads, integers, guarded):
+    """And panels and chunks of K, the last ones short; a weight in both layouts."""
     levels = {"kernel": kernel["name"], "isa": kernel["isa"], "dtype": kernel["dtype"], "threads": threads}
+    N = 2 * kernel["nr"] + 45
     for K in (70, 449):
         plan = _C.gemm_plan(1 << 15, 512, K, b_strides=(1, K), **levels)
-        N = 2 * plan["finish_cols"] + 45
         M = min(plan["mc"], 800) * plan["grid"][0] + 37
-        if plan["finish_cols"] > kernel["nr"]:  # C that does not stay in L2
-            M = max(M, _C.cpu_info()["l2"] // 4 // N * threads + 65)
-            assert _C.gemm_plan(M, N, K, b_strides=(1, K), **levels)["finish_cols"] == plan["finish_cols"]
         a, bt, bias = integers((M, K), K), integers((N, K), K), integers((N,), 1)
         for b in (bt.t(), bt.t().contiguous()):
-            if not takes(kernel, a, b):
-                continue
+            out = guarded((M, N), fill=float("nan"))
+            _C.gemm(out.view, a, b, bias, False, kernel=kernel["name"], threads=threads)
+            assert torch.equal(out.view, exact_product(a, b, bias)), (M, N, K, b.stride())
+            out.assert_guards_intact()
+
+
+@pytest.mark.rows(kind="tile", isa="amx", dtype="bfloat16")
+@pytest.mark.parametrize("rows_of_a", [True, False])
+@pytest.mark.parametrize("K", [1, 64, 500, 960])
+def test_strips(kernel, rows_of_a, K, integers, guarded):
+    """Several strips and blocks of B, and where A is turned while it is packed, blocks of packed A; all the last ones
+    short, and the last step along K."""
+    strides = {"a_strides": None if rows_of_a else (1, 9000), "b_strides": (1, K)}
+    plan = _C.gemm_plan(8192, 8192, K, kernel=kernel["name"], dtype=kernel["dtype"], threads=1, **strides)
+    assert plan["strips"]
+    M, N = min(plan["mc"], 2500) + 69, min(plan["nc"], 2000) + 45
+    a = integers((M, K), K) if rows_of_a else integers((K, M), K).t()
+    bt, bias = integers((N, K), K), integers((N,), 1)
+    for b in (bt.t(), bt.t().contiguous()):
+        for threads in (1, 2):
             out = guarded((M, N), fill=float("nan"))
             _C.gemm(out.view, a, b, bias, False, kernel=kernel["name"], threads=threads)
             assert torch.equal(out.view, exact_product(a, b, bias)), (M, N, K, b.stride())

@@ -90,9 +90,8 @@ def test_forced_kernel_is_planned(kernel):
 )
 def test_workspace_is_the_packed_blocks_and_the_sums(a_strides, b_strides):
     """A thread: A block mc x kc, B block kc x nc (half for pairs of 16 bits, times the parts), float32 sums of a part
-    of C in 16 bits, from parts or streamed, or of a tile where K is one block (two of them where C is turned) or, on
-    tiles of bfloat16, of the columns of mc rows that are finished at a time and 32 to 95 more, operands of
-    a 32x32 block of FMA; each with at most two pages of slack; 0 where there is none.
+    of C in 16 bits, from parts or streamed, or of a tile where K is one block (two of them where C is turned),
+    operands of a 32x32 block of FMA; each with at most two pages of slack; 0 where there is none.
     """
     for _, N, K, _, _, _, plan in plans(a_strides=a_strides, b_strides=b_strides):
         row = ROWS[plan["kernel"]]
@@ -105,8 +104,10 @@ def test_workspace_is_the_packed_blocks_and_the_sums(a_strides, b_strides):
         columns = max(1, min(N, -(-up(N, plan["nr"]) // plan["nr"] // along_n) * plan["nr"]))
         rows = part_rows(plan, row)
         sums = row["mr"] * row["nr"] * (1 + plan["turned"]) if once and keeps_sums(row) else 0
-        if once and row["kind"] == "tile" and plan["finish_cols"] > row["nr"]:
-            sums = plan["mc"] * (up(min(plan["finish_cols"], up(columns, row["nr"])), 64) + 32)
+        if plan["strips"]:  # one of A, or all that is turned for several blocks of B; two blocks of sums
+            kept = plan["pack_a"] and plan["nc"] < up(columns, row["nr"])
+            blocks = (plan["mc"] if kept else 32) * kc + plan["pack_b"] * kc * plan["nc"]
+            sums = 2 * 32 * 32
         apart = plan["span"] < K
         if apart or (keeps_sums(row) and not once):
             sums = rows * (up(columns, row["nr"]) if row["k_step"] == 32 else columns) * (1 + apart)
@@ -114,7 +115,7 @@ def test_workspace_is_the_packed_blocks_and_the_sums(a_strides, b_strides):
             sums = rows * plan["nc"]
         again = row["mr"] * 32 + 192 * (14 + 32) if repairs(row) else 0
         again += rows + columns if row["precision"] != "fma" else 0
-        slack = 8192 * (plan["pack_a"] + plan["pack_b"] + (sums > 0) + repairs(row))
+        slack = 8192 * ((plan["pack_a"] or plan["strips"]) + plan["pack_b"] + (sums > 0) + repairs(row))
         assert plan["workspace_bytes"] % plan["threads"] == 0
         floats, given = blocks + sums + again, plan["workspace_bytes"] // plan["threads"]
         assert 4 * floats <= given <= 4 * floats + slack, plan

@@ -81,6 +81,7 @@ py::dict plan_dict(const GemmDesc& d, const Machine& machine, const GemmPlan& p)
   out["pack_b"] = p.pack_b;
   out["one_panel"] = p.one_panel;
   out["finish_cols"] = p.finish_cols;
+  out["strips"] = p.strips;
   out["turned"] = p.turned;
   out["streamed"] = p.streamed;
   out["grid"] = py::make_tuple(p.grid_m, p.grid_n);

@@ -38,9 +38,10 @@ struct GemmPlan {
   int threads;
   i64 a_bytes, b_bytes;      // packed blocks, a thread
   i64 sum_bytes;             // float32 sums of a part, a thread; 0 where C itself holds them
-  bool tile_sums;            // those of one tile alone, or of finish_cols columns of mc rows: no product is cut along K
+  bool tile_sums;            // those of one tile alone: no product is cut along K
   i64 sum_row;               // floats from a row of them to the next
-  i64 finish_cols;           // columns of C that are finished at a time
+  i64 finish_cols;           // columns of C that the dot kernel finishes at a time
+  bool strips;               // strips of 32 rows of A against a block of B in L2: see strips.cc
   bool turned;               // C' = B' A': rows of B are read as they lie, A is packed; few rows
   bool streamed;             // B is read in place, a few of its rows at a time; sums of a K block wait in scratch
   const GemmKernel* repair;  // computes again, by FMA, what the kernel may have got wrong; null where it never does

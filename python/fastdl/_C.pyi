@@ -44,9 +44,10 @@ class Plan(TypedDict):
     span: int  # elements along K whose sums are taken together; those of the next are added when they are complete
     pack_a: bool
     pack_b: bool
+    strips: bool  # strips of 32 rows of A against a block of B in L2
     turned: bool  # C' = B' A': rows of B are read as they lie, A is packed
     one_panel: bool  # B is packed panel by panel, each used up before the next
-    finish_cols: int  # columns of C that are finished at a time
+    finish_cols: int  # columns of C that the dot kernel finishes at a time
     streamed: bool  # B is read in place, a few of its rows at a time
     grid: tuple[int, int]  # how C is cut over threads: (along M, along N); batches are cut first
     threads: int

@@ -6,6 +6,7 @@ RUN = "csrc/gemm/cpu/run.cc"
 KERNEL = "csrc/gemm/cpu/kernel.h"
 PAIRS = "csrc/gemm/cpu/kernel_pairs.h"
 TILES = "csrc/gemm/cpu/kernel_amx.h"
+STRIP = "csrc/gemm/cpu/kernel_strip.h"
 EXACT = "tests/test_gemm_exact.py"
 STRIDES = "tests/test_gemm_strides.py"
 THREADS = "tests/test_threads.py"
@@ -33,7 +34,7 @@ MUTATIONS = [
         "csrc/simd/tables.h",
         "0.413422406f",
         "0.413430035f",
-        f"{EPILOGUE} -k fused",
+        f"{EPILOGUE} -k test_every_row_of_the_table",
     ),
     Mutation(
         "dropped last K block",
@@ -330,17 +331,59 @@ MUTATIONS = [
         f"{EXACT} -k 'test_every_tail and bf16_64x32_amx and write'",
     ),
     Mutation(
-        "columns finished together begin anew",
-        RUN,
-        "return grouped ? j % p.finish_cols : 0;",
-        "return grouped ? j % 32 : 0;",
-        f"{EXACT} -k 'test_columns_finished_together and bf16 and amx'",
+        "last, shorter step along K left out of a strip",
+        STRIP,
+        "if (tail.p) multiply",
+        "if (false) multiply",
+        f"{EXACT} -k test_strips",
+    ),
+    Mutation(
+        "last rows of a strip left waiting",
+        STRIP,
+        "  waiting.some(kBlock);\n}",
+        "}",
+        f"{EXACT} -k test_strips",
+    ),
+    Mutation(
+        "sums of a strip on top of those that wait",
+        STRIP,
+        "slot ^= 1;",
+        "slot ^= 0;",
+        f"{EXACT} -k test_strips",
+    ),
+    Mutation(
+        "bias of waiting rows not advanced",
+        STRIP,
+        "R::load(b + j + 16 * v)",
+        "R::load(b + 16 * v)",
+        f"{EXACT} -k test_strips",
+    ),
+    Mutation(
+        "residual not advanced along a strip",
+        STRIP,
+        "  if (f.residual) f.residual = static_cast<const T*>(f.residual) + j;\n",
+        "",
+        f"{EPILOGUE} -k 'test_every_row and bf16 and amx'",
+    ),
+    Mutation(
+        "packed strips on top of each other",
+        "csrc/gemm/cpu/strips.cc",
+        "(kept ? (i - m0) * t.k : 0)",
+        "0",
+        f"{EXACT} -k test_strips",
+    ),
+    Mutation(
+        "packed rows of A those of the first block of rows",
+        "csrc/gemm/cpu/strips.cc",
+        "kept && n0 > part.n_begin",
+        "kept && (n0 > part.n_begin || m0 > part.m_begin)",
+        f"{EXACT} -k test_strips",
     ),
     Mutation(
         "rows of a part cut in two where half of L2 holds them",
         "csrc/gemm/cpu/plan.cc",
-        "  i64 mc_rows = machine.l2 / 2 / depth_bytes;\n",
-        "  i64 mc_rows = std::min(rows, machine.l2 / 2 / depth_bytes);\n",
+        "  const i64 mc_rows = machine.l2 / 2 / depth_bytes;\n",
+        "  const i64 mc_rows = std::min(rows, machine.l2 / 2 / depth_bytes);\n",
         "tests/test_gemm_plan.py -k test_rows_that_fit",
     ),
     Mutation(
@@ -348,7 +391,7 @@ MUTATIONS = [
         RUN,
         "x.b_panel = p.one_panel ? 0 : steps * nr,",
         "x.b_panel = p.by_panel ? 0 : steps * nr,",
-        f"{EXACT} -k 'test_columns_finished_together and bf16 and amx'",
+        f"{EXACT} -k 'test_several_blocks_of_rows and split and amx'",
     ),
     Mutation(
         "sums of a part's panels on top of each other",

@@ -1,9 +1,13 @@
-#include "gemm/cpu/kernel_amx.h"
+#include "gemm/cpu/kernel_strip.h"
 
 namespace fastdl::amx {
 
 extern const GemmHelpers helpers_bf16, helpers_f16, helpers_f32_medium, helpers_f32_high, helpers_f32_split;
-const GemmHelpers helpers_bf16 = tile_helpers<bf16, Whole>();
+constexpr GemmHelpers with_strips(GemmHelpers helpers) {
+  helpers.strip = strip<Products1, bf16>;
+  return helpers;
+}
+const GemmHelpers helpers_bf16 = with_strips(tile_helpers<bf16, Whole>());
 const GemmHelpers helpers_f16 = tile_helpers<f16, Parts<2>>();
 const GemmHelpers helpers_f32_medium = tile_helpers<float, Parts<1>>();
 const GemmHelpers helpers_f32_high = tile_helpers<float, Parts<2>>();

@@ -415,7 +415,7 @@ void sum_rows(const void* source, i64 rows, i64 cols, i64 row, i64 col, float* o
 
 template <class L, class T>
 constexpr GemmHelpers helpers() {
-  return {pack<L, T>, pack<L, T>, finish<L, T>, activation_grad<L, T>, sum_rows<L, T>, {}, {}, {}, {}, {}};
+  return {pack<L, T>, pack<L, T>, finish<L, T>, activation_grad<L, T>, sum_rows<L, T>, {}, {}, {}, {}, {}, {}};
 }
 
 }  // namespace

@@ -529,7 +529,8 @@ constexpr GemmHelpers tile_helpers() {
           end_tiles,
           S::limited ? suspects : nullptr,
           S::limited ? unpack_tiles<S> : nullptr,
-          S::as_it_lies ? turn_block : nullptr};
+          S::as_it_lies ? turn_block : nullptr,
+          nullptr};
 }
 
 }  // namespace

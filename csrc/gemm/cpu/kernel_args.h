@@ -49,6 +49,21 @@ struct FinishArgs {
   bool accumulate;
 };
 
+// A strip of C: finish.m <= 32 rows of A, all of K, against the panels of finish.n columns of B, 32 each.
+constexpr i64 kGemmStripRows = 32, kGemmStripFloats = 2 * kGemmStripRows * kGemmStripRows;
+struct GemmStripArgs {
+  const void* a;  // rows of the kernel's dtype, a_row bytes apart, or a packed panel
+  i64 a_row;
+  bool a_packed;
+  const void* tail;  // the last step along K, packed, where the rows do not fill it; or null
+  const float* b;
+  i64 b_panel;        // floats from panel to panel
+  i64 k;              // floats of a packed column
+  float* sums;        // kGemmStripFloats of scratch
+  FinishArgs finish;  // of the strip, but for the sums
+  Ahead ahead[2];
+};
+
 // dst[k*panel + j] = src[k*k_step + j*j_step] for j < n, 0 for n <= j < panel (k_unit 2: see kernel_pairs.h, tiles:
 // see kernel_amx.h). panel <= the vector width or a multiple of it; writes up to one vector past dst + k_count*panel.
 // peak: peak[j] = max(peak[j], |src[.., j]|) where the kernel has suspects, else unused.
@@ -86,6 +101,7 @@ struct GemmHelpers {
   void (*unpack_b)(const float* packed, i64 k_count, int n, int panel, const float* peak, float* dst);
   // out[j*out_row + i] = sum[i*32 + j], i, j < 32: where rows of B can take the place of A as they lie.
   void (*turn)(const float* sum, float* out, i64 out_row);
+  void (*strip)(const GemmStripArgs&);  // where rows of A are tile rows as they lie: see strips.cc
 };
 
 struct GemmKernel {

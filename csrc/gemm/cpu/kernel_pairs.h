@@ -80,6 +80,7 @@ constexpr GemmHelpers pair_helpers() {
           {},
           {},
           {},
+          {},
           {}};
 }
 

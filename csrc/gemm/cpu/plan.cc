@@ -17,13 +17,9 @@ constexpr double kReadCost = 4;
 // Not for float32, whose sums are C itself: parts of 4, 16 or 32 MB make no difference. (Zen 4, 4096^3 87 / 89 / 89% of
 // the FMA peak, 2048^3 90 / 89 / 89, 512 x 14336 x 4096 87 / 87 / 87.)
 constexpr i64 kSumElements = i64{1} << 20;
-// Columns that are finished at a time. Of the dot kernel, whose tiles are four wide (bfloat16, 32 x 512 x 512, Zen 4:
-// 0.080 -> 0.069 ms), and of tiles of bfloat16 where C does not stay in L2: lines of C that follow each other are
-// written at 20 to 26 GB/s, single ones, rows apart, at 13. Their sums take a sixteenth of L2, and the space between
-// rows. (Granite Rapids, two threads, frozen, GFLOP/s, 3200 x 1024 x 256 and 2048 x 1024 x 1024: 32 columns 1460 and
-// 2400; 128 in 1/8 2100 and 2270, in 1/16 2220 and 2720; 256 in 1/8 1960 and 2760. C past the caches is faster, 2950
-// against 2670 for 512 x 3072 x 768, until the next layer reads it.)
-constexpr i64 kDotFinish = 64, kFinish = 128, kFinishShare = 16;
+// Columns that the dot kernel, whose tiles are four wide, finishes at a time. (bfloat16, 32 x 512 x 512, Zen 4: 0.080
+// -> 0.069 ms.)
+constexpr i64 kDotFinish = 64;
 // Sums of float32 over more than this along K are taken apart and added in the end: each block is rounded once at the
 // magnitude of the sum so far. (Errors against MKL's on Intel, all positive, K = 16384 by FMA: 1.6 times, apart 0.9;
 // fewer and longer blocks 1.45.)
@@ -64,6 +60,7 @@ const GemmKernel* find_tile(const GemmDesc& d, Isa isa) {
   return split == fma || tile_cost(d, *split) < tile_cost(d, *fma) ? split : fma;
 }
 
+constexpr i64 kSlack = 64;  // one vector behind packed panels: see GemmHelpers::pack
 bool dot_applies(const GemmDesc& d) { return !d.packed && d.a_col == 1 && d.b_row == 1; }
 
 // Multiply-adds an element of B: the dot kernel M, and for each sum of K products 80 to add up its lanes, twice that
@@ -150,6 +147,30 @@ void choose_grid(const GemmDesc& d, const GemmKernel& kernel, int parts, GemmPla
   }
 }
 
+// See strips.cc. A that does not lie as tiles do is packed once for all blocks of B, as much as kStripPack at
+// a time.
+constexpr i64 kStripShare = 3, kStripShares = 8;  // of L2, for a block of B
+constexpr i64 kStripPack = i64{4} << 20;          // bytes
+void plan_strips(const GemmDesc& d, const Machine& machine, GemmPlan* p) {
+  const GemmKernel& kernel = *p->kernel;
+  const i64 nr = kernel.nr, depth_bytes = gemm_packed_steps(d.K, kernel) * 4;
+  const i64 rows = std::min(d.M, ceil_div(ceil_div(d.M, kGemmStripRows), p->grid_m) * kGemmStripRows);
+  const i64 cols = ceil_div(ceil_div(d.N, nr), p->grid_n) * nr;
+  const i64 most = machine.l2 * kStripShare / kStripShares / std::max<i64>(1, depth_bytes) / nr * nr;
+  p->strips = true;
+  p->tile_m = kGemmStripRows;
+  p->nc = even_block(std::max<i64>(1, cols), std::max(nr, most), nr);
+  p->finish_cols = nr;
+  p->pack_a = d.a_col != 1;
+  p->pack_b = !d.packed, p->by_panel = p->pack_b && d.b_col != 1;
+  p->tile_sums = true, p->sum_row = nr;
+  const bool kept = p->pack_a && p->nc < cols;
+  p->mc = even_block(rows, kept ? std::max(kGemmStripRows, kStripPack / depth_bytes) : rows, kGemmStripRows);
+  p->a_bytes = pages((kept ? p->mc : kGemmStripRows) * depth_bytes + kSlack);
+  p->b_bytes = p->pack_b ? pages(p->nc * depth_bytes + kSlack) : 0;
+  p->sum_bytes = pages(kGemmStripFloats * 4);
+}
+
 }  // namespace
 
 GemmPlan gemm_plan(const GemmDesc& d, const Machine& machine, const GemmKernel* forced) {
@@ -181,6 +202,10 @@ GemmPlan gemm_plan(const GemmDesc& d, const Machine& machine, const GemmKernel* 
   p.kc = even_block(d.K, p.turned ? d.K : kernel.kc, std::max(8, kernel.k_step));
   p.span = d.dtype == DType::f32 && !dot && !p.streamed && d.K > kSpan ? kSpan / p.kc * p.kc : d.K;
   const bool narrow = p.span < d.K || d.dtype != DType::f32 || kernel.precision != Precision::fma;
+  if (kernel.helpers->strip && !p.turned && d.pairs == 1 && d.K <= kernel.kc) {
+    plan_strips(d, machine, &p);
+    return p;
+  }
   if (narrow) {  // sums wait in scratch
     p.tile_sums = !dot && p.kc >= d.K && d.pairs == 1;
     // Cut until a part's fit, and with them the largest magnitudes of its rows and columns. On tiles they lie by
@@ -194,12 +219,9 @@ GemmPlan gemm_plan(const GemmDesc& d, const Machine& machine, const GemmKernel* 
                               : static_cast<int>(ceil_div(rows, ceil_div(rows, kernel.mr)));
   const i64 depth_bytes = gemm_packed_steps(p.kc, kernel) * 4;  // of a row of A or a column of B, packed
 
-  const bool stays = rows * cols * item_size(d.dtype) <= machine.l2 / 2;  // C, in L2
-  const bool wide = is_tiled(kernel) && kernel.planes == 1 && p.tile_sums && !p.turned && !stays;
-  p.finish_cols = dot ? kDotFinish : wide ? kFinish : kernel.nr;
+  p.finish_cols = dot ? kDotFinish : kernel.nr;
   // A block: half of L2, the other half is for the panel of B, sums, and C passing through.
-  i64 mc_rows = machine.l2 / 2 / depth_bytes;
-  if (wide) mc_rows = std::min(mc_rows, machine.l2 / kFinishShare / (p.finish_cols * 4));
+  const i64 mc_rows = machine.l2 / 2 / depth_bytes;
   const i64 mc_limit = std::max<i64>(1, mc_rows / p.tile_m) * p.tile_m;
   p.mc = even_block(rows, mc_limit, p.tile_m);
   const i64 tiles = ceil_div(rows, p.tile_m);
@@ -221,17 +243,13 @@ GemmPlan gemm_plan(const GemmDesc& d, const Machine& machine, const GemmKernel* 
     const i64 bytes = std::min<i64>(machine.l3 / (2 * p.threads), i64{is_tiled(kernel) ? 8 : 4} << 20);
     p.nc = even_block(cols, std::max<i64>(kernel.nr, bytes / depth_bytes / kernel.nr * kernel.nr), kernel.nr);
   }
-  constexpr i64 kSlack = 64;  // one vector: see GemmHelpers::pack
   p.a_bytes = p.pack_a ? pages(p.mc * depth_bytes + kSlack) : 0;
   p.b_bytes = p.pack_b ? pages((p.one_panel ? kernel.nr : p.nc) * depth_bytes + kSlack) : 0;
   if (narrow && !p.streamed) {
-    // Of tiles: by panels, or rows of a few columns, an odd number of pairs of lines apart, which L1's sets share
-    // evenly.
     const bool tiled = is_tiled(kernel);
-    const i64 padded = round_up(cols, kernel.nr);
-    p.sum_row = wide ? round_up(std::min(p.finish_cols, padded), 64) + 32 : p.tile_sums || tiled ? kernel.nr : cols;
-    const i64 kept_rows = !p.tile_sums ? rows : wide ? p.mc : kernel.mr;
-    const i64 kept_cols = !p.tile_sums && tiled ? padded : p.sum_row;
+    p.sum_row = p.tile_sums || tiled ? kernel.nr : cols;  // of tiles: by panels
+    const i64 kept_rows = p.tile_sums ? kernel.mr : rows;
+    const i64 kept_cols = !p.tile_sums && tiled ? round_up(cols, kernel.nr) : p.sum_row;
     p.sum_bytes = pages(kept_rows * kept_cols * (p.turned || p.span < d.K ? 2 : 1) * 4);
   }
   if (kernel.helpers->suspects) {
@@ -285,7 +303,8 @@ std::vector<std::string> gemm_candidates(const GemmDesc& d, const Machine& machi
 std::string describe(const GemmDesc& d, const GemmPlan& p) {
   return concat("gemm ", describe(d), " -> ", p.kernel->name, " mc=", p.mc, " nc=", p.nc, " kc=", p.kc,
                 " pack=", p.pack_a ? "A" : "", p.pack_b ? "B" : "", p.pack_a || p.pack_b ? "" : "none",
-                p.turned     ? " turned"
+                p.strips     ? " strips"
+                : p.turned   ? " turned"
                 : p.streamed ? " streamed"
                              : "",
                 " grid=", p.grid_m, "x", p.grid_n, " threads=", p.threads, " workspace=", p.workspace_bytes(),

@@ -7,62 +7,16 @@
 
 #include "base/arena.h"
 #include "base/parallel.h"
-#include "gemm/gemm.h"
+#include "gemm/cpu/part.h"
 
 namespace fastdl {
 namespace {
 
 std::atomic<i64> g_repaired{0};
 
-struct Part {
-  const void* a;
-  const void* b;
-  void* c;
-  i64 c_offset;  // elements from args.c to c: residual and pre lie as C does
-  i64 m_begin, m_end, n_begin, n_end;
-};
-
-// Part `index` of batch x grid_m x grid_n.
-Part part_at(const GemmDesc& d, const GemmPlan& p, const GemmArgs& args, i64 index) {
-  const i64 grid = i64{p.grid_m} * p.grid_n;
-  i64 matrix = index / grid;
-  const i64 im = index % grid / p.grid_n, in = index % p.grid_n;
-  Part part = {args.a, args.b, args.c, 0, 0, 0, 0, 0};
-  for (int i = args.batch.dims - 1; i >= 0; --i) {
-    const i64 step = matrix % args.batch.size[i];
-    matrix /= args.batch.size[i];
-    part.a = at(part.a, step * args.batch.a[i], d.dtype);
-    part.b = at(part.b, step * args.batch.b[i], d.dtype);
-    part.c_offset += step * args.batch.c[i];
-  }
-  part.c = at(args.c, part.c_offset, d.dtype);
-  const i64 nr = p.kernel->nr, panels = ceil_div(d.N, nr), unit = gemm_row_unit(*p.kernel),
-            strips = ceil_div(d.M, unit);
-  part.m_begin = std::min(d.M, strips * im / p.grid_m * unit);
-  part.m_end = std::min(d.M, strips * (im + 1) / p.grid_m * unit);
-  part.n_begin = panels * in / p.grid_n * nr;
-  part.n_end = std::min(d.N, panels * (in + 1) / p.grid_n * nr);
-  return part;
-}
-
 // Floats of all panels of B[K,N].
 i64 packed_panels(i64 K, i64 N, const GemmKernel& kernel) {
   return round_up(N, kernel.nr) * gemm_packed_steps(K, kernel);
-}
-
-// out = the panels of B[k0 .. k0+depth, n0 .. n0+n], `kc` rows of storage each. Rows that are contiguous along N are
-// read a few at a time over all panels, so that the memory stream runs along them.
-void pack_b(const GemmDesc& d, const GemmKernel& kernel, const void* b, i64 depth, i64 n, i64 kc, float* out,
-            float* peak) {
-  const i64 step = d.b_col == 1 ? std::max(8, kernel.k_step) : std::max<i64>(1, depth);
-  for (i64 k = 0; k < depth; k += step) {
-    for (i64 j = 0; j < n; j += kernel.nr) {
-      kernel.helpers->pack_b(at(b, k * d.b_row + j * d.b_col, d.dtype), d.b_row, d.b_col, std::min(step, depth - k),
-                             static_cast<int>(std::min<i64>(kernel.nr, n - j)), kernel.nr,
-                             out + j * gemm_packed_steps(kc, kernel) + gemm_packed_steps(k, kernel) * kernel.nr,
-                             peak ? peak + j : nullptr);
-    }
-  }
 }
 
 void pack_a(const GemmDesc& d, const GemmPlan& p, const void* a, i64 depth, i64 m, float* out, float* peak) {
@@ -72,27 +26,6 @@ void pack_a(const GemmDesc& d, const GemmPlan& p, const void* a, i64 depth, i64 
                               static_cast<int>(std::min<i64>(p.tile_m, m - i)), p.tile_m, out + i * steps,
                               peak ? peak + i : nullptr);
   }
-}
-
-// Part whose operands are those of pair r.
-Part pair_of(const GemmDesc& d, const GemmArgs& args, Part part, i64 r) {
-  for (i64 i = args.pairs.dims - 1; i >= 0; r /= args.pairs.size[i--]) {
-    part.a = at(part.a, r % args.pairs.size[i] * args.pairs.a[i], d.dtype);
-    part.b = at(part.b, r % args.pairs.size[i] * args.pairs.b[i], d.dtype);
-  }
-  return part;
-}
-
-// What finishes sums of C(m.., n..), all but the sums themselves.
-FinishArgs epilogue_at(const GemmDesc& d, const GemmArgs& args, const Part& part, i64 m, i64 n) {
-  const i64 offset = m * args.c_row + n;
-  FinishArgs f = {};
-  f.c = at(part.c, offset, d.dtype), f.c_row = args.c_row, f.accumulate = args.accumulate;
-  if (args.bias) f.bias = at(args.bias, n * args.bias_step, d.dtype), f.bias_step = args.bias_step;
-  if (args.residual) f.residual = at(args.residual, part.c_offset + offset, d.dtype);
-  if (args.pre) f.pre = at(args.pre, part.c_offset + offset, d.dtype);
-  f.activation = args.activation;
-  return f;
 }
 
 // Scratch of a thread, cut as the plan says. The peaks are those of the rows and columns of a part.
@@ -175,14 +108,6 @@ struct Blocks {
   i64 source_cols, depth;     // of the source, to the end of the part
   float* peak;                // of the columns of B, or null
 };
-
-// The share of rows i to end, of m, in fetching `rows` rows of `per_row` cache lines.
-Ahead share(const void* p, i64 step, i64 per_row, i64 rows, i64 i, i64 end, i64 m) {
-  const i64 lines = rows * per_row, first = lines * i / m;
-  if (lines <= 0) return {};
-  return {static_cast<const char*>(p) + first / per_row * step, step, per_row, first % per_row,
-          lines * end / m - first};
-}
 
 // sums(i,j) += the tile's.
 void add(const TileArgs& t, float* sums) {
@@ -292,7 +217,7 @@ void run_pair(const GemmDesc& d, const GemmPlan& p, const GemmArgs& args, const 
       const void* b = at(part.b, k0 * d.b_row + n0 * d.b_col, d.dtype);
       if (p.pack_b) {
         x.peak = peaks ? scratch.b_peak + n0 - part.n_begin : nullptr;
-        if (!p.by_panel) pack_b(d, *p.kernel, b, depth, n, depth, scratch.b, x.peak);
+        if (!p.by_panel) gemm_pack_block(d, *p.kernel, b, depth, n, depth, scratch.b, x.peak);
         x.b = scratch.b, x.b_panel = p.one_panel ? 0 : steps * nr, x.b_row = nr, x.b_col = 1;
       } else if (d.packed) {
         x.b_panel = gemm_packed_steps(d.K, *p.kernel) * nr, x.b_row = nr, x.b_col = 1;
@@ -408,6 +333,7 @@ void run_streamed(const GemmDesc& d, const GemmPlan& p, const GemmArgs& args, co
 }
 
 void run_part(const GemmDesc& d, const GemmPlan& p, const GemmArgs& args, const Part& whole, char* memory) {
+  if (p.strips) return gemm_run_strips(d, p, args, whole, memory);
   Scratch scratch = {};
   const auto take = [&](i64 bytes) {
     float* const piece = reinterpret_cast<float*>(memory);
@@ -464,7 +390,7 @@ void gemm_pack_panels(const void* b, i64 b_row, i64 b_col, i64 K, i64 N, const G
                       float* peak) {
   GemmDesc d = {};
   d.b_row = b_row, d.b_col = b_col, d.dtype = kernel.dtype;
-  pack_b(d, kernel, b, K, N, K, out, peak);
+  gemm_pack_block(d, kernel, b, K, N, K, out, peak);
 }
 
 void gemm_pack_b(const void* b, i64 b_row, i64 b_col, i64 K, i64 N, const GemmKernel& kernel, float* out) {
@@ -475,7 +401,7 @@ void gemm_pack_b(const void* b, i64 b_row, i64 b_col, i64 K, i64 N, const GemmKe
   const i64 nr = kernel.nr, size = packed_panels(K, N, kernel), all = gemm_pack_size(K, N, kernel);
   float* const peak = all > size ? out + size : nullptr;
   std::fill(out + size, out + all, 0.0f);
-  pack_b(d, kernel, b, K, N, K, out, peak);
+  gemm_pack_block(d, kernel, b, K, N, K, out, peak);
   for (i64 j0 = 0; peak && j0 < N; j0 += nr) {
     const i64 n = std::min(nr, N - j0);
     const auto tiny = [](float x) { return x < kTinyPeak && x > 0; };
@@ -486,7 +412,7 @@ void gemm_pack_b(const void* b, i64 b_row, i64 b_col, i64 K, i64 N, const GemmKe
         scaled[static_cast<std::size_t>(k * n + j)] =
             static_cast<const float*>(b)[k * b_row + (j0 + j) * b_col] * (tiny(peak[j0 + j]) ? kTinyScale : 1);
     d.b_row = n, d.b_col = 1;
-    pack_b(d, kernel, scaled.data(), K, n, K, out + j0 * gemm_packed_steps(K, kernel), nullptr);
+    gemm_pack_block(d, kernel, scaled.data(), K, n, K, out + j0 * gemm_packed_steps(K, kernel), nullptr);
   }
 }
 
