@@ -45,10 +45,12 @@ double products(const GemmDesc& d, const GemmKernel& k) {  // with an element of
   return static_cast<double>(is_tiled(k) ? round_up(d.M, 16) : d.M) * filled(d, k) / rate(k);
 }
 
-// An element of B costs its products, packing, and its bytes, as read from L3: whichever of the two, work or bytes,
-// takes longer.
+// An element of B costs its products, packing, its share of the packing of A on tiles, and its bytes, as read from L3:
+// whichever of the two, work or bytes, takes longer.
 double tile_cost(const GemmDesc& d, const GemmKernel& k) {
-  const double work = products(d, k) + (d.packed ? 0 : pack_cost(k) * filled(d, k));
+  const double rows = static_cast<double>(d.M) / static_cast<double>(std::max<i64>(1, d.N));
+  const double packed = (d.packed ? 0 : 1) + (is_tiled(k) && !k.helpers->strip ? rows : 0);
+  const double work = products(d, k) + packed * pack_cost(k) * filled(d, k);
   const double bytes = d.packed ? 4.0 * k.planes / k.k_unit : item_size(d.dtype);
   return std::max(work, bytes * kL3Byte);
 }
@@ -114,6 +116,12 @@ bool turns(const GemmDesc& d, const GemmKernel& kernel, const Machine& machine) 
   const bool rows_of_tiles = d.b_row == 1 && d.b_col % 2 == 0 && d.K % kernel.k_step == 0 && d.N % 16 == 0;
   return rows_of_tiles && round_up(d.M, kernel.nr) * d.K * item_size(d.dtype) <= machine.l2 / 2;
 }
+
+// Rows up to which a weight that does not stay in L2 is read faster as it lies than from its frozen pack, one long
+// stream; one that does, up to 32. (Granite Rapids, two threads, as it lies / frozen, GFLOP/s: 30 x 4096 x 4096 1080 /
+// 750, 96 x 4096 x 4096 1850 / 1590, 128 x 4096 x 4096 1940 / 1800; 30 x 768 x 768 1650 / 1470, 64 x 3072 x 768 1530 /
+// 1700, 64 x 768 x 768 1910 / 1950.)
+constexpr i64 kTurnedRows = 128, kTurnedNearRows = 32;
 
 const GemmKernel* choose(const GemmDesc& d, const Machine& machine, const char** why) {
   const GemmKernel* tile = d.packed ? &gemm_pack_kernel(machine.isa, d.dtype, d.precision) : find_tile(d, machine.isa);
@@ -265,9 +273,11 @@ bool gemm_pack_pays(const GemmDesc& d, const Machine& machine) {
   const GemmKernel& row = gemm_pack_kernel(machine.isa, d.dtype, d.precision);
   const double item = item_size(d.dtype), rows = static_cast<double>(d.M) / dot->k_unit;
   if (is_tiled(row)) {  // three parts are 6 bytes an element against 4
+    const bool near = item * static_cast<double>(d.N * d.K) <= static_cast<double>(machine.threads * machine.l2);
+    if (turns(d, row, machine) && d.M <= (near ? kTurnedNearRows : kTurnedRows)) return false;
     GemmDesc packed = d;
     packed.packed = true;
-    return tile_cost(packed, row) < std::max(rows, item * kL3Byte);
+    return tile_cost(packed, row) < std::min(std::max(rows, item * kL3Byte), tile_cost(d, *find_tile(d, machine.isa)));
   }
   const bool from_memory = item * static_cast<double>(d.N * d.K) > static_cast<double>(machine.l3) / 2;
   const double limit = from_memory ? kFrozenMemoryRows : kFrozenDotRows * 4.0 / row.k_unit / item;
