@@ -20,6 +20,14 @@ struct VecAvx512Narrow : VecAvx512 {
   }
 };
 
+// As VecAvx512, results narrowed by the processor, too: subnormals become zero.
+struct VecAvx512Flushing : VecAvx512 {
+  using VecAvx512::store;
+  static FASTDL_INLINE void store(bf16* p, V v, M m = kAll) {
+    _mm256_mask_storeu_epi16(p, m, reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v)));
+  }
+};
+
 // As VecAvx512, two vectors at a time narrowed by the processor, which rounds them alike where nothing is subnormal.
 struct VecAvx512Rounding : VecAvx512 {
   using VecAvx512::store;

@@ -25,8 +25,8 @@ MUTATIONS = [
     Mutation(
         "the end of a table is not its last interval",
         "csrc/simd/math.h",
-        "L::set1(31 * Table::step)",
-        "L::set1(32 * Table::step)",
+        "kEnd = Table::last * Table::step;",
+        "kEnd = (Table::last + 1) * Table::step;",
         f"{EPILOGUE} -k special",
     ),
     Mutation(

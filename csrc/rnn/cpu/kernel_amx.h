@@ -49,8 +49,8 @@ constexpr RnnFunctions tile_functions() {
   constexpr int kCellGates = kGates[static_cast<int>(kCell)], kUnits = kPanels * kBlock / kCellGates;
   return {run_rows<P>,
           pack_gates<T, Form, kCellGates, kPanels>,
-          update<L, T, S, kCell, kUnits>,
-          grad<L, T, S, kCell>,
+          update<VecAvx512Flushing, T, S, kCell, kUnits>,
+          grad<VecAvx512Flushing, T, S, kCell>,
           convert<L, T, S>,
           convert<L, S, T>,
           convert<L, T, float>,
