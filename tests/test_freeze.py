@@ -282,8 +282,8 @@ def test_layers_that_cannot_be_frozen_are_named():
 
 # --- stale packs --------------------------------------------------------------------------------------------------
 def test_freezing_again_packs_the_present_weight(generator):
-    model = fastdl.freeze(model_of(32, 4))
-    x = torch.randn(64, 32, generator=generator)  # rows and columns enough for the pack to pay at every level
+    model = fastdl.freeze(model_of(256, 192))
+    x = torch.randn(256, 256, generator=generator)  # rows and columns enough for the pack to pay at every level
     with torch.no_grad():
         model[0].weight.mul_(2)
     expected = nn.functional.linear(x, model[0].weight, model[0].bias)

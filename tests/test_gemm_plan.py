@@ -210,11 +210,11 @@ def test_log_prints_each_new_plan_once(run_python):
         "import os, torch\n"
         "from fastdl import _C\n"
         "os.dup2(1, 2)\n"  # the log goes to stderr; run_python returns stdout
-        "for size in (64, 64, 128):\n"
+        "for size in (256, 256, 300):\n"
         "    x = torch.ones(size, size)\n"
         "    _C.gemm(torch.empty(size, size), x, x)\n"
     )
-    name = _C.gemm_plan(64, 64, 64)["kernel"]
+    name = _C.gemm_plan(256, 256, 256)["kernel"]
     log = run_python("-c", code, env={"FASTDL_LOG": "1"})
     chosen = [line for line in log.splitlines() if name in line and not line.startswith(" ")]
     assert len(chosen) == 2, log

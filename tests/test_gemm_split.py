@@ -104,12 +104,12 @@ def test_few_rows_are_left_to_fma():
 @here
 @pytest.mark.parametrize("mode", MODES)
 def test_torch_switch_chooses(mode, switch, generator):
-    x, w = (torch.randn(s, generator=generator) for s in ((70, 90), (100, 90)))
+    x, w = (torch.randn(s, generator=generator) for s in ((200, 240), (220, 240)))
     switch(mode)
     _C.reset_counters()
     leaf = [x.clone().requires_grad_(), w.clone().requires_grad_()]
     y = functional.linear(*leaf)
-    dy = torch.randn(70, 100, generator=generator)
+    dy = torch.randn(200, 220, generator=generator)
     dx, dw = torch.autograd.grad(y, leaf, dy)
     ran = {name: n for name, n in _C.counters().items() if n}
     assert set(ran) == {f"gemm_f32_{MODES[mode]}_64x32_amx"} and sum(ran.values()) == 3
@@ -125,7 +125,7 @@ def test_torch_switch_chooses(mode, switch, generator):
 def test_legacy_switch(run_python):
     code = (
         "import torch, fastdl\n"
-        "x = torch.ones(64, 64)\n"
+        "x = torch.ones(256, 256)\n"
         "for name in ('high', 'medium', 'highest'):\n"
         "    torch.set_float32_matmul_precision(name)\n"
         "    print(fastdl._C.linear_plan(x.clone(), x, x)['kernel'].split('_')[2])\n"
@@ -290,11 +290,11 @@ def test_pairs_are_recomputed_as_a_whole(kernel, generator):
 
 @here
 def test_explain_counts_recomputed_elements(generator):
-    model = fastdl.optimize(torch.nn.Sequential(torch.nn.Linear(64, 48)))
-    x = torch.randn(70, 64, generator=generator)
+    model = fastdl.optimize(torch.nn.Sequential(torch.nn.Linear(256, 192)))
+    x = torch.randn(200, 256, generator=generator)
     assert "recomputed" not in fastdl.explain(model, x).rows[0].reason
     x[3] *= 2.0**-120
-    assert fastdl.explain(model, x).rows[0].reason == "48 elements recomputed by FMA: Inf, NaN or tiny values"
+    assert fastdl.explain(model, x).rows[0].reason == "192 elements recomputed by FMA: Inf, NaN or tiny values"
 
 
 # --- frozen -----------------------------------------------------------------------------------------------------------
@@ -303,8 +303,8 @@ def test_explain_counts_recomputed_elements(generator):
 def test_frozen_weights_in_every_mode(mode, switch, generator):
     """A pack is for one precision; under another the weight is read instead, and for few rows where that is faster."""
     switch(mode)
-    model = fastdl.optimize(torch.nn.Sequential(torch.nn.Linear(90, 100)))
-    x = torch.randn(70, 90, generator=generator)
+    model = fastdl.optimize(torch.nn.Sequential(torch.nn.Linear(240, 220)))
+    x = torch.randn(200, 240, generator=generator)
     with torch.no_grad():
         expected = model(x)
         fastdl.freeze(model)

@@ -6,6 +6,7 @@ RUN = "csrc/gemm/cpu/run.cc"
 KERNEL = "csrc/gemm/cpu/kernel.h"
 PAIRS = "csrc/gemm/cpu/kernel_pairs.h"
 TILES = "csrc/gemm/cpu/kernel_amx.h"
+SPLITTING = "csrc/gemm/cpu/kernel_split.h"
 STRIP = "csrc/gemm/cpu/kernel_strip.h"
 EXACT = "tests/test_gemm_exact.py"
 STRIDES = "tests/test_gemm_strides.py"
@@ -73,7 +74,7 @@ MUTATIONS = [
     ),
     Mutation(
         "swapped batch strides",
-        RUN,
+        "csrc/gemm/cpu/part.h",
         "part.b = at(part.b, step * args.batch.b[i], d.dtype);",
         "part.b = at(part.b, step * args.batch.a[i], d.dtype);",
         f"{STRIDES} -k test_batches",
@@ -108,14 +109,14 @@ MUTATIONS = [
     ),
     Mutation(
         "off by one in the split along M",
-        RUN,
+        "csrc/gemm/cpu/part.h",
         "part.m_end = std::min(d.M, strips * (im + 1) / p.grid_m * unit);",
         "part.m_end = std::min(d.M, strips * (im + 1) / p.grid_m * unit) - (im + 1 < p.grid_m);",
         f"{EXACT} -k test_k_blocks",
     ),
     Mutation(
         "parts overlap along N",
-        RUN,
+        "csrc/gemm/cpu/part.h",
         "part.n_begin = panels * in / p.grid_n * nr;",
         "part.n_begin = in == 0 ? 0 : (panels * in / p.grid_n - 1) * nr;",
         f"{EXACT} -k test_k_blocks",
@@ -269,7 +270,7 @@ MUTATIONS = [
     ),
     Mutation(
         "residual not advanced with the block",
-        RUN,
+        "csrc/gemm/cpu/part.h",
         "f.residual = at(args.residual, part.c_offset + offset, d.dtype);",
         "f.residual = at(args.residual, part.c_offset, d.dtype);",
         f"{EPILOGUE} -k test_default_kernel",
@@ -318,7 +319,7 @@ MUTATIONS = [
     ),
     Mutation(
         "large values rounded to Inf",
-        TILES,
+        SPLITTING,
         "kRoundsToInfinity = 0x7f7f8000",
         "kRoundsToInfinity = 0x7f800000",
         f"{SPLIT} -k test_parts_hold",
@@ -416,7 +417,7 @@ MUTATIONS = [
     ),
     Mutation(
         "Inf split into Inf and NaN",
-        TILES,
+        SPLITTING,
         "        x = _mm512_maskz_sub_ps(finite, x, out[p]);",
         "        x = _mm512_maskz_sub_ps(0xffff, x, out[p]);",
         f"{SPLIT} -k test_special",

@@ -14,7 +14,7 @@ FASTDL_INLINE i64 part_at(i64 j, int part) {
 }
 
 // x = the sum of the parts, each the rest so far rounded to bfloat16 by the processor, which is half the instructions
-// of split (gemm/cpu/kernel_amx.h): P and dS are NaN or far from the largest bfloat16. lane: a part in the lower half
+// of split (gemm/cpu/kernel_split.h): P and dS are NaN or far from the largest bfloat16. lane: a part in the lower half
 // of a lane; as float32 it is that shifted.
 FASTDL_INLINE __m512i lane(__m256i part) { return _mm512_cvtepu16_epi32(part); }
 FASTDL_INLINE __m512i as_float(__m512i lanes) { return _mm512_slli_epi32(lanes, 16); }

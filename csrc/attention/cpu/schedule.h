@@ -11,7 +11,7 @@ namespace fastdl {
 // Floats of the running values of a strip: whole vectors at any level.
 inline i64 row_slots(const AttentionKernel& k) { return round_up(k.mr, 16); }
 
-// Tiles read and write whole rows of 16, packed in the order of their use (gemm/cpu/kernel_amx.h).
+// Tiles read and write whole rows of 16, packed in the order of their use (gemm/cpu/kernel_split.h).
 inline i64 lines(const AttentionKernel& k, i64 rows) { return is_tiled(k) ? round_up(rows, 16) : rows; }
 // Floats of a packed line, a row or column of an operand, of so many elements.
 inline i64 steps(const AttentionKernel& k, i64 depth) { return round_up(depth, k.k_step) / k.k_unit * k.planes; }

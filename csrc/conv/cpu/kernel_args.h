@@ -21,7 +21,7 @@ struct ConvTileArgs {
 };
 
 // dst[p*row + c] = src[p*pixel_step + c*c_step] in the form that tiles read, p < pixels, c < channels: float32, or 16
-// bits as they are; an odd last channel is paired with zero. For tiles (gemm/cpu/kernel_amx.h) a row of dst is
+// bits as they are; an odd last channel is paired with zero. For tiles (gemm/cpu/kernel_split.h) a row of dst is
 // [ceil(channels/32)][part][32] of bfloat16, filled with zeros. row counts floats. peak: peak[p] = max(peak[p], |src|)
 // of the pixel where such are kept, or null.
 struct ConvBandArgs {

@@ -65,7 +65,7 @@ struct GemmStripArgs {
 };
 
 // dst[k*panel + j] = src[k*k_step + j*j_step] for j < n, 0 for n <= j < panel (k_unit 2: see kernel_pairs.h, tiles:
-// see kernel_amx.h). panel <= the vector width or a multiple of it; writes up to one vector past dst + k_count*panel.
+// see kernel_split.h). panel <= the vector width or a multiple of it; writes up to one vector past dst + k_count*panel.
 // peak: peak[j] = max(peak[j], |src[.., j]|) where the kernel has suspects, else unused.
 using PackFunction = void(const void* src, i64 k_step, i64 j_step, i64 k_count, int n, int panel, float* dst,
                           float* peak);

@@ -5,6 +5,7 @@
 #include "gemm/gemm.h"
 
 namespace fastdl {
+
 struct Part {
   const void* a;
   const void* b;

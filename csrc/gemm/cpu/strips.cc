@@ -7,7 +7,6 @@
 #include "gemm/cpu/part.h"
 
 namespace fastdl {
-
 namespace {
 
 // Rows of A that are tile rows as they lie, but for the last, shorter step along K: whole tiles.
