@@ -63,7 +63,7 @@ TABLES = [
     Table("GeluSlopeTail", "d (x Phi(x)) / dx at x = -t", gelu_slope_tail, 0.21875, 5, 0),
     Table("LogisticTail", "1 / (1 + exp(t))", lambda t: logistic(-t), 0.5625, 5, 0),
     Table("TanhRatio", "tanh(t) / t", tanh_ratio, RATIO_STEP, 5, RATIO_END, relative=True),
-    Table("NarrowLogistic", "1 / (1 + exp(-t)), for bfloat16", logistic, 0.8, 3, 1, 0),
+    Table("NarrowLogisticTail", "1 / (1 + exp(t)), for bfloat16", lambda t: logistic(-t), 0.5625, 3, 0, relative=True),
     Table("NarrowTanh", "tanh(t), for bfloat16", math.tanh, 0.45, 3, 1, -1),
 ]
 

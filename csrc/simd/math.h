@@ -53,10 +53,17 @@ FASTDL_INLINE typename L::V exp(typename L::V x) {
   return L::scale(p, n);
 }
 
-// 1 / (1 + exp(-x))
-template <class L>
+// Whether results are bfloat16, which shows no relative error below 2^-9: coarser tables do.
+constexpr bool is_coarse(bf16) { return true; }
+constexpr bool is_coarse(f16) { return false; }
+constexpr bool is_coarse(float) { return false; }
+
+// 1 / (1 + exp(-x)), for results in T
+template <class L, class T = float>
 FASTDL_INLINE typename L::V logistic(typename L::V x) {
-  if constexpr (L::looks_up) {
+  if constexpr (L::looks_up && is_coarse(T{})) {
+    return from_tail<L, NarrowLogisticTail>(x);
+  } else if constexpr (L::looks_up) {
     return from_tail<L, LogisticTail>(x);
   } else {
     const auto one = L::set1(1.0f);
@@ -84,37 +91,16 @@ FASTDL_INLINE typename L::V tanh_by_exp(typename L::V x) {
   return L::div(m, L::add(m, L::set1(2.0f)));
 }
 
-// By the table of tanh(t) / t where there is one: relative error below 3 * 2^-24, too; 1 at the end is rounded up.
-template <class L>
+// For results in T; by the table of tanh(t) / t the relative error is below 3 * 2^-24, too; 1 at the end is rounded up.
+template <class L, class T = float>
 FASTDL_INLINE typename L::V tanh(typename L::V x) {
-  if constexpr (L::looks_up) {
+  if constexpr (L::looks_up && is_coarse(T{})) {
+    return piecewise<L, NarrowTanh>(x);
+  } else if constexpr (L::looks_up) {
     const auto y = L::mul(x, piecewise<L, TanhRatio>(absolute<L>(x)));
     return L::max(L::set1(-1.0f), L::min(L::set1(1.0f), y));
   } else {
     return tanh_by_exp<L>(x);
-  }
-}
-
-// Both for results in a dtype: bfloat16 does not show errors of 6e-5.
-constexpr bool is_coarse(bf16) { return true; }
-template <class T>
-constexpr bool is_coarse(T) {
-  return false;
-}
-template <class L, class T>
-FASTDL_INLINE typename L::V logistic_in(typename L::V x) {
-  if constexpr (L::looks_up && is_coarse(T{})) {
-    return piecewise<L, NarrowLogistic>(x);
-  } else {
-    return logistic<L>(x);
-  }
-}
-template <class L, class T>
-FASTDL_INLINE typename L::V tanh_in(typename L::V x) {
-  if constexpr (L::looks_up && is_coarse(T{})) {
-    return piecewise<L, NarrowTanh>(x);
-  } else {
-    return tanh<L>(x);
   }
 }
 

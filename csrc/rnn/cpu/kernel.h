@@ -116,22 +116,22 @@ void update(const RnnUpdateArgs& a) {
         if (saved) lanes.store(static_cast<T*>(a.saved_state) + i * a.H + j, v);
       };
       if constexpr (kCell == RnnCell::lstm) {
-        const auto in = logistic_in<E, T>(gate(0)), forget = logistic_in<E, T>(gate(1));
-        const auto cell = tanh_in<E, T>(gate(2)), out = logistic_in<E, T>(gate(3));
+        const auto in = logistic<E, T>(gate(0)), forget = logistic<E, T>(gate(1));
+        const auto cell = tanh<E, T>(gate(2)), out = logistic<E, T>(gate(3));
         float* c = a.c + i * a.c_row + j;
         const auto c_next = E::fma(forget, lanes.load(c), E::mul(in, cell));
         lanes.store(c, c_next);
         save(0, in), save(1, forget), save(2, cell), save(3, out), save_state(c_next);
-        store_state<E>(lanes, E::mul(out, tanh_in<E, T>(c_next)), y, next);
+        store_state<E>(lanes, E::mul(out, tanh<E, T>(c_next)), y, next);
       } else if constexpr (kCell == RnnCell::gru) {
-        const auto reset = logistic_in<E, T>(gate(0)), keep = logistic_in<E, T>(gate(1)), r = recurrent(2);
-        const auto fresh = tanh_in<E, T>(E::fma(reset, r, lanes.load(x + 2 * a.H)));
+        const auto reset = logistic<E, T>(gate(0)), keep = logistic<E, T>(gate(1)), r = recurrent(2);
+        const auto fresh = tanh<E, T>(E::fma(reset, r, lanes.load(x + 2 * a.H)));
         const auto h = lanes.load(static_cast<const S*>(a.h) + i * a.h_row + j);
         save(0, reset), save(1, keep), save(2, fresh), save_state(r);
         store_state<E>(lanes, E::fma(keep, E::sub(h, fresh), fresh), y, next);
       } else {
         const auto z = gate(0);
-        store_state<E>(lanes, a.relu ? E::max(E::zero(), z) : tanh_in<E, T>(z), y, next);
+        store_state<E>(lanes, a.relu ? E::max(E::zero(), z) : tanh<E, T>(z), y, next);
       }
     }
   }
@@ -166,8 +166,7 @@ void grad(const RnnGradArgs& a) {
       if (a.dy) dh = E::add(dh, lanes.load(static_cast<const T*>(a.dy) + i * a.dy_row + j));
       const auto previous = before ? lanes.load(before + j) : E::zero();
       if constexpr (kCell == RnnCell::lstm) {
-        const auto in = load(0), forget = load(1), cell = load(2), out = load(3),
-                   t = tanh_in<E, T>(lanes.load(state + j));
+        const auto in = load(0), forget = load(1), cell = load(2), out = load(3), t = tanh<E, T>(lanes.load(state + j));
         float* const dc_at = a.dc + i * a.dc_row + j;
         const auto dc = E::add(lanes.load(dc_at), through_tanh(E::mul(dh, out), t));
         put(0, through_sigmoid(E::mul(dc, cell), in));
