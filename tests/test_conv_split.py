@@ -1,6 +1,8 @@
 """Convolution on tiles: which row runs, how exact it is, what parts of bfloat16 cannot hold."""
 
+import ctypes
 import math
+import mmap
 
 import pytest
 import torch
@@ -91,6 +93,17 @@ def reference(problem, pass_):
 
 def problem_of(case, dtype=torch.float32, layout="channels_last", seed=1):
     return Conv(**case, dtype=dtype, layout=layout, seed=seed, high=0)
+
+
+def before_a_wall(x):
+    """A copy of x as it lies, behind whose last byte nothing may be read."""
+    page, size = mmap.PAGESIZE, x.numel() * x.element_size()
+    whole = -(-size // page) * page
+    memory = mmap.mmap(-1, whole + page)
+    first = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(first + whole), page, 0) == 0
+    copy = torch.frombuffer(memory, dtype=x.dtype, count=x.numel(), offset=whole - size)
+    return copy.as_strided(x.shape, x.stride()).copy_(x)
 
 
 # --- which row --------------------------------------------------------------------------------------------------------
@@ -430,3 +443,15 @@ def test_float16_special_values_wgrad(row):
     problem.x[0, 3, 4, 4], problem.dy[1, 60, 4, 2] = INF, NAN
     ref = reference(problem, "wgrad")
     testing.assert_special_values(run(problem, "wgrad", kernel=row["name"]), ref.expected)
+
+
+@pytest.mark.parametrize("taps", (1, 3))
+@pytest.mark.parametrize("size", ((1, 3), (3, 7), (5, 8)), ids=str)
+@rows("dense", dtype=("bfloat16", "float32"))
+def test_nothing_behind_an_image_is_read(row, size, taps):
+    case = dict(N=1, C=64, K=40, size=size, kernel=(taps, taps), padding=(taps // 2,) * 2)
+    problem = problem_of(case, DTYPES[row["dtype"]])
+    x, w = lay(problem.x, "channels_last"), lay(problem.w, "channels_last")
+    y = lay(torch.full_like(problem.dy, NAN), "channels_last")
+    _C.conv(y, before_a_wall(x), before_a_wall(w), **problem.options, kernel=row["name"])
+    assert torch.equal(y, run(problem, "forward", kernel=row["name"]))

@@ -156,6 +156,8 @@ py::dict plan_shape(const std::string& pass, const Sizes& x, const Sizes& w, con
   out["rows"] = p.rows;
   out["w_block"] = p.w_block;
   out["flat"] = p.flat;
+  out["strips"] = p.strips;
+  out["n_block"] = p.n_block;
   out["merge"] = p.merge;
   out["group_block"] = p.group_block;
   out["phases"] = p.phases.size();

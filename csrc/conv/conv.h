@@ -49,7 +49,9 @@ struct ConvPlan {
   // Groups of few channels: tiles take `merge` as one, weights between them zero. A part has group_block of these, each
   // with a panel of its own; a pixel of the band holds the channels of all.
   i64 merge = 1, group_block = 1;
-  bool fold;         // few channels: a pixel of the band holds all taps along the width of an output pixel
+  bool fold;    // few channels: a pixel of the band holds all taps along the width of an output pixel
+  bool strips;  // of 32 pixels, against n_block columns at a time: all that is summed, then finished meanwhile
+  i64 n_block;
   bool flat;         // tiles read pixels where they lie in the band, also those between its rows
   i64 group_floats;  // packed weights of a group, or of those taken as one
   i64 w_bytes;       // of all groups, for all threads; 0 where frozen
@@ -82,6 +84,11 @@ inline i64 conv_apart(i64 floats) { return floats + (floats % 256 == 240 ? 32 : 
 inline i64 conv_sum_row(const ConvKernel& kernel, i64 columns) {
   const i64 row = round_up(columns, kernel.nr / 2);
   return is_tiled(kernel) ? conv_apart(row) : row;
+}
+// Of a pixel in the band that holds so many.
+inline i64 conv_pixel_floats(const ConvPlan& plan, i64 units) {
+  const bool apart = plan.mixes_groups() || (is_tiled(*plan.kernel) && units % 256 == 0);
+  return apart ? conv_apart(units) : units;
 }
 // Floats of a packed row or column that hold so many channels.
 inline i64 conv_units(const ConvKernel& kernel, i64 channels) {

@@ -3,6 +3,10 @@
 from mutation import Mutation
 
 DENSE = "csrc/conv/cpu/dense.cc"
+BAND = "csrc/conv/cpu/dense_band.cc"
+BANDS = "csrc/conv/cpu/dense_band.h"
+LINES = "csrc/conv/cpu/dense_problem.h"
+STRIPS = "csrc/conv/cpu/dense_strips.cc"
 PACK = "csrc/conv/cpu/dense_pack.cc"
 PLAN = "csrc/conv/cpu/plan.cc"
 KERNEL = "csrc/conv/cpu/kernel.h"
@@ -16,14 +20,14 @@ SPLIT = "tests/test_conv_split.py"
 MUTATIONS = [
     Mutation(
         "taps of few channels gathered without the stride",
-        DENSE,
+        BAND,
         "b.pixel_step = axis(2).in_step * channels_",
         "b.pixel_step = channels_",
         f"{TESTS} -k 'test_grid_is_exact and conv_bf16_6x64_avx512bf16 and forward'",
     ),
     Mutation(
         "a row of few channels staged without what is padding behind it",
-        DENSE,
+        BAND,
         "std::memset(to + end * pixel, 0, bytes((positions - end) * pixel));",
         "std::memset(to + end * pixel, 0, 0);",
         f"{TESTS} -k 'test_grid_is_exact and conv_bf16_6x64_avx512bf16 and forward'",
@@ -37,15 +41,15 @@ MUTATIONS = [
     ),
     Mutation(
         "an image's last column taken for padding",
-        DENSE,
-        "(x_.size[2] - 1 - w_first) / w_step + 1",
-        "(x_.size[2] - 1 - w_first) / w_step",
+        LINES,
+        "(size - 1 - l.first) / l.stride + 1",
+        "(size - 1 - l.first) / l.stride",
         f"{TESTS} -k 'test_grid_is_exact and f32'",
     ),
     Mutation(
         "padding before the first column not cleared",
-        DENSE,
-        "        std::fill_n(out, begin * floats_, 0.0f);\n",
+        BAND,
+        "    std::fill_n(out, begin * floats_, 0.0f);\n",
         "",
         f"{TESTS} -k 'test_grid_is_exact and f32'",
     ),
@@ -58,9 +62,9 @@ MUTATIONS = [
     ),
     Mutation(
         "kernel steps of a dilated kernel forgotten along the height",
-        DENSE,
-        "const i64 h_step = axis(1).tap_step * width * floats_",
-        "const i64 h_step = width * floats_",
+        BANDS,
+        "p_.shared[1] ? t1 * axis(1).tap_step : 0",
+        "p_.shared[1] ? t1 : 0",
         f"{TESTS} -k 'test_grid_is_exact and f32'",
     ),
     Mutation(
@@ -72,9 +76,9 @@ MUTATIONS = [
     ),
     Mutation(
         "pixels between the rows of the band written, too",
-        DENSE,
-        "return pixel % line_ < width_ && pixel / line_ % plane_lines_ < rows_;",
-        "return pixel / line_ % plane_lines_ < rows_;",
+        STRIPS,
+        "w < width ? first + w * step : -1",
+        "first + w * step",
         f"{TESTS} -k 'test_grid_is_exact and conv_bf16_32x32_amx and forward'",
     ),
     Mutation(
@@ -85,8 +89,36 @@ MUTATIONS = [
         "tests/test_conv_groups.py -k 'stays_in_its_group'",
     ),
     Mutation(
+        "rows of tail columns reach those between the rows of the band",
+        "csrc/gemm/cpu/kernel_strip.h",
+        "t.row_at[i + count] >= 0 && ",
+        "",
+        f"{TESTS} -k 'test_results_do_not_depend_on_threads and bfloat16 and channels_last and forward'",
+    ),
+    Mutation(
+        "padding that two rows share taken from both",
+        LINES,
+        "l.each -= std::min(l.begin, l.positions - l.end);",
+        "l.each -= l.begin;",
+        f"{TESTS} -k 'test_grid_is_exact and conv_bf16_32x32_amx and dgrad'",
+    ),
+    Mutation(
+        "every tap of a stride in the first sub-image",
+        BANDS,
+        "(h % h_.step * w_.step + w % w_.step) * sub_pixels_",
+        "0 * (h % h_.step * w_.step + w % w_.step) * sub_pixels_",
+        f"{TESTS} -k 'test_grid_is_exact and conv_bf16_32x32_amx and forward'",
+    ),
+    Mutation(
+        "a strip that ends with the image read behind it",
+        STRIPS,
+        "in_place_ && m % 16 != 0",
+        "false",
+        f"{SPLIT} -k test_nothing_behind_an_image_is_read",
+    ),
+    Mutation(
         "a run of channels meets NaN of the group behind",
-        DENSE,
+        BANDS,
         "merged % group_turns() == only_ / p_.merge",
         "only_ / p_.merge == 0",
         "tests/test_conv_groups.py -k 'stays_in_its_group'",
@@ -164,7 +196,7 @@ MUTATIONS = [
     Mutation(
         "a second tile of gathered pixels laid over the first",
         TILES,
-        "k += 16, panel += 16 * lines)",
+        "k += 16, panel += 16 * kBlock)",
         "k += 16, panel += kTileFloats)",
         f"{SPLIT} -k 'test_tails_of_tiles and not wgrad and contiguous'",
     ),
@@ -178,8 +210,8 @@ MUTATIONS = [
     Mutation(
         "largest magnitudes of one tap for all",
         DENSE,
-        "peak[t1 * h_step + t2 * w_step]",
-        "peak[0 * (t1 * h_step + t2 * w_step)]",
+        "peak[tap_at(t1, t2)]",
+        "peak[0 * tap_at(t1, t2)]",
         f"{SPLIT} -k 'ordinary or test_special_and_tiny_values and f32_split'",
     ),
     Mutation(
@@ -205,9 +237,9 @@ MUTATIONS = [
     ),
     Mutation(
         "positions behind the image's last not cleared where taps share a tile",
-        DENSE,
-        "    std::memset(to + end * pixel, 0, bytes((positions - end) * pixel));\n",
-        "    std::memset(to + end * pixel, 0, bytes(0 * (positions - end) * pixel));\n",
+        BAND,
+        "  std::memset(to + end * pixel, 0, bytes((positions - end) * pixel));\n",
+        "  std::memset(to + end * pixel, 0, bytes(0 * (positions - end) * pixel));\n",
         f"{SPLIT} -k 'test_few_channels and conv_bf16'",
     ),
     Mutation(

@@ -341,8 +341,8 @@ MUTATIONS = [
     Mutation(
         "last rows of a strip left waiting",
         STRIP,
-        "  waiting.some(kBlock);\n}",
-        "}",
+        "  if (f.n == 0) waiting.some(kBlock);\n",
+        "",
         f"{EXACT} -k test_strips",
     ),
     Mutation(
@@ -355,21 +355,21 @@ MUTATIONS = [
     Mutation(
         "bias of waiting rows not advanced",
         STRIP,
-        "R::load(b + j + 16 * v)",
-        "R::load(b + 16 * v)",
+        "b = f.bias ? static_cast<const T*>(f.bias) + j : nullptr;",
+        "b = static_cast<const T*>(f.bias);",
         f"{EXACT} -k test_strips",
     ),
     Mutation(
         "residual not advanced along a strip",
         STRIP,
-        "  if (f.residual) f.residual = static_cast<const T*>(f.residual) + j;\n",
-        "",
+        "static_cast<const T*>(f.residual) + first + j;",
+        "static_cast<const T*>(f.residual) + first;",
         f"{EPILOGUE} -k 'test_every_row and bf16 and amx'",
     ),
     Mutation(
         "packed strips on top of each other",
         "csrc/gemm/cpu/strips.cc",
-        "(kept ? (i - m0) * t.k : 0)",
+        "(kept ? (i - m0) * depth : 0)",
         "0",
         f"{EXACT} -k test_strips",
     ),

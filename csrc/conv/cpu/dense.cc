@@ -3,12 +3,10 @@
 // share. Tiles read rows that are evenly apart: flat, with the pixels between the rows of the band, or gathered first,
 // for all columns of a part.
 #include <algorithm>
-#include <cstring>
-#include <vector>
 
 #include "base/arena.h"
 #include "base/parallel.h"
-#include "conv/cpu/dense_problem.h"
+#include "conv/cpu/dense_band.h"
 #include "simd/vec.h"
 
 namespace fastdl {
@@ -16,50 +14,20 @@ namespace {
 
 using namespace dense;
 
-constexpr i64 kMaxRuns = 256;  // of a product: kc floats at least one long
-// A block of output pixels of one phase: planes (n, d) from `plane` on, rows and columns of each.
-class Part {
+// A part whose sums wait in scratch, or in what is written, until all is summed.
+class Part : Band {
  public:
-  Part(const Problem& problem, char* scratch, i64 index) : x_(problem), p_(problem.p), kernel_(*problem.p.kernel) {
-    std::size_t i = p_.phases.size() - 1;
-    while (p_.phases[i].part > index) --i;
-    phase_ = &p_.phases[i];
-    index -= phase_->part;
-    const i64 k_blocks = ceil_div(x_.columns, p_.k_block);
-    // Groups of the same pixels follow each other: their channels share lines and pages.
-    const i64 group_blocks = ceil_div(x_.d.groups, p_.group_block);
-    const i64 k = index % k_blocks, w = index / k_blocks / group_blocks % phase_->w_blocks;
-    const i64 row = index / k_blocks / group_blocks / phase_->w_blocks;
-    group_ = index / k_blocks % group_blocks * p_.group_block;
-    groups_ = std::min(p_.group_block, x_.d.groups - group_);
-    k0_ = k * p_.k_block, columns_ = std::min(p_.k_block, x_.columns - k0_) * groups_;
-    w0_ = w * p_.w_block, width_ = std::min(p_.w_block, axis(2).count - w0_);
-    if (p_.planes > 1) {
-      plane_ = row * p_.planes, planes_ = std::min(p_.planes, x_.d.N * axis(0).count - plane_);
-      h0_ = 0, rows_ = axis(1).count;
-    } else {
-      const i64 blocks = ceil_div(axis(1).count, p_.rows);
-      plane_ = row / blocks, planes_ = 1;
-      h0_ = row % blocks * p_.rows, rows_ = std::min(p_.rows, axis(1).count - h0_);
-    }
-    in_place_ = reads_in_place();
-    flat_ = p_.flat && !in_place_ && axis(0).taps * axis(1).taps * axis(2).taps > 0;
-    line_ = flat_ ? extent(2, width_) : width_;
-    plane_lines_ = flat_ ? extent(1, rows_) : rows_;
-    pixels_ = ((planes_ - 1) * plane_lines_ + rows_ - 1) * line_ + width_;
-    band_ = reinterpret_cast<float*>(scratch);
-    sum_ = reinterpret_cast<float*>(scratch + p_.band_bytes);
-    pointers_ = reinterpret_cast<const float**>(scratch + p_.band_bytes + p_.sum_bytes);
-    float* tile = reinterpret_cast<float*>(scratch + p_.band_bytes + p_.sum_bytes + p_.pointer_bytes);
+  Part(const Problem& problem, char* scratch, i64 index) : Band(problem, index, scratch) {
+    char* const own = scratch + p_.band_bytes + p_.pointer_bytes;
+    sum_ = reinterpret_cast<float*>(own);
+    float* tile = reinterpret_cast<float*>(own + p_.sum_bytes);
     gathered_ = tile, tile += is_tiled(kernel_) ? kernel_.mr * kernel_.kc : 0;
     stage_ = tile, tile += p_.stage_floats;
     sum_row_ = conv_sum_row(kernel_, columns_);
     const i64 nr = kernel_.nr;
     if (writes_in_place()) {
-      const ConvTensor& out = x_.out;
-      const i64 first = plane_ / axis(0).count * out.n_step + plane_ % axis(0).count * out.step[0] + h0_ * out.step[1] +
-                        w0_ * out.step[2] + (group_ * x_.columns + k0_) * out.c_step;
-      sum_ = static_cast<float*>(out.data) + first, sum_row_ = out.step[2];
+      sum_ = static_cast<float*>(x_.out.data) + out_at(0, 0, 0) + (group_ * x_.columns + k0_) * x_.out.c_step;
+      sum_row_ = x_.out.step[2];
       written_ = true;
     }
     weights_ = x_.pack + x_.panel_at(*phase_, group_, k0_ / nr);
@@ -85,10 +53,8 @@ class Part {
   void sum_all() {
     started_ = false;
     for (i64 c0 = 0; c0 < x_.channels; c0 += p_.c_block) {
-      channels_ = std::min(p_.c_block, x_.channels - c0), units_ = floats_ = x_.units(lump() * channels_);
-      if (p_.mixes_groups()) channels_ *= groups_, floats_ = conv_apart(x_.units(channels_));
-      const i64 all_taps = axis(0).taps * axis(1).taps * width_taps();
-      i64 position = all_taps * x_.units(c0);  // of the weights of the band to come
+      take_channels(std::min(p_.c_block, x_.channels - c0));
+      i64 position = all_taps() * x_.units(c0);  // of the weights of the band to come
       const i64 n1 = p_.shared[1] ? axis(1).taps : 1, n2 = p_.shared[2] ? axis(2).taps : 1;
       const bool last_channels = c0 + p_.c_block >= x_.channels;
       if (in_place_) {
@@ -100,8 +66,8 @@ class Part {
       for (i64 t0 = 0; t0 < axis(0).taps; ++t0) {
         for (i64 t1 = 0; t1 < axis(1).taps; t1 += n1) {
           for (i64 t2 = 0; t2 < width_taps(); t2 += n2) {
-            copy_band(c0, t0, t1, t2);
-            if (p_.mixes_groups()) look_at_band();
+            copy(c0, t0, t1, t2);
+            if (p_.mixes_groups()) look_at_groups();
             if (!finite_ && only_ < 0) return;
             const bool last = t0 + 1 >= axis(0).taps && t1 + n1 >= axis(1).taps && t2 + n2 >= width_taps();
             multiply(position, n1, n2, last_channels && last);
@@ -112,22 +78,6 @@ class Part {
     }
     for (i64 i = 0; i < pixels_ && !started_; ++i) std::fill_n(sum_ + i * sum_row_, columns_, 0.0f);
   }
-
-  // Inf and NaN of one group, times the zeros of another's weights for it, would be the other's, too: those merged with
-  // it, and, where a run of channels is not a whole step, those that follow. The last run ends between pixels.
-  void look_at_band() {
-    const i64 pixels = planes_ * extent(1, rows_) * extent(2, width_), used = x_.units(channels_);
-    for (i64 i = 0; i < pixels; ++i) std::fill(band_ + i * floats_ + used, band_ + (i + 1) * floats_, 0.0f);
-    if (finite_) finite_ = kernel_.functions->finite(band_, pixels * floats_);
-    const i64 all = groups_ * p_.merge, floats = x_.channels / p_.merge / 2;
-    for (i64 g = 0; only_ >= 0 && g < all; ++g)
-      for (i64 i = 0; !kept(g) && i < pixels; ++i) std::fill_n(band_ + i * floats_ + g * floats, floats, 0.0f);
-  }
-
-  // Groups so far apart, of those a run of channels begins with, that none meets another's: one pass for all of them.
-  i64 group_turns() const { return ceil_div(kernel_.k_step, x_.channels); }
-  bool kept(i64 g) const { return g % p_.merge == only_ % p_.merge && in_turn(g / p_.merge); }
-  bool in_turn(i64 merged) const { return only_ < 0 || merged % group_turns() == only_ / p_.merge; }
 
   // A few groups at a time, the others' channels zero; of the sums their own columns are kept.
   void sum_apart() {
@@ -140,64 +90,6 @@ class Part {
           std::copy_n(sum_ + i * sum_row_ + g * columns, columns, kept_sums + i * sum_row_ + g * columns);
     }
     sum_ = kept_sums;
-  }
-
-  const ConvAxis& axis(int i) const { return phase_->axis[i]; }
-  // Taps along the width that a pixel of the band holds, and how many times so many there are.
-  i64 lump() const { return p_.fold ? axis(2).taps : 1; }
-  i64 width_taps() const { return p_.fold ? std::min<i64>(1, axis(2).taps) : axis(2).taps; }
-  // Steps of outputs and taps in the band, and its size.
-  i64 out_step(int i) const { return p_.shared[i] ? axis(i).in_step : 1; }
-  i64 extent(int i, i64 n) const {
-    return p_.shared[i] ? (n - 1) * axis(i).in_step + (axis(i).taps - 1) * axis(i).tap_step + 1 : n;
-  }
-
-  void set_pointers() {
-    const i64 width = extent(2, width_), plane = extent(1, rows_) * width;
-    const float** out = pointers_;
-    for (i64 s = 0; s < planes_; ++s)
-      for (i64 h = 0; h < rows_; ++h)
-        for (i64 w = 0; w < width_; ++w)
-          *out++ = band_ + (s * plane + h * out_step(1) * width + w * out_step(2)) * floats_;
-  }
-
-  // Pixels a multiple of 4096 bytes apart fall on one set of L1, which holds 8 lines: the rows of a tile evict each
-  // other. (Zen 4, a core, 1x1 stride 2 of 1024 -> 2048 channels, 8x14x14: copied, float32 73 -> 90 GFLOP/s, bfloat16
-  // 148 -> 174. At 2048 bytes copying loses 5%.)
-  bool pixels_collide() const {
-    const i64 step = axis(2).in_step * x_.in.step[2] * item_size(x_.d.dtype);
-    return !is_tiled(kernel_) && step % 4096 == 0;
-  }
-
-  // One tap, whose pixels are all in the image, and channels as the tiles read them: nothing to copy.
-  bool reads_in_place() const {
-    for (int i = 0; i < 3; ++i) {
-      const ConvAxis& a = axis(i);
-      if (a.taps != 1 || a.first < 0 || (a.count - 1) * a.in_step + a.first >= x_.size[i]) return false;
-    }
-    const ConvTensor& in = x_.in;
-    if (in.c_step != 1 && x_.channels > 1) return false;
-    if (pixels_collide() || p_.mixes_groups()) return false;
-    if (kernel_.k_unit == 1) return x_.d.dtype == DType::f32;
-    if (is_tiled(kernel_) && (x_.d.dtype != DType::bf16 || x_.channels % kernel_.k_step != 0)) return false;
-    const bool whole_pairs = (x_.channels | in.n_step | in.step[0] | in.step[1] | in.step[2]) % 2 == 0;
-    return whole_pairs && reinterpret_cast<std::uintptr_t>(in.data) % sizeof(float) == 0;
-  }
-
-  void point_into_image(i64 c0) {
-    const ConvTensor& in = x_.in;
-    const float** out = pointers_;
-    for (i64 s = 0; s < planes_; ++s) {
-      const i64 n = (plane_ + s) / axis(0).count, z = (plane_ + s) % axis(0).count;
-      for (i64 h = h0_; h < h0_ + rows_; ++h) {
-        const i64 offset = n * in.n_step + (group_ * x_.channels + c0) * in.c_step +
-                           (z * axis(0).in_step + axis(0).first) * in.step[0] +
-                           (h * axis(1).in_step + axis(1).first) * in.step[1] +
-                           (w0_ * axis(2).in_step + axis(2).first) * in.step[2];
-        for (i64 w = 0; w < width_; ++w)
-          *out++ = static_cast<const float*>(at(in.data, offset + w * axis(2).in_step * in.step[2], x_.d.dtype));
-      }
-    }
   }
 
   // Sums in what is written itself, where its pixels follow each other as those of the part do.
@@ -213,82 +105,9 @@ class Part {
     return depths && (x_.d.N == 1 || out.n_step == axis(0).count * rows_ * out.step[1]);
   }
 
-  void copy_band(i64 c0, i64 t0, i64 t1, i64 t2) {
-    const i64 width = extent(2, width_), height = extent(1, rows_);
-    // Folded, positions of the image are copied first, as where taps are shared, then the taps of each output pixel.
-    const bool each = p_.shared[2] || p_.fold;
-    const i64 positions = p_.fold ? (width_ - 1) * axis(2).in_step + axis(2).taps : width;
-    const i64 h_step = p_.shared[1] ? 1 : axis(1).in_step, w_step = each ? 1 : axis(2).in_step;
-    const i64 h_first = h0_ * axis(1).in_step + axis(1).first + t1 * axis(1).tap_step;
-    const i64 w_first = w0_ * axis(2).in_step + axis(2).first + t2 * axis(2).tap_step;
-    // Columns inside the image: begin <= j < end.
-    const i64 begin = w_first >= 0 ? 0 : std::min(positions, ceil_div(-w_first, w_step));
-    const i64 end =
-        w_first >= x_.size[2] ? begin : std::clamp((x_.size[2] - 1 - w_first) / w_step + 1, begin, positions);
-    const ConvTensor& in = x_.in;
-    float* out = band_;
-    if (band_peak_) std::fill_n(band_peak_, planes_ * height * width, 0.0f);
-    for (i64 s = 0; s < planes_; ++s) {
-      const i64 n = (plane_ + s) / axis(0).count;
-      const i64 z = (plane_ + s) % axis(0).count * axis(0).in_step + axis(0).first + t0 * axis(0).tap_step;
-      for (i64 i = 0; i < height; ++i, out += width * floats_) {
-        const i64 h = h_first + i * h_step;
-        if (z < 0 || z >= x_.size[0] || h < 0 || h >= x_.size[1] || begin >= end) {
-          std::fill_n(out, width * floats_, 0.0f);
-          continue;
-        }
-        ConvBandArgs b = {};
-        if (p_.fold) {
-          stage_row(at(in.data,
-                       n * in.n_step + group_ * x_.channels * in.c_step + z * in.step[0] + h * in.step[1] +
-                           (w_first + begin) * in.step[2],
-                       x_.d.dtype),
-                    begin, end, positions);
-          b.src = stage_, b.pixel_step = axis(2).in_step * channels_, b.c_step = 1;
-          b.pixels = width, b.channels = lump() * channels_, b.dst = out, b.row = floats_;
-          if (band_peak_) b.peak = band_peak_ + (s * height + i) * width;
-          kernel_.functions->band(b);
-          continue;
-        }
-        std::fill_n(out, begin * floats_, 0.0f);
-        std::fill_n(out + end * floats_, (width - end) * floats_, 0.0f);
-        b.src = at(in.data,
-                   n * in.n_step + (group_ * x_.channels + c0) * in.c_step + z * in.step[0] + h * in.step[1] +
-                       (w_first + begin * w_step) * in.step[2],
-                   x_.d.dtype);
-        b.pixel_step = w_step * in.step[2], b.c_step = in.c_step;
-        b.pixels = end - begin, b.channels = channels_;
-        b.dst = out + begin * floats_, b.row = floats_;
-        if (band_peak_) b.peak = band_peak_ + ((s * height + i) * width + begin);
-        kernel_.functions->band(b);
-      }
-    }
-  }
-
-  // stage = positions of a row of the image and their channels, side by side; zeros but for those from begin to end.
-  void stage_row(const void* src, i64 begin, i64 end, i64 positions) {
-    const ConvTensor& in = x_.in;
-    const i64 item = item_size(x_.d.dtype), pixel = channels_ * item;
-    const auto bytes = [](i64 n) { return static_cast<std::size_t>(n); };
-    const char* const from = static_cast<const char*>(src);
-    char* const to = reinterpret_cast<char*>(stage_);
-    std::memset(to, 0, bytes(begin * pixel));
-    std::memset(to + end * pixel, 0, bytes((positions - end) * pixel));
-    if (in.c_step == 1 && in.step[2] == channels_) {
-      std::memcpy(to + begin * pixel, from, bytes((end - begin) * pixel));
-      return;
-    }
-    for (i64 c = 0; c < channels_; ++c)
-      for (i64 i = 0; i < end - begin; ++i)
-        std::memcpy(to + ((begin + i) * channels_ + c) * item, from + (i * in.step[2] + c * in.c_step) * item,
-                    bytes(item));
-  }
-
   // sums += band * weights, the taps n1 x n2 of the band; last: that is all of them.
   void multiply(i64 position, i64 n1, i64 n2, bool last) {
-    const i64 width = extent(2, width_);
-    const i64 h_step = axis(1).tap_step * width * floats_, w_step = axis(2).tap_step * floats_;
-    const bool fold = axis(2).tap_step == 1 && floats_ == units_;  // neighbours in the image: one run
+    const bool fold = taps_follow();
     const i64 run = fold ? n2 * units_ : units_, count = fold ? n1 : n1 * n2;
     // All at once where sums go on in their tiles and wait nowhere. Else a few weights serve all pixels, sums beside
     // them in L2; what is gathered must fit its panel.
@@ -301,7 +120,7 @@ class Part {
       const i64 r0 = count * g / groups, r1 = count * (g + 1) / groups;
       for (i64 k = 0; k < run; k += piece) {
         i64 runs[kMaxRuns];
-        for (i64 r = r0; r < r1; ++r) runs[r - r0] = k + (fold ? r * h_step : r / n2 * h_step + r % n2 * w_step);
+        for (i64 r = r0; r < r1; ++r) runs[r - r0] = k + (fold ? tap_at(r, 0) : tap_at(r / n2, r % n2)) * floats_;
         if (is_tiled(kernel_)) {
           const bool complete = last && g + 1 == groups && k + piece >= run;
           panels(position + r0 * run + k, runs, r1 - r0, std::min(piece, run - k), complete);
@@ -310,15 +129,15 @@ class Part {
         }
       }
     }
-    if (band_peak_) raise_peaks(n1, n2, axis(1).tap_step * width, axis(2).tap_step);
+    if (band_peak_) raise_peaks(n1, n2);
   }
 
   // The largest magnitudes that the pixels meet with the taps n1 x n2 of the band.
-  void raise_peaks(i64 n1, i64 n2, i64 h_step, i64 w_step) {
+  void raise_peaks(i64 n1, i64 n2) {
     for (i64 i = 0; i < pixels_; ++i) {
       const float* const peak = band_peak_ + (flat_ ? i : (pointers_[i] - band_) / floats_);
       for (i64 t1 = 0; t1 < n1; ++t1)
-        for (i64 t2 = 0; t2 < n2; ++t2) row_peak_[i] = std::max(peak[t1 * h_step + t2 * w_step], row_peak_[i]);
+        for (i64 t2 = 0; t2 < n2; ++t2) row_peak_[i] = std::max(peak[tap_at(t1, t2)], row_peak_[i]);
     }
   }
 
@@ -354,7 +173,7 @@ class Part {
         if (step == 0) {
           rows.runs = groups_ > 1 ? offset : runs;
           kernel_.functions->gather(rows, gathered_);
-          t.a = gathered_, t.a_row = 1, t.a_col = t.m > 16 ? 32 : 16;
+          t.a = gathered_, t.a_row = 1, t.a_col = kernel_.mr;
         }
         const float* const weights = weights_ + g * p_.group_floats + position * nr;
         for (i64 j = 0; j < columns; j += nr) {
@@ -399,9 +218,6 @@ class Part {
     started_ = true;
   }
 
-  // Not one between the rows of the band.
-  bool is_written(i64 pixel) const { return pixel % line_ < width_ && pixel / line_ % plane_lines_ < rows_; }
-
   // What tiles got wrong (GemmHelpers::suspects), once all is summed.
   void repair() {
     const i64 mr = kernel_.mr, nr = kernel_.nr;
@@ -430,17 +246,16 @@ class Part {
     float* const c = again_;
     float* const a = c + i64{kernel_.mr} * nr;
     float* const b = a + exact.kc * exact.mr;
-    const i64 all_taps = axis(0).taps * axis(1).taps * width_taps();
     const ConvTensor& w = x_.args.w;
     bool first = true;
     for (i64 c0 = 0; c0 < x_.channels; c0 += p_.c_block) {
       const i64 block = std::min(p_.c_block, x_.channels - c0);
-      for (i64 tap = 0; tap < all_taps; ++tap) {
+      for (i64 tap = 0; tap < all_taps(); ++tap) {
         const i64 t[3] = {tap / width_taps() / axis(1).taps, tap / width_taps() % axis(1).taps, tap % width_taps()};
         for (i64 k = 0; k < block; k += exact.kc) {
           const i64 part = std::min(exact.kc, block - k), depth = lump() * part;
           if (x_.d.frozen) {
-            const i64 position = all_taps * x_.units(c0) + tap * x_.units(lump() * block) + x_.units(k);
+            const i64 position = all_taps() * x_.units(c0) + tap * x_.units(lump() * block) + x_.units(k);
             x_.helpers.unpack_b(weights_ + j0 * phase_->steps + position * nr, depth, s.n, nr, s.b_peak, b);
           } else {
             for (i64 l = 0; l < lump(); ++l) {
@@ -505,13 +320,10 @@ class Part {
     const DType dtype = x_.d.dtype;
     const void* bias = a.bias ? at(a.bias, column * a.bias_step, dtype) : nullptr;
     for (i64 pixel = first, m; pixel < first + count; pixel += m, sum += m * sum_row_) {
-      const i64 w = pixel % line_, h = pixel / line_ % plane_lines_, plane = plane_ + pixel / line_ / plane_lines_;
+      const i64 w = pixel % line_;
       m = std::min((w < width_ ? width_ : line_) - w, first + count - pixel);
       if (!is_written(pixel)) continue;
-      const i64 n = plane / axis(0).count, z = plane % axis(0).count * axis(0).out_step;
-      const i64 offset = n * out.n_step + column * out.c_step + (z + axis(0).out_first) * out.step[0] +
-                         ((h0_ + h) * axis(1).out_step + axis(1).out_first) * out.step[1] +
-                         ((w0_ + w) * axis(2).out_step + axis(2).out_first) * out.step[2];
+      const i64 offset = out_at(pixel / line_ / plane_lines_, pixel / line_ % plane_lines_, w) + column * out.c_step;
       const void* residual = a.residual ? at(a.residual, offset, dtype) : nullptr;
       void* pre = a.pre ? at(a.pre, offset, dtype) : nullptr;
       if (x_.d.channels_last) {
@@ -531,24 +343,13 @@ class Part {
     }
   }
 
-  const Problem& x_;
-  const ConvPlan& p_;
-  const ConvKernel& kernel_;
-  const ConvPhase* phase_;
-  i64 group_, groups_, plane_, planes_, h0_, rows_, w0_, width_, k0_, columns_, pixels_;
-  i64 channels_ = 0, units_ = 0, floats_ = 0, sum_row_;  // floats_: of a pixel of the band; units_: of a group in it
-  i64 line_, plane_lines_;  // from row to row and plane to plane: pixels, those between them that nobody wants counted
-  bool started_ = false, finished_ = false, in_place_, flat_, written_ = false;
-  bool finite_ = true;  // merged groups: the image so far
-  i64 only_ = -1;       // which of them the band holds: see kept; or all
+  bool started_ = false, finished_ = false, written_ = false;
   const float* weights_;
-  float* band_;
   float* sum_;
-  const float** pointers_;
-  float* stage_;                                      // [position][channel], elements as they are
-  float* gathered_;                                   // [kc][mr]
-  float *band_peak_ = nullptr, *row_peak_ = nullptr;  // of the band's pixels, of the part's
-  const float* w_peak_ = nullptr;                     // of the part's columns
+  i64 sum_row_;
+  float* gathered_;                // [kc][mr]
+  float* row_peak_ = nullptr;      // of the part's pixels
+  const float* w_peak_ = nullptr;  // of the part's columns
   float* again_;
 };
 
@@ -569,7 +370,7 @@ void conv_run_dense(const ConvDesc& d, const ConvPlan& p, const ConvArgs& args) 
     char* const own = scratch.data() + p.w_bytes + thread * p.per_thread_bytes();
     if (x.helpers.begin) x.helpers.begin();
     for (i64 i = p.parts * thread / threads, end = p.parts * (thread + 1) / threads; i < end; ++i)
-      Part(x, own, i).run();
+      p.strips ? run_strips(x, i, own) : Part(x, own, i).run();
     if (x.helpers.end) x.helpers.end();
   });
 }

@@ -7,6 +7,43 @@
 
 namespace fastdl::dense {
 
+constexpr i64 kMaxRuns = 256;  // of a product: kc floats at least one long
+
+// Positions of the image along a dimension, as the band of a part holds them: of `step` sub-images the (q % step)-th
+// has position q, at q / step, so that the pixels of neighbouring outputs are neighbours there. `each`: from line to
+// line of a sub-image; what is outside the image at both ends of a line is there once.
+struct Line {
+  i64 step, stride;     // stride: of the image, from position to position
+  i64 first;            // in the image
+  i64 positions, each;  // those from begin to end are inside the image
+  i64 begin, end;
+
+  i64 longest() const { return positions / step; }
+};
+
+// Of n outputs from the one `from` on; shared: with all taps, else with one.
+inline Line line_of(const ConvAxis& a, i64 from, i64 n, bool shared, i64 tap, i64 size) {
+  Line l = {};
+  l.step = shared ? a.in_step : 1, l.stride = shared ? 1 : a.in_step;
+  l.first = from * a.in_step + a.first + tap * a.tap_step;
+  l.each = ceil_div(shared ? (n - 1) * a.in_step + std::max<i64>(0, a.taps - 1) * a.tap_step + 1 : n, l.step);
+  l.positions = l.each * l.step;
+  l.begin = l.first >= 0 ? 0 : std::min(l.positions, ceil_div(-l.first, l.stride));
+  l.end = l.first >= size ? l.begin : std::clamp((size - 1 - l.first) / l.stride + 1, l.begin, l.positions);
+  if (shared && l.step == 1) l.each -= std::min(l.begin, l.positions - l.end);
+  return l;
+}
+// The same of neighbours that a pixel of the band holds side by side.
+inline Line folded_line(ConvAxis a, i64 from, i64 n, i64 size) {
+  const i64 outputs = (n - 1) * a.in_step + 1;
+  a.first += from * a.in_step, a.in_step = 1;
+  return line_of(a, 0, outputs, true, 0, size);
+}
+// Pixels of a sub-image.
+inline i64 sub_pixels(const Line& h, const Line& w, i64 planes) {
+  return ((planes - 1) * h.each + h.longest() - 1) * w.each + w.longest();
+}
+
 // The problem as forward sees it: `in` is read, `out` is written.
 struct Problem {
   const ConvDesc d;  // of the groups that are taken as one

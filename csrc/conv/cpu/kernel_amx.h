@@ -7,13 +7,12 @@
 namespace fastdl {
 namespace {
 
-// See ConvFunctions::gather: panels of 32 rows, [16 floats of the runs][rows, a multiple of 16][16].
+// See ConvFunctions::gather: panels of 32 rows, [16 floats of the runs][32][16].
 inline void conv_gather(const ConvTileArgs& t, float* panel) {
-  const int lines = t.m > 16 ? kBlock : 16;
   for (int i = 0; i < t.m; i += kBlock) {
     const int m = t.m - i < kBlock ? t.m - i : kBlock;
     for (i64 r = 0; r < t.run_count; ++r) {
-      for (i64 k = t.runs[r]; k < t.runs[r] + t.run; k += 16, panel += 16 * lines)
+      for (i64 k = t.runs[r]; k < t.runs[r] + t.run; k += 16, panel += 16 * kBlock)
         for (int j = 0; j < m; ++j) L::store(panel + 16 * j, L::load(t.rows[i + j] + k));
     }
   }

@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "base/check.h"
+#include "conv/cpu/dense_problem.h"
 #include "conv/cpu/direct.h"
 #include "gemm/cpu/cost.h"
 #include "gemm/gemm.h"
@@ -118,25 +119,37 @@ constexpr i64 kColumns = 256;  // output channels of a part
 struct Blocks {
   const ConvDesc& d;
   ConvPlan& p;
+  i64 l2, channels;
+  bool one_phase;
+  i64 size[3];       // of the image
   ConvAxis axis[3];  // the longest of every phase
 
   bool share(int dim, i64 n) const {  // taps of a dimension meet the same positions: copy them once
     const ConvAxis& a = axis[dim];
     return a.taps > 1 && extent(a, n, true) <= a.taps * n;
   }
-  // Of a part, with those between rows where they are computed too.
-  i64 pixels() const { return p.flat ? flat_pixels() : p.planes * p.rows * p.w_block; }
-  i64 flat_pixels() const {
-    const i64 rows = (p.planes - 1) * extent(axis[1], p.rows, p.shared[1]) + p.rows - 1;
-    return rows * extent(axis[2], p.w_block, p.shared[2]) + p.w_block;
+  // No phase has a longer one.
+  dense::Line line(int dim, i64 n) const {
+    dense::Line l = dense::line_of(axis[dim], 0, n, p.shared[dim], 0, size[dim]);
+    if (!one_phase || n < axis[dim].count) l.each = l.longest();
+    return l;
   }
-  i64 band_floats() const {
-    const i64 rows = extent(axis[1], p.rows, p.shared[1]), width = extent(axis[2], p.w_block, p.shared[2]);
-    return (p.planes * rows * width + (p.flat ? 16 : 0)) * pixel_floats();  // whole tiles are read
+  i64 pixels() const { return p.flat ? flat_pixels() : p.planes * p.rows * p.w_block; }
+  // Those between rows are computed too.
+  i64 flat_pixels() const {
+    return ((p.planes - 1) * line(1, p.rows).each + p.rows - 1) * line(2, p.w_block).each + p.w_block;
+  }
+  i64 band_pixels() const {
+    const dense::Line h = line(1, p.rows), w = line(2, p.w_block);
+    return h.step * w.step * dense::sub_pixels(h, w, p.planes) + (p.flat ? 16 : 0);  // whole tiles are read
   }
   i64 pixel_floats() const {
-    const i64 floats = conv_units(*p.kernel, (p.fold ? axis[2].taps : 1) * p.c_block);
-    return p.mixes_groups() ? conv_apart(floats) : floats;
+    return conv_pixel_floats(p, conv_units(*p.kernel, (p.fold ? axis[2].taps : 1) * p.c_block));
+  }
+  // Floats that a column is summed over.
+  i64 depth() const {
+    return axis[0].taps * axis[1].taps *
+           (p.fold ? conv_units(*p.kernel, axis[2].taps * p.c_block) : axis[2].taps * conv_units(*p.kernel, p.c_block));
   }
   // Whether tiles read pixels where they lie in the band, those between its rows, too: gathering 32 elements of 16 rows
   // takes as long as kGathered columns. Sums that may need repair are then not those of the output itself: a deep sum
@@ -144,25 +157,40 @@ struct Blocks {
   // 1630, 8x128x28x28 1610 / 2100, 8x256x14x14, a third of whose pixels lie between, 1660 / 1530; float32 360 / 360,
   // 470 / 540, 460 / 460.)
   bool flat() const {
-    constexpr double kGathered = 24, kDeep = 1024;
-    for (int i = 1; i < 3; ++i)
-      if (p.shared[i] && axis[i].in_step != 1) return false;
-    // See conv_apart. (512 channels of 38x57, dilation 3: 1200 flat, 1990 gathered.)
-    if (pixel_floats() % 256 == 0) return false;
+    constexpr double kGathered = 24, kBetween = 0.5, kDeep = 1024;
     const auto taps = static_cast<double>(axis[0].taps * axis[1].taps * axis[2].taps);
     if (!is_tiled(*p.kernel) || (p.repair && taps * static_cast<double>(p.c_block) < kDeep)) return false;
     const double extra = static_cast<double>(flat_pixels()) / static_cast<double>(p.planes * p.rows * p.w_block) - 1;
-    return static_cast<double>(p.k_block) * extra < kGathered;
+    return p.strips ? extra < kBetween : static_cast<double>(p.k_block) * extra < kGathered;
+  }
+  bool strips() const {
+    if (!is_tiled(*p.kernel) || !conv_tiles(*p.kernel).helpers->strip || !d.channels_last || p.mixes_groups())
+      return false;
+    if (p.c_block < channels || axis[0].taps > 1 || axis[1].taps * axis[2].taps > dense::kMaxRuns) return false;
+    for (int i = 1; i < 3; ++i)
+      if (axis[i].taps > 1 && !p.shared[i] && !(i == 2 && p.fold)) return false;
+    return true;
   }
   void count_bytes() const {
+    p.strips = strips();
     p.flat = flat();
-    p.band_bytes = pages(band_floats() * 4);
-    p.sum_bytes = pages(pixels() * conv_sum_row(*p.kernel, p.k_block) * (p.mixes_groups() ? 8 : 4));
-    p.pointer_bytes = pages(pixels() * 8);
+    p.strips = p.strips && p.flat;
+    p.band_bytes = pages(band_pixels() * pixel_floats() * 4);
     const bool tiled = is_tiled(*p.kernel);
     i64 floats = tiled ? p.kernel->mr * p.kernel->kc : 0;
+    if (p.strips) {
+      constexpr i64 kStripShare = 3, kStripShares = 8;  // of L2
+      floats = kGemmStripRows * depth();
+      p.n_block = std::max<i64>(
+          p.kernel->nr, l2 * kStripShare / kStripShares / std::max<i64>(1, depth() * 4) / p.kernel->nr * p.kernel->nr);
+      p.sum_bytes = pages(kGemmStripFloats * 4);
+      p.pointer_bytes = pages((kGemmStripRows + pixels()) * 8);
+    } else {
+      p.sum_bytes = pages(pixels() * conv_sum_row(*p.kernel, p.k_block) * (p.mixes_groups() ? 8 : 4));
+      p.pointer_bytes = pages(pixels() * 8);
+    }
     if (p.fold) floats += p.stage_floats = extent(axis[2], p.w_block, true) * p.c_block;
-    if (tiled) p.band_pixels = band_floats() / pixel_floats();
+    if (tiled) p.band_pixels = band_pixels();
     if (conv_has_peaks(*p.kernel)) floats += p.band_pixels + pixels();
     if (p.repair)  // a vector of slack: see PackFunction
       floats += i64{p.kernel->mr} * p.kernel->nr + p.repair->kc * (p.repair->mr + p.kernel->nr) + 16;
@@ -213,7 +241,7 @@ void balance(const ConvDesc& d, const Blocks& b, i64 columns, int threads) {
   b.count_bytes();
 }
 
-void plan_dense(const ConvDesc& desc, ConvPlan* plan) {
+void plan_dense(const ConvDesc& desc, const Machine& machine, ConvPlan* plan) {
   ConvPlan& p = *plan;
   const ConvKernel& kernel = *p.kernel;
   const i64 merge = merged_groups(desc, kernel);
@@ -221,7 +249,7 @@ void plan_dense(const ConvDesc& desc, ConvPlan* plan) {
   const ConvDesc d = conv_merged(desc, p.merge);
   const bool forward = d.pass == ConvPass::forward;
   const i64 columns = (forward ? d.K : d.C) / d.groups, channels = (forward ? d.C : d.K) / d.groups;
-  Blocks b = {d, p, {}};
+  Blocks b = {d, p, machine.l2, channels, true, {}, {}};
   i64 phases[3];
   for (int i = 0; i < 3; ++i) {
     phases[i] = forward ? 1 : d.frozen ? d.stride[i] : std::min(d.stride[i], std::max<i64>(1, d.in[i]));
@@ -232,6 +260,7 @@ void plan_dense(const ConvDesc& desc, ConvPlan* plan) {
       b.axis[i].tap_step = std::max(b.axis[i].tap_step, a.tap_step);
     }
     b.axis[i].taps = std::max<i64>(1, b.axis[i].taps);
+    b.size[i] = forward ? d.in[i] : d.out[i], b.one_phase = b.one_phase && phases[i] == 1;
   }
 
   // What fixes the order of sums: it must not depend on the number of threads.
@@ -365,7 +394,7 @@ ConvPlan conv_plan(const ConvDesc& d, const Machine& machine, const ConvKernel* 
                                            : " forward or dgrad",
          ", got ", dtype_name(d.dtype), " ", conv_pass_name(d.pass));
   p.threads = team_for(serial_nanoseconds(d), machine);
-  if (kernel.kind == ConvKind::kDense) plan_dense(d, &p);
+  if (kernel.kind == ConvKind::kDense) plan_dense(d, machine, &p);
   if (kernel.kind == ConvKind::kWgrad) {
     p.wgrad = conv_wgrad_plan(d, kernel, p.threads);
     p.c_block = p.wgrad.c_block, p.k_block = p.wgrad.k_block, p.rows = p.wgrad.rows, p.w_block = p.wgrad.w_block;
@@ -404,6 +433,7 @@ std::vector<std::string> conv_candidates(const ConvDesc& d, const Machine& machi
 std::string describe(const ConvDesc& d, const ConvPlan& p) {
   return concat("conv ", describe(d), " -> ", p.kernel->name, " c_block=", p.c_block, " k_block=", p.k_block,
                 " planes=", p.planes, " rows=", p.rows, " w_block=", p.w_block, p.flat ? " flat" : "",
+                p.strips ? concat(" strips n_block=", p.n_block) : "",
                 p.mixes_groups() ? concat(" merge=", p.merge, " group_block=", p.group_block) : "",
                 " phases=", p.phases.size(), " chunks=", p.wgrad.chunks, " threads=", p.threads,
                 " workspace=", p.workspace_bytes(), "B: ", p.why);

@@ -83,14 +83,14 @@ FASTDL_INLINE void multiply(const TileLayout& a, const char* at_a, const TileLay
 // and little to multiply, the processor's own prefetch is faster: software's holds its few buffers. (Granite Rapids,
 // two threads, bfloat16, 16 x 4096 x 4096 with / without: 600 / 850 GFLOP/s; 512 x 3072 x 768 frozen: 2790 / 2510.)
 struct Fetch {
-  static constexpr i64 kMost = 8;  // lines a turn
+  static constexpr i64 kMost = 8, kMostOfStrip = 32;  // lines a turn
   Ahead now = {}, next = {};
   i64 each = 0;
 
   Fetch() = default;
-  Fetch(const Ahead (&ahead)[2], i64 turns) {
+  Fetch(const Ahead (&ahead)[2], i64 turns, i64 most = kMost) {
     each = turns > 0 ? (ahead[0].left + ahead[1].left + turns - 1) / turns : 0;
-    if (each > kMost) return;
+    if (each > most) return;
     now = ahead[ahead[0].left == 0], next = ahead[1];
     if (ahead[0].left == 0) next = {};
   }

@@ -49,18 +49,29 @@ struct FinishArgs {
   bool accumulate;
 };
 
-// A strip of C: finish.m <= 32 rows of A, all of K, against the panels of finish.n columns of B, 32 each.
+// A strip of C: finish.m <= 32 rows of A, all of K, against the panels of finish.n columns of B, 32 each. Calls that
+// follow each other leave their last block waiting; one of no columns finishes it.
 constexpr i64 kGemmStripRows = 32, kGemmStripFloats = 2 * kGemmStripRows * kGemmStripRows;
+struct GemmStripWaiting {
+  const float* sum;
+  void* c;
+  const void* bias;
+  const i64* row_at;
+  i64 left, slot;
+};
 struct GemmStripArgs {
   const void* a;  // rows of the kernel's dtype, a_row bytes apart, or a packed panel
   i64 a_row;
   bool a_packed;
+  const i64* runs;  // along K: `run` floats each, runs[r] floats from the first of the row
+  i64 run_count, run;
   const void* tail;  // the last step along K, packed, where the rows do not fill it; or null
   const float* b;
   i64 b_panel;        // floats from panel to panel
-  i64 k;              // floats of a packed column
   float* sums;        // kGemmStripFloats of scratch
-  FinishArgs finish;  // of the strip, but for the sums
+  FinishArgs finish;  // of the strip, but for the sums; c_row is not read
+  const i64* row_at;  // of C, residual and pre, in elements from their first; below 0: nobody wants it
+  GemmStripWaiting* waiting;
   Ahead ahead[2];
 };
 

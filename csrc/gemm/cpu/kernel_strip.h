@@ -13,36 +13,54 @@ namespace {
 template <class T, Activation kActivation>
 struct WaitingRows {
   using R = VecAvx512Rounding;
-  const float* sum = nullptr;
-  T* c = nullptr;
-  i64 c_row = 0;
-  int left = 0;
+  const float* sum;
+  T* c;
+  const T* b;
+  const i64* row_at;
+  i64 left;
   L::V bias[2];
 
-  // Columns j to j + 32 of f, whose sums begin at `sums`.
-  FASTDL_INLINE void begin(const FinishArgs& f, const float* sums, i64 j) {
-    sum = sums, c = static_cast<T*>(f.c) + j, c_row = f.c_row, left = f.m;
-    const T* const b = static_cast<const T*>(f.bias);
-    for (int v = 0; v < 2; ++v) bias[v] = b ? R::load(b + j + 16 * v) : R::set1(-0.0f);
+  explicit WaitingRows(const GemmStripWaiting& w)
+      : sum(w.sum), c(static_cast<T*>(w.c)), b(static_cast<const T*>(w.bias)), row_at(w.row_at), left(w.left) {
+    load_bias();
   }
-  FASTDL_INLINE void some(int count) {
-    for (; count > 0 && left > 0; --count, --left, sum += kBlock, c += c_row)
-      R::store(c, activate<R, kActivation>(R::add(R::load(sum), bias[0])),
-               activate<R, kActivation>(R::add(R::load(sum + 16), bias[1])));
+  FASTDL_INLINE void save(GemmStripWaiting* w) const {
+    w->sum = sum, w->c = c, w->bias = b, w->row_at = row_at, w->left = left;
+  }
+  FASTDL_INLINE void load_bias() {
+    for (int v = 0; v < 2; ++v) bias[v] = b ? R::load(b + 16 * v) : R::set1(-0.0f);
+  }
+  // Columns j to j + 32 of t, whose sums begin at `sums`.
+  FASTDL_INLINE void begin(const GemmStripArgs& t, const float* sums, i64 j) {
+    const FinishArgs& f = t.finish;
+    sum = sums, c = static_cast<T*>(f.c) + j, row_at = t.row_at, left = f.m;
+    b = f.bias ? static_cast<const T*>(f.bias) + j : nullptr;
+    load_bias();
+  }
+  FASTDL_INLINE void some(i64 count) {
+    for (; count > 0 && left > 0; --count, --left, sum += kBlock, ++row_at)
+      if (*row_at >= 0)
+        R::store(c + *row_at, activate<R, kActivation>(R::add(R::load(sum), bias[0])),
+                 activate<R, kActivation>(R::add(R::load(sum + 16), bias[1])));
   }
 };
 
 // sums[32][32] = all of K; `between` is called with each step.
 template <class P, int kRows, int kCols, class Between>
-FASTDL_INLINE void strip_block(TileLayout a, const TileLayout& tail, TileLayout b, i64 steps, float* sums,
-                               Between between) {
+FASTDL_INLINE void strip_block(const GemmStripArgs& t, const TileLayout& a, const TileLayout& tail, TileLayout b,
+                               float* sums, Between between) {
   tile_zero<0>();
   tile_zero<1>();
   tile_zero<2>();
   tile_zero<3>();
-  for (i64 k = 0; k < steps; ++k, a.p += a.depth, b.p += b.depth) {
-    multiply<P, Stream::b, kRows, kCols, 0>(a, a.p, b, b.p);
-    between();
+  const i64 steps = t.run / (16 * P::parts);
+  const i64* at = t.runs;
+  for (i64 r = t.run_count; r > 0; --r) {
+    const char* p = a.p + *at++ * 4;
+    for (i64 k = steps; k > 0; --k, p += a.depth, b.p += b.depth) {
+      multiply<P, Stream::b, kRows, kCols, 0>(a, p, b, b.p);
+      between();
+    }
   }
   if (tail.p) multiply<P, Stream::b, kRows, kCols, 0>(tail, tail.p, b, b.p);
   constexpr i64 kLine = kBlock * 4;
@@ -52,32 +70,40 @@ FASTDL_INLINE void strip_block(TileLayout a, const TileLayout& tail, TileLayout 
   if constexpr (kRows > 1 && kCols > 1) tile_store<3>(sums + 16 * kBlock + 16, kLine);
 }
 
-// What does not wait: blocks that are not whole, and all that FinishArgs may ask for.
+// What does not wait: blocks that are not whole, and all that FinishArgs may ask for; rows evenly apart at a time.
 template <class T>
-void finish_block(const FinishArgs& all, const float* sums, i64 j, int cols) {
-  FinishArgs f = all;
-  f.sum = sums, f.sum_row = kBlock, f.n = cols;
-  f.c = static_cast<T*>(f.c) + j;
-  if (f.residual) f.residual = static_cast<const T*>(f.residual) + j;
-  if (f.pre) f.pre = static_cast<T*>(f.pre) + j;
-  if (f.bias) f.bias = static_cast<const T*>(f.bias) + j * f.bias_step;
-  finish<VecAvx512Rounding, T>(f);
+void finish_block(const GemmStripArgs& t, const float* sums, i64 j, int cols) {
+  for (int i = 0, count; i < t.finish.m; i += count) {
+    count = 1;
+    const i64 first = t.row_at[i];
+    if (first < 0) continue;
+    FinishArgs f = t.finish;
+    f.c_row = i + 1 < f.m ? t.row_at[i + 1] - first : 0;
+    while (i + count < f.m && t.row_at[i + count] >= 0 && t.row_at[i + count] == first + count * f.c_row) ++count;
+    f.sum = sums + i * kBlock, f.sum_row = kBlock, f.m = count, f.n = cols;
+    f.c = static_cast<T*>(f.c) + first + j;
+    if (f.residual) f.residual = static_cast<const T*>(f.residual) + first + j;
+    if (f.pre) f.pre = static_cast<T*>(f.pre) + first + j;
+    if (f.bias) f.bias = static_cast<const T*>(f.bias) + j * f.bias_step;
+    finish<VecAvx512Rounding, T>(f);
+  }
 }
 
 template <class P, class T, Activation kActivation>
 void run_strip(const GemmStripArgs& t) {
   const FinishArgs& f = t.finish;
-  const i64 depth = P::parts * 2 * kTileBytes, steps = t.k / (16 * P::parts) - (t.tail != nullptr);
+  const i64 depth = P::parts * 2 * kTileBytes, steps = t.run_count * (t.run / (16 * P::parts));
   const char *const first_a = static_cast<const char*>(t.a), *const first_b = reinterpret_cast<const char*>(t.b);
   const TileLayout a = !t.a_packed ? TileLayout{first_a, t.a_row, 16 * t.a_row, 0, kTileRowBytes}
                                    : TileLayout{first_a, kTileRowBytes, kTileBytes, 2 * kTileBytes, depth};
   const TileLayout tail = {static_cast<const char*>(t.tail), kTileRowBytes, kTileBytes, 2 * kTileBytes, depth};
   TileLayout b = {first_b, kTileRowBytes, kTileBytes, 2 * kTileBytes, depth};
   const bool wait = !f.accumulate && !f.pre && !f.residual && (!f.bias || f.bias_step == 1);
-  const int each = steps > 0 ? static_cast<int>((kBlock + steps - 1) / steps) : 0;
-  Fetch fetch(t.ahead, (f.n + kBlock - 1) / kBlock * steps);
-  WaitingRows<T, kActivation> waiting;
-  int slot = 0;
+  const i64 each = steps > 0 ? (kBlock + steps - 1) / steps : 0;
+  Fetch fetch(t.ahead, (f.n + kBlock - 1) / kBlock * steps, Fetch::kMostOfStrip);
+  WaitingRows<T, kActivation> waiting(*t.waiting);
+  i64 slot = t.waiting->slot;
+  if (f.n == 0) waiting.some(kBlock);
   for (int j = 0; j < f.n; j += kBlock, b.p += t.b_panel * 4) {
     float* const sums = t.sums + slot * kBlock * kBlock;
     const int cols = f.n - j < kBlock ? f.n - j : kBlock;
@@ -86,21 +112,20 @@ void run_strip(const GemmStripArgs& t) {
       waiting.some(each);
     };
     if (f.m > 16) {
-      cols > 16 ? strip_block<P, 2, 2>(a, tail, b, steps, sums, between)
-                : strip_block<P, 2, 1>(a, tail, b, steps, sums, [] {});
+      cols > 16 ? strip_block<P, 2, 2>(t, a, tail, b, sums, between) : strip_block<P, 2, 1>(t, a, tail, b, sums, [] {});
     } else {
-      cols > 16 ? strip_block<P, 1, 2>(a, tail, b, steps, sums, [] {})
-                : strip_block<P, 1, 1>(a, tail, b, steps, sums, [] {});
+      cols > 16 ? strip_block<P, 1, 2>(t, a, tail, b, sums, [] {}) : strip_block<P, 1, 1>(t, a, tail, b, sums, [] {});
     }
     waiting.some(kBlock);
     if (wait && cols == kBlock) {
-      waiting.begin(f, sums, j);
+      waiting.begin(t, sums, j);
       slot ^= 1;
     } else {
-      finish_block<T>(f, sums, j, cols);
+      finish_block<T>(t, sums, j, cols);
     }
   }
-  waiting.some(kBlock);
+  waiting.save(t.waiting);
+  t.waiting->slot = slot;
 }
 
 // See GemmHelpers::strip.

@@ -21,8 +21,13 @@ void gemm_run_strips(const GemmDesc& d, const GemmPlan& p, const GemmArgs& args,
   float* const packed_b = reinterpret_cast<float*>(memory + p.a_bytes);
   const i64 nr = kernel.nr, item = item_size(d.dtype), lines = ceil_div(d.K * item, 64), rest = d.K % kernel.k_step;
   const bool kept = p.pack_a && part.n_begin + p.nc < part.n_end;  // packed A, for the blocks of B to come
+  const i64 depth = gemm_packed_steps(d.K, kernel), first = 0;     // floats of a packed column
+  i64 row_at[kGemmStripRows];
+  for (i64 i = 0; i < kGemmStripRows; ++i) row_at[i] = i * args.c_row;
+  GemmStripWaiting waiting = {};
   GemmStripArgs t = {};
-  t.k = gemm_packed_steps(d.K, kernel), t.b_panel = t.k * nr;
+  t.b_panel = depth * nr, t.runs = &first, t.run_count = 1;
+  t.row_at = row_at, t.waiting = &waiting;
   t.sums = reinterpret_cast<float*>(memory + p.a_bytes + p.b_bytes);
 
   const auto strips = [&](i64 m0, i64 m_end, i64 n0, i64 n) {
@@ -34,16 +39,16 @@ void gemm_run_strips(const GemmDesc& d, const GemmPlan& p, const GemmArgs& args,
       t.a = at(part.a, i * d.a_row, d.dtype), t.a_row = d.a_row * item;
       const bool again = kept && n0 > part.n_begin;
       t.ahead[0] = d.a_col == 1 ? share(at(t.a, m * d.a_row, d.dtype), t.a_row, lines, next, 0, 1, 1) : Ahead{};
-      t.tail = nullptr, t.a_packed = !lies(d, m);
+      t.tail = nullptr, t.a_packed = !lies(d, m), t.run = depth;
       if (t.a_packed) {
-        float* const to = packed_a + (kept ? (i - m0) * t.k : 0);
+        float* const to = packed_a + (kept ? (i - m0) * depth : 0);
         if (!again) helpers.pack_a(t.a, d.a_col, d.a_row, d.K, static_cast<int>(m), kGemmStripRows, to, nullptr);
-        if (again) t.ahead[0] = share(to + m * t.k, 0, 2 * t.k, next > 0, 0, 1, 1);
+        if (again) t.ahead[0] = share(to + m * depth, 0, 2 * depth, next > 0, 0, 1, 1);
         t.a = to;
       } else if (rest > 0) {
         helpers.pack_a(at(t.a, d.K - rest, d.dtype), 1, d.a_row, rest, static_cast<int>(m), kGemmStripRows, packed_a,
                        nullptr);
-        t.tail = packed_a;
+        t.tail = packed_a, t.run -= kernel.k_step / kernel.k_unit;
       }
       // The first strip packs the panels of B, each just before it needs it.
       const bool packs = p.by_panel && i == m0;
@@ -63,6 +68,8 @@ void gemm_run_strips(const GemmDesc& d, const GemmPlan& p, const GemmArgs& args,
   for (i64 m0 = part.m_begin; m0 < part.m_end; m0 += p.mc)
     for (i64 n0 = part.n_begin; n0 < part.n_end; n0 += p.nc)
       strips(m0, std::min(m0 + p.mc, part.m_end), n0, std::min(p.nc, part.n_end - n0));
+  t.finish.n = 0;
+  helpers.strip(t);
 }
 
 }  // namespace fastdl
