@@ -100,6 +100,24 @@ void conv_product(const TileArgs& t, const i64* runs, i64 count) {
   run_panels<P, P::parts == 1, Stream::none>(t, steps);
 }
 
+// See ConvFlatArgs. B comes from L2, A stays in L1.
+template <class P>
+void conv_flat(const ConvFlatArgs& t) {
+  const i64 row = t.b_row * 4;
+  const TileLayout a = {static_cast<const char*>(t.a), t.a_row, 16 * t.a_row, 0, kTileRowBytes};
+  const TileLayout b = {reinterpret_cast<const char*>(t.b), row, kTileRowBytes, 0, 16 * row};
+  run_block<P, true, Stream::b>(Sums{t.c, kBlock, t.m, kBlock, t.accumulate}, a, b, Steps{0, t.steps, t.steps});
+}
+
+// See ConvFunctions::next_pairs.
+inline void conv_next_pairs(const float* in, i64 row, i64 count, float* out) {
+  for (i64 i = row; i < count; i += 16) {
+    const __m512i low = _mm512_srli_epi32(bits(L::load(in + i - row)), 16);
+    const __m512i high = _mm512_slli_epi32(bits(L::load(in + i)), 16);
+    _mm512_storeu_si512(out + i, _mm512_or_si512(low, high));
+  }
+}
+
 // See ConvFunctions::finite.
 inline bool conv_finite(const float* band, i64 floats) {
   const __m512i exponent = _mm512_set1_epi16(0x7f80);
@@ -115,6 +133,13 @@ constexpr ConvFunctions dense_tiles() {
   f.band = conv_band_tiles<T, S>, f.scatter = conv_scatter<L, T>, f.pack = conv_pack_tiles<T, S>;
   f.product = conv_product<P>, f.gather = conv_gather;
   if constexpr (S::as_it_lies) f.finite = conv_finite;
+  return f;
+}
+
+template <class T, class S, class P>
+constexpr ConvFunctions wgrad_tiles() {
+  ConvFunctions f = {};
+  f.band = conv_band_tiles<T, S>, f.flat = conv_flat<P>, f.next_pairs = conv_next_pairs;
   return f;
 }
 

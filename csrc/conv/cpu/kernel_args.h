@@ -79,6 +79,18 @@ struct ConvWgradArgs {
   bool accumulate;
 };
 
+// C(i,j) = [C(i,j) +] sum_s A(i,s) * B(s,j) on tiles of 16-bit elements, i < m <= 32, j < 32.
+struct ConvFlatArgs {
+  const void* a;  // rows a_row bytes apart
+  i64 a_row;
+  const float* b;  // rows of pairs, b_row floats apart
+  i64 b_row;
+  float* c;     // C(i,j) = c[i*32 + j]
+  i64 steps;    // of 32 elements
+  i64 m;        // rows of C
+  bool accumulate;
+};
+
 enum class ConvKind : std::uint8_t {
   kDense,      // forward and dgrad: tiles of output pixels x output channels
   kWgrad,      // the gradient of the weight
@@ -97,6 +109,9 @@ struct ConvFunctions {
   const DirectOps* direct = nullptr;
   // Tiles: C (+)= A B, A in runs of t.k floats from t.a, `count` of them, or a gathered panel (runs null).
   void (*product)(const TileArgs& t, const i64* runs, i64 count) = nullptr;
+  void (*flat)(const ConvFlatArgs&) = nullptr;  // wgrad on tiles
+  // out[i] = (the second element of in[i - row], the first of in[i]) of pairs, row <= i < count.
+  void (*next_pairs)(const float* in, i64 row, i64 count, float* out) = nullptr;
   // Whether no element of the band, 16-bit ones side by side, is Inf or NaN.
   bool (*finite)(const float* band, i64 floats) = nullptr;
   // Rows that lie anywhere as the panels of A that tiles of GEMM read; of t: rows, runs, m.

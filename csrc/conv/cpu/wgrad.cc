@@ -1,5 +1,6 @@
 // The weight gradient: a product of x, seen through the taps, and dy over all output pixels. A block of pixels of both
 // is packed into scratch once and serves all taps of a part; the sums of a part stay in L2.
+#include <atomic>
 #include <cstring>
 
 #include "base/arena.h"
@@ -14,8 +15,12 @@ namespace {
 void find_block(const Part& x, i64 index, Block* out) {
   const ConvDesc& d = x.d;
   Block& b = *out;
-  const i64 segment = index % x.p.segments, row = index / x.p.segments * x.p.rows;
-  b.count = static_cast<int>(std::min(x.p.rows, d.N * d.out[0] * d.out[1] - row));
+  // Flat blocks do not reach from an image into the next.
+  const i64 rows = d.N * d.out[0] * d.out[1], image = x.p.flat && x.p.rows < d.out[1] ? d.out[1] : rows;
+  const i64 blocks = ceil_div(image, x.p.rows);
+  const i64 segment = index % x.p.segments, i = index / x.p.segments, begin = i % blocks * x.p.rows;
+  const i64 row = i / blocks * image + begin;
+  b.count = static_cast<int>(std::min(x.p.rows, image - begin));
   b.w = d.out[2] * segment / x.p.segments;
   b.width = d.out[2] * (segment + 1) / x.p.segments - b.w;
   b.steps = ceil_div(b.width, x.kernel.k_unit);
@@ -156,15 +161,21 @@ void leave(const Part& x, const Scratch& s) {
   float* const dense = by_c + width * wide + kSlack;
   for (i64 j = 0; j < x.k.size(); j += width) {
     const float* sums = s.sums + j / nr * nr * x.panel_rows() + j % nr;
+    const float* const bias = x.p.flat ? s.sums + x.flat_bias() + j : sums + (x.panel_rows() - 1) * nr;
     const i64 columns = std::min(width, x.k.size() - j);
     if (x.with_bias())
-      scatter(sums + (x.panel_rows() - 1) * nr, columns, x.args.dbias_step,
-              at(x.args.dbias, (k_first + j) * x.args.dbias_step, d.dtype), d.dtype);
+      scatter(bias, columns, x.args.dbias_step, at(x.args.dbias, (k_first + j) * x.args.dbias_step, d.dtype), d.dtype);
     for (i64 c = 0; c < x.c.size(); c += width) {
       const i64 n = std::min(width, x.c.size() - c);
-      for (i64 t = 0; t < taps; ++t)
-        x.plain.helpers->pack_a(sums + (t * x.c.size() + c) * nr, 1, nr, columns, static_cast<int>(n),
-                                static_cast<int>(width), by_k + t * width * width, nullptr);
+      for (i64 t = 0; t < taps; ++t) {
+        float* const out = by_k + t * width * width;
+        if (x.p.flat) {
+          for (i64 k = 0; k < columns; ++k) std::copy_n(s.sums + x.flat_at(t, j + k, c), width, out + k * width);
+        } else {
+          x.plain.helpers->pack_a(sums + (t * x.c.size() + c) * nr, 1, nr, columns, static_cast<int>(n),
+                                  static_cast<int>(width), out, nullptr);
+        }
+      }
       FinishArgs f = {};
       void* const out = at(w.data, (k_first + j) * w.n_step + (x.c.begin + c) * w.c_step, d.dtype);
       if (w.c_step == 1 || (plain && taps == 1)) {
@@ -246,11 +257,13 @@ Part part_at(const ConvDesc& d, const ConvPlan& plan, const ConvArgs& args, i64 
 }  // namespace
 }  // namespace wgrad
 
-void conv_run_wgrad(const ConvDesc& d, const ConvPlan& plan, const ConvArgs& args) {
+namespace {
+
+// Whether all sums were numbers, as flat parts need.
+bool run(const ConvDesc& d, const ConvPlan& plan, const ConvArgs& args) {
   using namespace wgrad;
-  if (d.K == 0) return;
   const ConvWgradPlan& p = plan.wgrad;
-  if (d.C == 0 && !args.dbias) return;
+  std::atomic<bool> numbers = true;
   ArenaLease scratch(plan.workspace_bytes());
   const bool tiled = is_tiled(*plan.kernel);
   const i64 parts = p.parts() * d.groups, each = p.chunk_bytes / p.chunks / std::max<i64>(1, parts);
@@ -283,20 +296,21 @@ void conv_run_wgrad(const ConvDesc& d, const ConvPlan& plan, const ConvArgs& arg
         Block* const next = j + 1 < x.blocks.size() ? blocks + (j + 1) % 2 : nullptr;
         if (next) find_block(x, x.blocks.begin + j + 1, next);
         if (tiled) {
-          run_tiles(x, block, s, j > 0);
+          p.flat ? run_flat(x, block, s, j > 0) : run_tiles(x, block, s, j > 0);
           continue;
         }
         pack_y(x, block, s.y);
         pack_x(x, block, s);
         run_block(x, block, next, s, j > 0);
       }
-      if (p.chunks > 1) continue;
+      if (p.flat && !finite(x, s.sums)) numbers = false;
+      if (p.chunks > 1 || !numbers) continue;
       repair(x, s);
       leave(x, s);
     }
     if (helpers.end) helpers.end();
   });
-  if (p.chunks == 1) return;
+  if (p.chunks == 1 || !numbers) return numbers;
   parallel(plan.threads, [&](int thread, int threads) {
     Scratch s = scratch_of(thread);
     for (i64 i = parts * thread / threads, end = parts * (thread + 1) / threads; i < end; ++i) {
@@ -314,6 +328,17 @@ void conv_run_wgrad(const ConvDesc& d, const ConvPlan& plan, const ConvArgs& arg
       leave(x, s);
     }
   });
+  return true;
+}
+
+}  // namespace
+
+void conv_run_wgrad(const ConvDesc& d, const ConvPlan& plan, const ConvArgs& args) {
+  if (d.K == 0 || (d.C == 0 && !args.dbias)) return;
+  if (run(d, plan, args)) return;
+  ConvPlan careful = plan;
+  careful.wgrad = conv_wgrad_plan(d, *plan.kernel, plan.threads, false);
+  run(d, careful, args);
 }
 
 }  // namespace fastdl

@@ -11,7 +11,12 @@ namespace fastdl {
 //
 // Tiles take pixels 32 at a time, so those of a block follow each other without gaps, in a panel of x for each 32
 // of (tap along the width, channel), made when it is used, and in panels of dy.
+//
+// Flat: a block is whole images, or rows of one. dy is turned once, [k][pixel], zero between the rows; x is pairs of
+// pixels, [sub-image][pair][channel], padding included, so that a tap is an offset, once more for taps at odd ones.
+// Sums lie [32 of k][tap][32 channels][32][32].
 struct ConvWgradPlan {
+  bool flat;
   bool fold;         // a line is (tap along the width, channel): few channels; else a channel
   bool shared_rows;  // packed rows serve all taps that meet them; else each tap has its own
   bool shared_cols;  // likewise columns; else a packed column is what one output pixel meets with one tap

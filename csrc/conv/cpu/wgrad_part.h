@@ -3,12 +3,14 @@
 #include <algorithm>
 
 #include "conv/conv.h"
+#include "conv/cpu/dense_problem.h"
 #include "gemm/gemm.h"
 
 namespace fastdl::wgrad {
 
 constexpr i64 kSlack = 64;  // floats: what packing writes past its rows
 constexpr i64 kRuns = 256;  // pixels of a block at most
+constexpr i64 kTileRows = 32;
 
 inline int vector_width(const ConvKernel& kernel) { return kernel.nr / 2; }
 inline const GemmKernel& exact_kernel(DType dtype) { return gemm_pack_kernel(Isa::kAvx512, dtype, Precision::fma); }
@@ -51,7 +53,16 @@ struct Part {
   Range blocks;
 
   i64 all_taps() const { return taps[0] * taps[1] * taps[2]; }
-  i64 panel_rows() const { return all_taps() * c.size() + 1; }  // the last one is the bias
+  i64 panel_rows() const {  // the last one is the bias
+    return all_taps() * (p.flat ? round_up(c.size(), kTileRows) : c.size()) + 1;
+  }
+  // Sums of a tap, from output channel j and channel c on, flat.
+  i64 flat_at(i64 tap, i64 j, i64 c) const {
+    const i64 panels = ceil_div(this->c.size(), kTileRows), tile = kTileRows * kTileRows;
+    const i64 in_tile = j % kTileRows * kTileRows + c % kTileRows;
+    return ((j / kTileRows * all_taps() + tap) * panels + c / kTileRows) * tile + in_tile;
+  }
+  i64 flat_bias() const { return sum_floats() - round_up(k.size(), kTileRows); }
   bool with_bias() const { return args.dbias && tap[0] + tap[1] + tap[2] + c.begin == 0; }
   // Behind the sums, where the kernel needs them: the largest magnitudes of the columns and of the rows.
   i64 sum_floats() const { return round_up(k.size(), kernel.nr) * panel_rows(); }
@@ -84,6 +95,21 @@ i64 slot(const Part& x, const Block& b, int r, i64 t0, i64 t1);
 
 // The same of kernels that take pixels as tiles: packing and products.
 void run_tiles(const Part& x, const Block& b, const Scratch& s, bool accumulate);
+// Likewise, flat.
+struct Flat {
+  dense::Line h, w;
+  i64 pixels;    // of dy
+  i64 y_row;     // bytes of a channel of dy
+  i64 x_row;     // floats of a pair of pixels of x
+  i64 x_floats;  // of all pairs of a sub-image
+};
+// What follows from h and w.
+void flat_sizes(i64 rows, i64 width, i64 planes, i64 C, Flat* f);
+// Of the box of taps from `tap` on, and so many channels.
+Flat flat_of(const ConvDesc& d, const i64* tap, const i64* taps, i64 h, i64 rows, i64 w, i64 width, i64 planes, i64 C);
+void run_flat(const Part& x, const Block& b, const Scratch& s, bool accumulate);
+// Whether all sums are numbers. Zeros between the rows of dy, times Inf or NaN of x, are NaN.
+bool finite(const Part& x, const float* sums);
 // What tiles got wrong (GemmHelpers::suspects), once all is summed.
 void repair(const Part& x, const Scratch& s);
 
