@@ -13,18 +13,35 @@ constexpr i64 kDepth = 32;  // pixels of a step
 constexpr i64 kTile = kTileRows * kTileRows;
 
 // dy as [k][pixel], zero behind the last.
-void turn_y(const Part& x, const Block& b, const Flat& f, i64 planes, float* out) {
+void turn_y(const Part& x, const Block& b, const Flat& f, i64 planes, float* x_stage, float* out) {
   const ConvTensor& t = x.args.y;
   const i64 rows = b.count / planes, end = round_up(f.pixels, kDepth);
   char* const to = reinterpret_cast<char*>(out);
   ConvBandArgs a = {};
   a.pixel_step = t.c_step, a.c_step = t.step[2], a.pixels = x.k.size(), a.channels = b.width, a.row = f.y_row / 4;
+  const bool staged = t.c_step == 1;
+  const i64 K = x.k.size(), item = kItem;
+  char* const stage = reinterpret_cast<char*>(x_stage);
   for (int i = 0; i < b.count; ++i) {
     const Row& r = b.rows[i];
     const i64 pixel = (i / rows * f.h.each + i % rows) * f.w.each;
     const i64 from = r.n * t.n_step + (x.group * (x.d.K / x.d.groups) + x.k.begin) * t.c_step + r.z * t.step[0] +
                      r.h * t.step[1] + b.w * t.step[2];
+    if (staged) {
+      const char* src = static_cast<const char*>(at(t.data, from, x.d.dtype));
+      char* dst = stage + pixel * K * item;
+      if (t.step[2] == K) {
+        std::memcpy(dst, src, static_cast<std::size_t>(b.width * K * item));
+      } else {
+        for (i64 w = 0; w < b.width; ++w) std::memcpy(dst + w * K * item, src + w * t.step[2] * item, static_cast<std::size_t>(K * item));
+      }
+      continue;
+    }
     a.src = at(t.data, from, x.d.dtype), a.dst = reinterpret_cast<float*>(to + pixel * kItem);
+    x.kernel.functions->band(a);
+  }
+  if (staged) {
+    a.src = stage, a.c_step = K, a.channels = f.pixels, a.dst = reinterpret_cast<float*>(to);
     x.kernel.functions->band(a);
   }
   for (i64 k = 0; k < x.k.size(); ++k)
@@ -75,7 +92,7 @@ void flat_sizes(i64 rows, i64 width, i64 planes, i64 C, Flat* f) {
   const i64 lines = ceil_div(f->pixels, kDepth) + 1;
   f->y_row = (lines + 1 - lines % 2) * kDepth * kItem;
   f->x_row = round_up(C, kTileRows) + 16;
-  f->x_floats = (ceil_div(dense::sub_pixels(f->h, f->w, planes), 2) + kDepth) * f->x_row;
+  f->x_floats = (ceil_div(dense::sub_pixels(f->h, f->w, planes), 2) + kDepth / 2 + 2) * f->x_row;
 }
 
 Flat flat_of(const ConvDesc& d, const i64* tap, const i64* taps, i64 h, i64 rows, i64 w, i64 width, i64 planes, i64 C) {
@@ -99,10 +116,11 @@ void run_flat(const Part& x, const Block& b, const Scratch& s, bool accumulate) 
   const i64 rows = std::min<i64>(b.count, x.d.out[1]), planes = b.count / rows;
   const Flat f = flat_of(x.d, x.tap, x.taps, b.rows[0].h, rows, b.w, b.width, planes, x.c.size());
   if (!accumulate) {
+    std::memset(s.stage, 0, static_cast<std::size_t>(f.pixels * x.k.size() * kItem));
     std::fill_n(s.band, 2 * f.h.step * f.w.step * f.x_floats, 0.0f);
     std::memset(s.y, 0, static_cast<std::size_t>(round_up(x.k.size(), kTileRows) * f.y_row));
   }
-  turn_y(x, b, f, planes, s.y);
+  turn_y(x, b, f, planes, s.stage, s.y);
   const i64 taps = x.taps[1] * x.taps[2];
   ConvFlatArgs t = {};
   t.a_row = f.y_row, t.steps = ceil_div(f.pixels, kDepth);

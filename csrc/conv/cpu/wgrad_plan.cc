@@ -50,7 +50,7 @@ void measure_tiles(const ConvDesc& d, const ConvKernel& kernel, ConvWgradPlan* p
   p.band_bytes = pages(steps * (kernel.mr + 16) * 4);
   p.y_bytes = pages(steps * p.k_block * 4);
   if (p.flat) measure_flat(d, &p);
-  p.stage_bytes = pages(p.flat ? 0 : round_up(pixels, 32) * kernel.mr * item_size(kernel.dtype));
+  p.stage_bytes = pages(p.flat ? p.y_bytes : round_up(pixels, 32) * kernel.mr * item_size(kernel.dtype));
   const i64 width = vector_width(kernel), taps = p.box[0] * p.box[1] * p.box[2];
   const i64 leave = taps * width * width + 2 * width * round_up(taps, width) + 4 * kSlack;
   p.stage_bytes = std::max(p.stage_bytes, pages(leave * 4));
@@ -125,14 +125,17 @@ ConvWgradPlan conv_wgrad_plan(const ConvDesc& d, const ConvKernel& kernel, int t
   p.blocks = d.out[2] == 0 ? 0 : ceil_div(image, p.rows) * (rows / std::max<i64>(1, image)) * p.segments;
 
   const i64 columns = tiled ? kBandBytes / 4 / conv_units(kernel, limit) : 512;  // tiles: dy of a block is half of it
-  p.k_block = round_up(even(round_up(K, nr), columns / nr * nr), nr);
+  p.k_block = p.flat ? round_up(K, nr) : round_up(even(round_up(K, nr), columns / nr * nr), nr);
   p.c_block = C;
   constexpr i64 kMinChannels = 32, kTaps = 512;
   for (measure(d, kernel, &p);; measure(d, kernel, &p)) {
     const i64 all = p.box[0] * p.box[1] * p.box[2];
-    const bool large = p.sum_bytes > kSumBytes || p.band_bytes > kBandBytes || p.stage_bytes > kBandBytes;
+    const bool wide = p.band_bytes > (p.flat ? kSumBytes : kBandBytes);
+    const bool large = p.sum_bytes > kSumBytes || wide || p.stage_bytes > kBandBytes;
     if (!large && all <= kTaps) break;
-    if (p.c_block > kMinChannels && !p.fold) {
+    if (p.flat && !wide && p.k_block > nr && p.k_block >= p.c_block) {  // turning dy costs as much as pairing x
+      p.k_block = round_up(p.k_block / 2, nr);
+    } else if (p.c_block > kMinChannels && !p.fold) {
       p.c_block = round_up(ceil_div(p.c_block, 2), c_unit);
     } else if (p.k_block > 2 * nr && p.sum_bytes > kSumBytes) {
       p.k_block = round_up(p.k_block / 2, nr);
