@@ -115,7 +115,33 @@ CASES = {
     "cubes strided": Case(N=1, C=3, K=8, out=(2, 6, 29), kernel=(2, 3, 5), stride=(1, 2, 2), padding=(0, 1, 2)),
     "many taps": Case(N=1, C=2, K=5, out=(3, 3), kernel=(23, 24)),
     "a long filter": Case(N=1, C=1, K=3, out=(7,), kernel=(6000,)),
+    # Channels enough for tiles: blocks of whole images, of rows, of parts of a row.
+    "flat": Case(N=11, C=33, K=40, out=(7, 7), kernel=(3, 3), padding=1),
+    "flat rows": Case(N=2, C=64, K=49, out=(20, 57), kernel=(3, 2), padding=(1, 0)),
+    "flat strided": Case(N=2, C=40, K=33, out=(19, 28), kernel=(3, 5), stride=2, padding=(1, 2), extra=1),
+    "flat in one dimension": Case(N=2, C=32, K=24, out=(1301,), kernel=(3,), padding=2, dilation=2),
+    "flat cubes": Case(N=2, C=34, K=17, out=(3, 9, 10), kernel=(3, 3, 3), stride=(2, 1, 1), padding=1),
+    "flat groups": Case(N=2, C=32, K=35, out=(9, 10), kernel=(3, 3), padding=(0, 1), groups=2),
+    "flat boxes": Case(N=1, C=70, K=64, out=(24, 24), kernel=(11, 7), padding=(5, 3)),
 }
+FLAT = [name for name in CASES if name.startswith("flat")]
+
+
+@pytest.mark.parametrize("name", FLAT)
+def test_flat_blocks_are_of_level_amx_in_bfloat16(name):
+    if "conv_wgrad_bf16_32x32_amx" not in [row.id for row in ROWS]:
+        pytest.skip("this build has no level amx")
+    case = CASES[name]
+    shapes = case.x_shape, case.w_shape, case.y_shape
+    plans = [
+        _C.conv_plan("wgrad", *shapes, **case.geometry, dtype=dtype, isa=isa, kernel=kernel)
+        for isa, dtype, kernel in (
+            ("amx", "bfloat16", "conv_wgrad_bf16_32x32_amx"),
+            ("amx", "float16", ""),
+            ("avx512bf16", "bfloat16", ""),
+        )
+    ]
+    assert [plan["flat"] for plan in plans] == [True, False, False]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -182,7 +208,7 @@ def test_error(row, generator):
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize(
-    "name", ["first layer", "rows of 49", "long", "many channels", "groups", "one channel", "cubes"]
+    "name", ["first layer", "rows of 49", "long", "many channels", "groups", "one channel", "cubes", *FLAT]
 )
 def test_bits_do_not_depend_on_threads(name, dtype, generator):
     case = CASES[name]
@@ -212,7 +238,11 @@ def test_nothing_beside_the_result_is_written(row, generator):
 def test_special_values_stay_where_they_belong(row, value, generator):
     """An Inf or NaN of dy reaches its output channel, one of x its channel: packing adds zeros beside neither."""
     dtype = DTYPES[row["dtype"]]
-    for case in (Case(N=1, C=5, K=9, out=(3, 7), kernel=(2, 3)), Case(N=1, C=18, K=17, out=(3, 31), kernel=(1, 1))):
+    for case in (
+        Case(N=1, C=5, K=9, out=(3, 7), kernel=(2, 3)),
+        Case(N=1, C=18, K=17, out=(3, 31), kernel=(1, 1)),
+        Case(N=2, C=36, K=20, out=(4, 9), kernel=(3, 3), padding=1),
+    ):
         dy, x = case.integers(dtype, generator)
         dy, x = dy.abs(), x.abs()
         dy[0, 4, 1, 6], x[0, 3, 2, x.shape[3] - 1] = value, value

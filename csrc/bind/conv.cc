@@ -155,7 +155,7 @@ py::dict plan_shape(const std::string& pass, const Sizes& x, const Sizes& w, con
   out["planes"] = p.planes;
   out["rows"] = p.rows;
   out["w_block"] = p.w_block;
-  out["flat"] = p.flat;
+  out["flat"] = p.flat || p.wgrad.flat;
   out["strips"] = p.strips;
   out["n_block"] = p.n_block;
   out["merge"] = p.merge;

@@ -7,6 +7,7 @@ TILES = "csrc/conv/cpu/wgrad_tiles.cc"
 PLAN = "csrc/conv/cpu/wgrad_plan.cc"
 PART = "csrc/conv/cpu/wgrad_part.h"
 PACK = "csrc/conv/cpu/wgrad_pack.cc"
+FLAT = "csrc/conv/cpu/wgrad_flat.cc"
 TILE = "csrc/conv/cpu/kernel_wgrad.h"
 TESTS = "tests/test_conv_wgrad.py"
 SPLIT = "tests/test_conv_split.py"
@@ -92,8 +93,50 @@ MUTATIONS = [
     Mutation(
         "special sums of the weight gradient kept",
         WGRAD,
-        "      if (p.chunks > 1) continue;\n      repair(x, s);\n",
-        "      if (p.chunks > 1) continue;\n",
+        "      if (p.chunks > 1 || !numbers) continue;\n      repair(x, s);\n",
+        "      if (p.chunks > 1 || !numbers) continue;\n",
         f"{SPLIT} -k 'test_special_and_tiny_values_wgrad and one'",
+    ),
+    Mutation(
+        "the last pixel of a row cleared with the row of padding behind it",
+        FLAT,
+        "std::fill_n(to + odd * x_row,",
+        "std::fill_n(to,",
+        f"{TESTS} -k 'test_exact and flat'",
+    ),
+    Mutation(
+        "pairs of odd pixels taken from one pixel before",
+        FLAT,
+        "(pixel + 1) / 2 * t.b_row",
+        "pixel / 2 * t.b_row",
+        f"{TESTS} -k 'test_exact and flat'",
+    ),
+    Mutation(
+        "a pixel of dy behind the last of a block multiplied",
+        FLAT,
+        "  const i64 behind = round_up(f.pixels, kDepth) - f.pixels;\n",
+        "  const i64 behind = 0;\n",
+        f"{TESTS} -k 'test_exact and flat'",
+    ),
+    Mutation(
+        "boxes of fewer taps with rows closer together",
+        FLAT,
+        "    l.each = each;\n",
+        "",
+        f"{TESTS} -k 'test_bits_do_not_depend_on_threads and flat'",
+    ),
+    Mutation(
+        "zeros between rows times NaN kept",
+        WGRAD,
+        "if (p.flat && !finite(x, s.sums)) numbers = false;",
+        "",
+        f"{TESTS} -k 'test_special_values'",
+    ),
+    Mutation(
+        "parts of a row begin with what the part before left there",
+        FLAT,
+        "!inside || x.p.segments > 1",
+        "!inside",
+        f"{TESTS} -k 'test_exact and flat'",
     ),
 ]

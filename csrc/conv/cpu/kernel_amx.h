@@ -106,7 +106,7 @@ void conv_flat(const ConvFlatArgs& t) {
   const i64 row = t.b_row * 4;
   const TileLayout a = {static_cast<const char*>(t.a), t.a_row, 16 * t.a_row, 0, kTileRowBytes};
   const TileLayout b = {reinterpret_cast<const char*>(t.b), row, kTileRowBytes, 0, 16 * row};
-  run_block<P, true, Stream::b>(Sums{t.c, kBlock, t.m, kBlock, t.accumulate}, a, b, Steps{0, t.steps, t.steps});
+  run_block<P, true, Stream::b>(Sums{t.c, kBlock, kBlock, kBlock, t.accumulate}, a, b, Steps{0, t.steps, t.steps});
 }
 
 // See ConvFunctions::next_pairs.

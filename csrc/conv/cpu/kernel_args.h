@@ -79,15 +79,13 @@ struct ConvWgradArgs {
   bool accumulate;
 };
 
-// C(i,j) = [C(i,j) +] sum_s A(i,s) * B(s,j) on tiles of 16-bit elements, i < m <= 32, j < 32.
+// C(i,j) = [C(i,j) +] sum_s A(i,s) * B(s,j) on tiles of 16-bit elements, i, j < 32.
 struct ConvFlatArgs {
-  const void* a;  // rows a_row bytes apart
-  i64 a_row;
+  const void* a;   // rows a_row bytes apart
   const float* b;  // rows of pairs, b_row floats apart
-  i64 b_row;
-  float* c;     // C(i,j) = c[i*32 + j]
-  i64 steps;    // of 32 elements
-  i64 m;        // rows of C
+  i64 a_row, b_row;
+  float* c;   // C(i,j) = c[i*32 + j]
+  i64 steps;  // of 32 elements
   bool accumulate;
 };
 

@@ -17,10 +17,11 @@ namespace fastdl {
 // Sums lie [32 of k][tap][32 channels][32][32].
 struct ConvWgradPlan {
   bool flat;
-  bool fold;         // a line is (tap along the width, channel): few channels; else a channel
-  bool shared_rows;  // packed rows serve all taps that meet them; else each tap has its own
-  bool shared_cols;  // likewise columns; else a packed column is what one output pixel meets with one tap
-  i64 box[3];        // taps of a part
+  i64 y_row, x_floats;  // bytes of a channel of dy, floats of one copy of a sub-image of x: of all blocks alike
+  bool fold;            // a line is (tap along the width, channel): few channels; else a channel
+  bool shared_rows;     // packed rows serve all taps that meet them; else each tap has its own
+  bool shared_cols;     // likewise columns; else a packed column is what one output pixel meets with one tap
+  i64 box[3];           // taps of a part
   i64 c_block, k_block, rows, w_block;
   i64 c_parts, k_parts, boxes[3];
   i64 segments, blocks, chunks;

@@ -98,15 +98,13 @@ void run_tiles(const Part& x, const Block& b, const Scratch& s, bool accumulate)
 // Likewise, flat.
 struct Flat {
   dense::Line h, w;
-  i64 pixels;    // of dy
-  i64 y_row;     // bytes of a channel of dy
-  i64 x_row;     // floats of a pair of pixels of x
-  i64 x_floats;  // of all pairs of a sub-image
+  i64 pixels;  // of dy
 };
-// What follows from h and w.
-void flat_sizes(i64 rows, i64 width, i64 planes, i64 C, Flat* f);
-// Of the box of taps from `tap` on, and so many channels.
-Flat flat_of(const ConvDesc& d, const i64* tap, const i64* taps, i64 h, i64 rows, i64 w, i64 width, i64 planes, i64 C);
+// Of the box of taps from `tap` on.
+Flat flat_of(const ConvDesc& d, const i64* tap, const i64* taps, i64 h, i64 rows, i64 w, i64 width, i64 planes);
+i64 flat_y_row(i64 pixels);    // bytes of a channel of dy
+i64 flat_x_row(i64 channels);  // floats of a pair of pixels of x
+i64 flat_x_floats(i64 pixels, i64 channels);
 void run_flat(const Part& x, const Block& b, const Scratch& s, bool accumulate);
 // Whether all sums are numbers. Zeros between the rows of dy, times Inf or NaN of x, are NaN.
 bool finite(const Part& x, const float* sums);

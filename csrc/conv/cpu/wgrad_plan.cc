@@ -28,18 +28,20 @@ bool flat_pays(const ConvDesc& d, const ConvKernel& kernel) {
     const i64 n = i == 1 ? std::min(d.out[1], std::max<i64>(1, kFlatPixels / width)) : width;
     if ((n - 1) * d.stride[i] + (d.kernel[i] - 1) * d.dilation[i] + 1 > 2 * d.kernel[i] * n) return false;
   }
-  const wgrad::Flat f = wgrad::flat_of(d, tap, d.kernel, 0, d.out[1], 0, d.out[2], 2, 32);
+  const wgrad::Flat f = wgrad::flat_of(d, tap, d.kernel, 0, d.out[1], 0, d.out[2], 2);
   return 2 * (f.h.each * f.w.each) <= 3 * d.out[1] * d.out[2];
 }
 
 void measure_flat(const ConvDesc& d, ConvWgradPlan* plan) {
   ConvWgradPlan& p = *plan;
   const i64 tap[3] = {}, rows = std::min(p.rows, d.out[1]), planes = p.rows / rows;
-  wgrad::Flat f = wgrad::flat_of(d, tap, d.kernel, 0, rows, 0, p.w_block, planes, p.c_block);
-  f.h.each = f.h.longest(), f.w.each = round_up(f.w.longest(), 2);  // no block is larger
-  wgrad::flat_sizes(rows, p.w_block, planes, p.c_block, &f);
-  p.band_bytes = pages(2 * f.h.step * f.w.step * f.x_floats * 4);
-  p.y_bytes = pages(p.k_block * f.y_row);
+  const wgrad::Flat f = wgrad::flat_of(d, tap, p.box, 0, rows, 0, p.w_block, planes);
+  dense::Line h = f.h, w = f.w;  // no block has longer ones
+  h.each = std::max(h.each, h.longest()), w.each = std::max(w.each, round_up(w.longest(), 2));
+  p.x_floats = wgrad::flat_x_floats(dense::sub_pixels(h, w, planes), p.c_block);
+  p.y_row = wgrad::flat_y_row(((planes - 1) * h.each + rows) * w.each);
+  p.band_bytes = pages(2 * h.step * w.step * p.x_floats * 4);
+  p.y_bytes = pages(p.k_block * p.y_row);
 }
 
 // Bytes of tiles: a panel of x and one of ones, dy, elements of either in their order, sums with peaks.
