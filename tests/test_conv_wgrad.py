@@ -122,6 +122,7 @@ CASES = {
     "flat in one dimension": Case(N=2, C=32, K=24, out=(1301,), kernel=(3,), padding=2, dilation=2),
     "flat cubes": Case(N=2, C=34, K=17, out=(3, 9, 10), kernel=(3, 3, 3), stride=(2, 1, 1), padding=1),
     "flat groups": Case(N=2, C=32, K=35, out=(9, 10), kernel=(3, 3), padding=(0, 1), groups=2),
+    "flat padded": Case(N=2, C=32, K=32, out=(24, 23), kernel=(3, 3), padding=5),
     "flat boxes": Case(N=1, C=70, K=64, out=(24, 24), kernel=(11, 7), padding=(5, 3)),
 }
 FLAT = [name for name in CASES if name.startswith("flat")]

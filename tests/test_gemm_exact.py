@@ -173,6 +173,18 @@ def test_strips(kernel, rows_of_a, K, integers, guarded):
             out.assert_guards_intact()
 
 
+@pytest.mark.rows(kind="tile", isa="amx", dtype="bfloat16")
+@pytest.mark.parametrize("M", [64, 65, 1000])
+def test_strips_of_whole_blocks(kernel, M, integers, guarded):
+    """The last block of the last strip waits for a call that finishes it."""
+    N, K = 96, 256
+    a, bt, bias = integers((M, K), K), integers((N, K), K), integers((N,), 1)
+    out = guarded((M, N), fill=float("nan"))
+    _C.gemm(out.view, a, bt.t(), bias, False, kernel=kernel["name"], threads=2)
+    assert torch.equal(out.view, exact_product(a, bt.t(), bias))
+    out.assert_guards_intact()
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_linear(kernel, threads, integers, guarded):
     mr, nr = kernel["mr"], kernel["nr"]

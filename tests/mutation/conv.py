@@ -77,9 +77,9 @@ MUTATIONS = [
     Mutation(
         "pixels between the rows of the band written, too",
         STRIPS,
-        "w < width ? first + w * step : -1",
-        "first + w * step",
-        f"{TESTS} -k 'test_grid_is_exact and conv_bf16_32x32_amx and forward'",
+        "h < rows_ ? width_ : 0",
+        "width_",
+        "tests/test_conv_strips.py -k test_exact",
     ),
     Mutation(
         "NaN of one group spread over those it is merged with",
@@ -98,9 +98,16 @@ MUTATIONS = [
     Mutation(
         "padding that two rows share taken from both",
         LINES,
-        "l.each -= std::min(l.begin, l.positions - l.end);",
-        "l.each -= l.begin;",
-        f"{TESTS} -k 'test_grid_is_exact and conv_bf16_32x32_amx and dgrad'",
+        "l.each - std::min(l.begin, l.positions - l.end)",
+        "l.each - l.begin",
+        "tests/test_conv_strips.py -k test_exact",
+    ),
+    Mutation(
+        "padding beyond all taps shared by outputs",
+        LINES,
+        "std::max(n, l.each - ",
+        "std::max<i64>(0, l.each - ",
+        "tests/test_conv_strips.py -k test_exact",
     ),
     Mutation(
         "every tap of a stride in the first sub-image",

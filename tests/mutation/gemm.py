@@ -343,7 +343,7 @@ MUTATIONS = [
         STRIP,
         "  if (f.n == 0) waiting.some(kBlock);\n",
         "",
-        f"{EXACT} -k test_strips",
+        f"{EXACT} -k test_strips_of_whole_blocks",
     ),
     Mutation(
         "sums of a strip on top of those that wait",

@@ -30,7 +30,8 @@ inline Line line_of(const ConvAxis& a, i64 from, i64 n, bool shared, i64 tap, i6
   l.positions = l.each * l.step;
   l.begin = l.first >= 0 ? 0 : std::min(l.positions, ceil_div(-l.first, l.stride));
   l.end = l.first >= size ? l.begin : std::clamp((size - 1 - l.first) / l.stride + 1, l.begin, l.positions);
-  if (shared && l.step == 1) l.each -= std::min(l.begin, l.positions - l.end);
+  // Outputs keep places of their own.
+  if (shared && l.step == 1) l.each = std::max(n, l.each - std::min(l.begin, l.positions - l.end));
   return l;
 }
 // The same of neighbours that a pixel of the band holds side by side.
