@@ -55,7 +55,7 @@ struct ConvPlan {
   bool flat;         // tiles read pixels where they lie in the band, also those between its rows
   i64 group_floats;  // packed weights of a group, or of those taken as one
   i64 w_bytes;       // of all groups, for all threads; 0 where frozen
-  i64 band_bytes, sum_bytes, pointer_bytes;  // a thread
+  i64 band_bytes, sum_bytes, pointer_bytes, strip_bytes;  // a thread
   i64 band_pixels, stage_floats;
   i64 tile_bytes;            // a thread: a gathered panel, peaks, what is computed again
   const GemmKernel* repair;  // as GemmPlan::repair
@@ -66,7 +66,7 @@ struct ConvPlan {
 
   bool mixes_groups() const { return merge > 1 || group_block > 1; }
   i64 per_thread_bytes() const {
-    return band_bytes + sum_bytes + pointer_bytes + tile_bytes + wgrad.per_thread_bytes();
+    return band_bytes + sum_bytes + pointer_bytes + strip_bytes + tile_bytes + wgrad.per_thread_bytes();
   }
   i64 workspace_bytes() const { return w_bytes + wgrad.chunk_bytes + threads * per_thread_bytes(); }
 };

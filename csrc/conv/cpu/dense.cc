@@ -17,8 +17,9 @@ using namespace dense;
 // A part whose sums wait in scratch, or in what is written, until all is summed.
 class Part : Band {
  public:
-  Part(const Problem& problem, char* scratch, i64 index) : Band(problem, index, scratch) {
-    char* const own = scratch + p_.band_bytes + p_.pointer_bytes;
+  Part(const Problem& problem, char* scratch, i64 index)
+      : Band(problem, index, scratch), scratch_(scratch), index_(index) {
+    char* const own = scratch + p_.band_bytes + p_.pointer_bytes + p_.strip_bytes;
     sum_ = reinterpret_cast<float*>(own);
     float* tile = reinterpret_cast<float*>(own + p_.sum_bytes);
     gathered_ = tile, tile += is_tiled(kernel_) ? kernel_.mr * kernel_.kc : 0;
@@ -41,6 +42,7 @@ class Part : Band {
   }
 
   void run() {
+    if (p_.strips) return repair_strips();
     sum_all();
     if (!finite_) sum_apart();
     if (p_.repair && started_) repair();
@@ -50,6 +52,13 @@ class Part : Band {
   }
 
  private:
+  // What strips would have written, looked at first.
+  void repair_strips() {
+    run_strips(x_, index_, scratch_, {sum_, sum_row_, row_peak_});
+    repair();
+    finish(0, pixels_, sum_);
+  }
+
   void sum_all() {
     started_ = false;
     for (i64 c0 = 0; c0 < x_.channels; c0 += p_.c_block) {
@@ -129,16 +138,7 @@ class Part : Band {
         }
       }
     }
-    if (band_peak_) raise_peaks(n1, n2);
-  }
-
-  // The largest magnitudes that the pixels meet with the taps n1 x n2 of the band.
-  void raise_peaks(i64 n1, i64 n2) {
-    for (i64 i = 0; i < pixels_; ++i) {
-      const float* const peak = band_peak_ + (flat_ ? i : (pointers_[i] - band_) / floats_);
-      for (i64 t1 = 0; t1 < n1; ++t1)
-        for (i64 t2 = 0; t2 < n2; ++t2) row_peak_[i] = std::max(peak[tap_at(t1, t2)], row_peak_[i]);
-    }
+    if (band_peak_) raise_peaks(n1, n2, row_peak_);
   }
 
   // Floats from row to row of m pixels, where they are the same: tiles of 16 rows read them where they lie. 0:
@@ -343,6 +343,8 @@ class Part : Band {
     }
   }
 
+  char* scratch_;
+  i64 index_;
   bool started_ = false, finished_ = false, written_ = false;
   const float* weights_;
   float* sum_;
@@ -370,7 +372,7 @@ void conv_run_dense(const ConvDesc& d, const ConvPlan& p, const ConvArgs& args) 
     char* const own = scratch.data() + p.w_bytes + thread * p.per_thread_bytes();
     if (x.helpers.begin) x.helpers.begin();
     for (i64 i = p.parts * thread / threads, end = p.parts * (thread + 1) / threads; i < end; ++i)
-      p.strips ? run_strips(x, i, own) : Part(x, own, i).run();
+      if (!p.strips || !run_strips(x, i, own)) Part(x, own, i).run();
     if (x.helpers.end) x.helpers.end();
   });
 }

@@ -58,6 +58,14 @@ void Band::look_at_groups() {
     for (i64 i = 0; !kept(g) && i < pixels; ++i) std::fill_n(band_ + i * floats_ + g * floats, floats, 0.0f);
 }
 
+void Band::raise_peaks(i64 n1, i64 n2, float* row_peak) const {
+  for (i64 i = 0; i < pixels_; ++i) {
+    const float* const peak = band_peak_ + (flat_ ? i : (pointers_[i] - band_) / floats_);
+    for (i64 t1 = 0; t1 < n1; ++t1)
+      for (i64 t2 = 0; t2 < n2; ++t2) row_peak[i] = std::max(peak[tap_at(t1, t2)], row_peak[i]);
+  }
+}
+
 void Band::set_pointers() {
   const float** out = pointers_;
   for (i64 s = 0; s < planes_; ++s)

@@ -28,7 +28,9 @@ class Band {
   void take_channels(i64 count);  // the band is to hold so many, of each group
   void copy(i64 c0, i64 t0, i64 t1, i64 t2);
   void look_at_groups();  // see finite_, only_
-  void set_pointers();    // into the band
+  // The largest magnitudes that the pixels of the part meet with the taps n1 x n2 of the band.
+  void raise_peaks(i64 n1, i64 n2, float* row_peak) const;
+  void set_pointers();  // into the band
   void point_into_image(i64 c0);
   // Where the only tap meets the image: a row of the part, its first pixel.
   const void* image_at(i64 c0, i64 s, i64 h) const;
@@ -74,7 +76,13 @@ class Band {
   void stage_row(const void* src, i64 begin, i64 end, i64 positions);
 };
 
-// See dense_strips.cc.
-void run_strips(const Problem& problem, i64 part, char* scratch);
+// Sums of all pixels of a part, and the largest magnitudes that each of them meets.
+struct Sums {
+  float* sum = nullptr;
+  i64 row = 0;
+  float* peak = nullptr;
+};
+// See dense_strips.cc. Not for sums: whether the part is right, as none of GemmHelpers::suspects is to be expected.
+bool run_strips(const Problem& problem, i64 part, char* scratch, const Sums& sums = {});
 
 }  // namespace fastdl::dense

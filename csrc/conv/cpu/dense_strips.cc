@@ -11,35 +11,37 @@ class Strips : Band {
   Strips(const Problem& problem, i64 index, char* scratch) : Band(problem, index, scratch) {
     take_channels(x_.channels);
     row_at_ = reinterpret_cast<i64*>(pointers_ + kGemmStripRows);
-    char* const own = scratch + p_.band_bytes + p_.pointer_bytes;
-    t_.sums = reinterpret_cast<float*>(own), t_.waiting = &waiting_;
-    gathered_ = reinterpret_cast<float*>(own + p_.sum_bytes);
-    stage_ = gathered_ + kGemmStripRows * units_;
+    t_.sums = reinterpret_cast<float*>(scratch + p_.band_bytes + p_.pointer_bytes), t_.waiting = &waiting_;
+    gathered_ = t_.sums + kGemmStripFloats;
+    stage_ = gathered_ + kGemmStripRows * floats_;
+    if (conv_has_peaks(kernel_)) band_peak_ = stage_ + p_.stage_floats;
   }
 
-  void run() {
+  bool run(const Sums& sums) {
     list_runs();
-    list_rows();
     if (!in_place_ && t_.run_count > 0) copy(0, 0, 0, 0);
-    const DType dtype = x_.d.dtype;
-    const ConvArgs& a = x_.args;
-    FinishArgs& f = t_.finish;
-    f.bias_step = a.bias_step, f.activation = a.activation;
     t_.b_panel = phase_->steps * kernel_.nr;
+    if (sums.sum) {
+      std::fill_n(sums.peak, pixels_, 0.0f);
+      if (t_.run_count > 0) raise_peaks(axis(1).taps, width_taps(), sums.peak);
+      for (i64 i = 0; i < pixels_; ++i) row_at_[i] = i * sums.row;
+    } else {
+      if (band_peak_ && tiny()) return false;
+      list_rows();
+    }
+    const i64 column = group_ * x_.columns + k0_;
     const float* const weights = x_.pack + x_.panel_at(*phase_, group_, k0_ / kernel_.nr);
     for (i64 k = 0; k < columns_; k += p_.n_block) {
-      const i64 column = group_ * x_.columns + k0_ + k, offset = column * x_.out.c_step;
-      f.n = static_cast<int>(std::min(p_.n_block, columns_ - k));
-      f.c = at(x_.out.data, offset, dtype);
-      f.bias = a.bias ? at(a.bias, column * a.bias_step, dtype) : nullptr;
-      f.residual = a.residual ? at(a.residual, offset, dtype) : nullptr;
-      f.pre = a.pre ? at(a.pre, offset, dtype) : nullptr;
+      t_.finish = sums.sum ? FinishArgs{} : epilogue(column + k);
+      if (sums.sum) t_.finish.c = sums.sum + k;
+      t_.finish.n = static_cast<int>(std::min(p_.n_block, columns_ - k));
       t_.b = weights + k * phase_->steps;
       const bool last = k + p_.n_block >= columns_;
       for (i64 i = 0; i < pixels_; i += kGemmStripRows) strip(i, last);
     }
-    f.n = 0;
+    t_.finish.n = 0;
     x_.helpers.strip(t_);
+    return waiting_.special == 0;
   }
 
  private:
@@ -49,6 +51,30 @@ class Strips : Band {
     run_ = fold ? n2 * units_ : units_;
     t_.run_count = axis(0).taps == 0 || run_ == 0 ? 0 : fold ? n1 : n1 * n2;
     for (i64 r = 0; r < t_.run_count; ++r) runs_[r] = (fold ? tap_at(r, 0) : tap_at(r / n2, r % n2)) * floats_;
+  }
+
+  // Whether values are so small that tiles may lose them: see kTinyPeak. Zeros lose nothing.
+  bool tiny() const {
+    const auto least = [](const float* peak, i64 n) {
+      float some = 1;
+      for (i64 i = 0; i < n; ++i) some = std::min(some, peak[i] > 0 ? peak[i] : 1);
+      return some;
+    };
+    const float a = least(band_peak_, h_.step * w_.step * sub_pixels_);
+    const float b = least(x_.pack + x_.peaks_at(*phase_, group_, k0_ / kernel_.nr), columns_);
+    return a < kTinyPeak || b < kTinyPeak || a * b < kTinyProduct;
+  }
+
+  FinishArgs epilogue(i64 column) const {
+    const DType dtype = x_.d.dtype;
+    const ConvArgs& a = x_.args;
+    const i64 offset = column * x_.out.c_step;
+    FinishArgs f = {};
+    f.c = at(x_.out.data, offset, dtype), f.activation = a.activation, f.bias_step = a.bias_step;
+    if (a.bias) f.bias = at(a.bias, column * a.bias_step, dtype);
+    if (a.residual) f.residual = at(a.residual, offset, dtype);
+    if (a.pre) f.pre = at(a.pre, offset, dtype);
+    return f;
   }
 
   // Where pixels are written.
@@ -111,6 +137,8 @@ class Strips : Band {
 
 }  // namespace
 
-void run_strips(const Problem& problem, i64 part, char* scratch) { Strips(problem, part, scratch).run(); }
+bool run_strips(const Problem& problem, i64 part, char* scratch, const Sums& sums) {
+  return Strips(problem, part, scratch).run(sums);
+}
 
 }  // namespace fastdl::dense

@@ -159,7 +159,8 @@ struct Blocks {
   bool flat() const {
     constexpr double kGathered = 24, kBetween = 0.5, kDeep = 1024;
     const auto taps = static_cast<double>(axis[0].taps * axis[1].taps * axis[2].taps);
-    if (!is_tiled(*p.kernel) || (p.repair && taps * static_cast<double>(p.c_block) < kDeep)) return false;
+    if (!is_tiled(*p.kernel)) return false;
+    if (p.repair && !p.strips && taps * static_cast<double>(p.c_block) < kDeep) return false;
     const double extra = static_cast<double>(flat_pixels()) / static_cast<double>(p.planes * p.rows * p.w_block) - 1;
     return p.strips ? extra < kBetween : static_cast<double>(p.k_block) * extra < kGathered;
   }
@@ -176,22 +177,21 @@ struct Blocks {
     p.flat = flat();
     p.strips = p.strips && p.flat;
     p.band_bytes = pages(band_pixels() * pixel_floats() * 4);
-    const bool tiled = is_tiled(*p.kernel);
-    i64 floats = tiled ? p.kernel->mr * p.kernel->kc : 0;
+    p.stage_floats = p.fold ? extent(axis[2], p.w_block, true) * p.c_block : 0;
+    p.band_pixels = is_tiled(*p.kernel) ? band_pixels() : 0;
+    p.pointer_bytes = pages((pixels() + (p.strips ? kGemmStripRows : 0)) * 8);
+    p.strip_bytes = p.sum_bytes = p.tile_bytes = 0;
+    const i64 peaks = conv_has_peaks(*p.kernel) ? p.band_pixels : 0;
     if (p.strips) {
       constexpr i64 kStripShare = 3, kStripShares = 8;  // of L2
-      floats = kGemmStripRows * depth();
       p.n_block = std::max<i64>(
           p.kernel->nr, l2 * kStripShare / kStripShares / std::max<i64>(1, depth() * 4) / p.kernel->nr * p.kernel->nr);
-      p.sum_bytes = pages(kGemmStripFloats * 4);
-      p.pointer_bytes = pages((kGemmStripRows + pixels()) * 8);
-    } else {
-      p.sum_bytes = pages(pixels() * conv_sum_row(*p.kernel, p.k_block) * (p.mixes_groups() ? 8 : 4));
-      p.pointer_bytes = pages(pixels() * 8);
+      p.strip_bytes = pages((kGemmStripFloats + kGemmStripRows * pixel_floats() + p.stage_floats + peaks) * 4);
+      if (!p.repair) return;
     }
-    if (p.fold) floats += p.stage_floats = extent(axis[2], p.w_block, true) * p.c_block;
-    if (tiled) p.band_pixels = band_pixels();
-    if (conv_has_peaks(*p.kernel)) floats += p.band_pixels + pixels();
+    p.sum_bytes = pages(pixels() * conv_sum_row(*p.kernel, p.k_block) * (p.mixes_groups() ? 8 : 4));
+    i64 floats = is_tiled(*p.kernel) ? p.kernel->mr * p.kernel->kc + p.stage_floats : p.stage_floats;
+    if (peaks) floats += peaks + pixels();
     if (p.repair)  // a vector of slack: see PackFunction
       floats += i64{p.kernel->mr} * p.kernel->nr + p.repair->kc * (p.repair->mr + p.kernel->nr) + 16;
     p.tile_bytes = pages(floats * 4);
@@ -269,7 +269,7 @@ void plan_dense(const ConvDesc& desc, const Machine& machine, ConvPlan* plan) {
   p.k_block = even_block(std::max<i64>(1, columns), kColumns, kernel.nr);
   // Channels of a band. Sizes have no say: frozen packs do not know them. (Zen 4, 64 for 3x3, so that a run of taps is
   // one product, against 256: ten shapes of ResNet forward 1% slower in the mean, up to 5%.)
-  constexpr i64 kUnits = 256;
+  const i64 kUnits = is_tiled(kernel) && conv_tiles(kernel).helpers->strip ? (kernel.planes > 1 ? 384 : 512) : 256;
   const i64 channel_limit = kernel.k_unit * kUnits / kernel.planes / kernel.k_step * kernel.k_step;
   p.c_block = even_block(std::max<i64>(1, channels), channel_limit, kernel.k_step);
   p.fold = folds(d, kernel);
@@ -288,7 +288,11 @@ void plan_dense(const ConvDesc& desc, const Machine& machine, ConvPlan* plan) {
   p.shared[0] = false;
   for (int i = 1; i < 3; ++i) p.shared[i] = b.share(i, i == 1 ? p.rows : p.w_block) && !(p.fold && i == 2);
   if (b.axis[2].taps > 1 && !p.shared[2] && !p.fold) p.shared[1] = false;  // see run: a band's weights lie side by side
-  for (b.count_bytes(); p.per_thread_bytes() > kConvThreadBytes; b.count_bytes()) {
+  const auto large = [&] {
+    b.count_bytes();
+    return p.per_thread_bytes() > kConvThreadBytes || (p.strips && p.repair && p.band_bytes > (i64{768} << 10));
+  };
+  while (large()) {
     if (p.planes > 1) {
       p.planes /= 2;
     } else if (p.rows > 4) {

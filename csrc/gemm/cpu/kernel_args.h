@@ -58,6 +58,7 @@ struct GemmStripWaiting {
   const void* bias;
   const i64* row_at;
   i64 left, slot;
+  i64 special;  // not 0: sums that are Inf or NaN have been met, where the kernel has suspects
 };
 struct GemmStripArgs {
   const void* a;  // rows of the kernel's dtype, a_row bytes apart, or a packed panel

@@ -9,8 +9,11 @@
 namespace fastdl {
 namespace {
 
+// Lanes that are Inf or NaN.
+FASTDL_INLINE unsigned specials(L::V x) { return _mm512_fpclass_ps_mask(x, 0x99); }
+
 // Rows of a block of sums that are still to be activated, rounded and written: sums, bias and activation alone.
-template <class T, Activation kActivation>
+template <class T, Activation kActivation, bool kLooks>
 struct WaitingRows {
   using R = VecAvx512Rounding;
   const float* sum;
@@ -18,6 +21,7 @@ struct WaitingRows {
   const T* b;
   const i64* row_at;
   i64 left;
+  unsigned special = 0;
   L::V bias[2];
 
   explicit WaitingRows(const GemmStripWaiting& w)
@@ -26,6 +30,7 @@ struct WaitingRows {
   }
   FASTDL_INLINE void save(GemmStripWaiting* w) const {
     w->sum = sum, w->c = c, w->bias = b, w->row_at = row_at, w->left = left;
+    if constexpr (kLooks) w->special |= special;
   }
   FASTDL_INLINE void load_bias() {
     for (int v = 0; v < 2; ++v) bias[v] = b ? R::load(b + 16 * v) : R::set1(-0.0f);
@@ -38,10 +43,17 @@ struct WaitingRows {
     load_bias();
   }
   FASTDL_INLINE void some(i64 count) {
-    for (; count > 0 && left > 0; --count, --left, sum += kBlock, ++row_at)
-      if (*row_at >= 0)
-        R::store(c + *row_at, activate<R, kActivation>(R::add(R::load(sum), bias[0])),
-                 activate<R, kActivation>(R::add(R::load(sum + 16), bias[1])));
+    for (; count > 0 && left > 0; --count, --left, sum += kBlock, ++row_at) {
+      if (*row_at < 0) continue;
+      const L::V x = L::load(sum), y = L::load(sum + 16);
+      if constexpr (kLooks) special |= specials(x) | specials(y);
+      store(c + *row_at, activate<R, kActivation>(R::add(x, bias[0])), activate<R, kActivation>(R::add(y, bias[1])));
+    }
+  }
+  static FASTDL_INLINE void store(bf16* p, L::V x, L::V y) { R::store(p, x, y); }
+  static FASTDL_INLINE void store(float* p, L::V x, L::V y) {
+    L::store(p, x);
+    L::store(p + 16, y);
   }
 };
 
@@ -70,6 +82,13 @@ FASTDL_INLINE void strip_block(const GemmStripArgs& t, const TileLayout& a, cons
   if constexpr (kRows > 1 && kCols > 1) tile_store<3>(sums + 16 * kBlock + 16, kLine);
 }
 
+inline unsigned specials_of(const float* sums, int m, int n) {
+  unsigned some = 0;
+  for (int i = 0; i < m; ++i)
+    for (int j = 0; j < n; j += 16) some |= specials(L::load(sums + i * kBlock + j, L::first(n - j < 16 ? n - j : 16)));
+  return some;
+}
+
 // What does not wait: blocks that are not whole, and all that FinishArgs may ask for; rows evenly apart at a time.
 template <class T>
 void finish_block(const GemmStripArgs& t, const float* sums, i64 j, int cols) {
@@ -89,19 +108,19 @@ void finish_block(const GemmStripArgs& t, const float* sums, i64 j, int cols) {
   }
 }
 
-template <class P, class T, Activation kActivation>
+template <class P, class T, bool kLooks, Activation kActivation>
 void run_strip(const GemmStripArgs& t) {
   const FinishArgs& f = t.finish;
   const i64 depth = P::parts * 2 * kTileBytes, steps = t.run_count * (t.run / (16 * P::parts));
   const char *const first_a = static_cast<const char*>(t.a), *const first_b = reinterpret_cast<const char*>(t.b);
-  const TileLayout a = !t.a_packed ? TileLayout{first_a, t.a_row, 16 * t.a_row, 0, kTileRowBytes}
+  const TileLayout a = !t.a_packed ? TileLayout{first_a, t.a_row, 16 * t.a_row, kTileRowBytes, P::parts * kTileRowBytes}
                                    : TileLayout{first_a, kTileRowBytes, kTileBytes, 2 * kTileBytes, depth};
   const TileLayout tail = {static_cast<const char*>(t.tail), kTileRowBytes, kTileBytes, 2 * kTileBytes, depth};
   TileLayout b = {first_b, kTileRowBytes, kTileBytes, 2 * kTileBytes, depth};
   const bool wait = !f.accumulate && !f.pre && !f.residual && (!f.bias || f.bias_step == 1);
   const i64 each = steps > 0 ? (kBlock + steps - 1) / steps : 0;
   Fetch fetch(t.ahead, (f.n + kBlock - 1) / kBlock * steps, Fetch::kMostOfStrip);
-  WaitingRows<T, kActivation> waiting(*t.waiting);
+  WaitingRows<T, kActivation, kLooks> waiting(*t.waiting);
   i64 slot = t.waiting->slot;
   if (f.n == 0) waiting.some(kBlock);
   for (int j = 0; j < f.n; j += kBlock, b.p += t.b_panel * 4) {
@@ -121,6 +140,7 @@ void run_strip(const GemmStripArgs& t) {
       waiting.begin(t, sums, j);
       slot ^= 1;
     } else {
+      if constexpr (kLooks) waiting.special |= specials_of(sums, f.m, cols);
       finish_block<T>(t, sums, j, cols);
     }
   }
@@ -129,9 +149,9 @@ void run_strip(const GemmStripArgs& t) {
 }
 
 // See GemmHelpers::strip.
-template <class P, class T>
+template <class P, class T, bool kLooks = false>
 void strip(const GemmStripArgs& t) {
-  with_activation(t.finish.activation, [&](auto tag) { run_strip<P, T, decltype(tag)::value>(t); });
+  with_activation(t.finish.activation, [&](auto tag) { run_strip<P, T, kLooks, decltype(tag)::value>(t); });
 }
 
 }  // namespace

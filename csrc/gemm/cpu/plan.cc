@@ -52,7 +52,7 @@ double products(const GemmDesc& d, const GemmKernel& k) {  // with an element of
 constexpr double kTileSumCost = 30;
 double tile_cost(const GemmDesc& d, const GemmKernel& k) {
   double work = products(d, k) + (d.packed ? 0 : pack_cost(k) * filled(d, k));
-  if (is_tiled(k) && !k.helpers->strip) {
+  if (is_tiled(k) && k.helpers->suspects) {
     const double m = static_cast<double>(d.M), n = static_cast<double>(std::max<i64>(1, d.N));
     work += pack_cost(k) * filled(d, k) * m / n + kTileSumCost * m / static_cast<double>(std::max<i64>(1, d.K));
   }
@@ -215,7 +215,7 @@ GemmPlan gemm_plan(const GemmDesc& d, const Machine& machine, const GemmKernel* 
   p.kc = even_block(d.K, p.turned ? d.K : kernel.kc, std::max(8, kernel.k_step));
   p.span = d.dtype == DType::f32 && !dot && !p.streamed && d.K > kSpan ? kSpan / p.kc * p.kc : d.K;
   const bool narrow = p.span < d.K || d.dtype != DType::f32 || kernel.precision != Precision::fma;
-  if (kernel.helpers->strip && !p.turned && d.pairs == 1 && d.K <= kernel.kc) {
+  if (kernel.helpers->strip && !kernel.helpers->suspects && !p.turned && d.pairs == 1 && d.K <= kernel.kc) {
     plan_strips(d, machine, &p);
     return p;
   }
