@@ -129,7 +129,7 @@ FLAT = [name for name in CASES if name.startswith("flat")]
 
 
 @pytest.mark.parametrize("name", FLAT)
-def test_flat_blocks_are_of_level_amx_in_bfloat16(name):
+def test_which_blocks_are_flat(name):
     if "conv_wgrad_bf16_32x32_amx" not in [row.id for row in ROWS]:
         pytest.skip("this build has no level amx")
     case = CASES[name]
@@ -138,11 +138,13 @@ def test_flat_blocks_are_of_level_amx_in_bfloat16(name):
         _C.conv_plan("wgrad", *shapes, **case.geometry, dtype=dtype, isa=isa, kernel=kernel)
         for isa, dtype, kernel in (
             ("amx", "bfloat16", "conv_wgrad_bf16_32x32_amx"),
+            ("amx", "float32", "conv_wgrad_f32_split_32x32_amx"),
             ("amx", "float16", ""),
             ("avx512bf16", "bfloat16", ""),
         )
     ]
-    assert [plan["flat"] for plan in plans] == [True, False, False]
+    in_parts = name not in ("flat strided", "flat cubes")
+    assert [plan["flat"] for plan in plans] == [True, in_parts, False, False]
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -3,6 +3,7 @@
 #pragma once
 #include "conv/cpu/kernel.h"
 #include "gemm/cpu/kernel_amx.h"
+#include "gemm/cpu/kernel_pairs.h"
 
 namespace fastdl {
 namespace {
@@ -100,13 +101,57 @@ void conv_product(const TileArgs& t, const i64* runs, i64 count) {
   run_panels<P, P::parts == 1, Stream::none>(t, steps);
 }
 
-// See ConvFlatArgs. B comes from L2, A stays in L1.
+// See ConvFlatArgs. B comes from L2, A from L1 as far as it fits.
 template <class P>
 void conv_flat(const ConvFlatArgs& t) {
   const i64 row = t.b_row * 4;
-  const TileLayout a = {static_cast<const char*>(t.a), t.a_row, 16 * t.a_row, 0, kTileRowBytes};
-  const TileLayout b = {reinterpret_cast<const char*>(t.b), row, kTileRowBytes, 0, 16 * row};
-  run_block<P, true, Stream::b>(Sums{t.c, kBlock, kBlock, kBlock, t.accumulate}, a, b, Steps{0, t.steps, t.steps});
+  const TileLayout a = {static_cast<const char*>(t.a), t.a_row, 16 * t.a_row, kTileRowBytes, P::parts * kTileRowBytes};
+  const TileLayout b = {reinterpret_cast<const char*>(t.b), row, kTileRowBytes, t.b_part * 4, 16 * row};
+  run_block<P, P::parts == 1, Stream::b>(Sums{t.c, kBlock, kBlock, kBlock, t.accumulate}, a, b,
+                                         Steps{0, t.steps, t.steps});
+}
+
+// See ConvPairsArgs.
+template <class T, class S>
+void conv_pairs(const ConvPairsArgs& t) {
+  const T* const src = static_cast<const T*>(t.src);
+  if constexpr (S::as_it_lies) {
+    pack_pairs<VecAvx512Bf16>(src, t.pixel_step, t.c_step, t.pixels, static_cast<int>(t.channels),
+                              static_cast<int>(t.row), t.dst, nullptr);
+  } else {
+    for (i64 p = 0; p < t.pixels; p += kTileDepth) {
+      const int depth = t.pixels - p < kTileDepth ? static_cast<int>(t.pixels - p) : kTileDepth;
+      for (i64 c = 0; c < (t.channels + kBlock - 1) / kBlock * kBlock; c += 16) {
+        const int lines = t.channels - c < 0 ? 0 : t.channels - c < 16 ? static_cast<int>(t.channels - c) : 16;
+        L::V peaks[16];
+        for (auto& v : peaks) v = L::zero();
+        pack_tile<T, S, false>(src + p * t.pixel_step + c * t.c_step, t.pixel_step, t.c_step, depth, lines,
+                               t.dst + p / 2 * t.row + c, t.part, peaks, t.row, (depth + 1) / 2);
+      }
+    }
+  }
+}
+
+// See ConvFunctions::raise.
+inline void conv_raise(const ConvPairsArgs& t) {
+  const float* const src = static_cast<const float*>(t.src);
+  for (i64 c = 0; c < t.channels; c += t.c_step == 1 ? 16 : 1) {
+    if (t.c_step == 1) {
+      const auto mask = L::first(t.channels - c < 16 ? static_cast<int>(t.channels - c) : 16);
+      auto peak = L::load(t.dst + c, mask);
+      for (i64 p = 0; p < t.pixels; ++p) Parts<1>::raise(&peak, L::load(src + p * t.pixel_step + c, mask));
+      L::store(t.dst + c, peak, mask);
+      continue;
+    }
+    auto peak = L::set1(t.dst[c]);
+    for (i64 p = 0; p < t.pixels; p += 16) {
+      const int n = t.pixels - p < 16 ? static_cast<int>(t.pixels - p) : 16;
+      float some[16] = {};
+      for (int i = 0; i < n; ++i) some[i] = src[(p + i) * t.pixel_step + c * t.c_step];
+      Parts<1>::raise(&peak, L::load(some));
+    }
+    t.dst[c] = float_of(_mm512_reduce_max_epu32(bits(peak)));
+  }
 }
 
 // See ConvFunctions::next_pairs.
@@ -139,7 +184,8 @@ constexpr ConvFunctions dense_tiles() {
 template <class T, class S, class P>
 constexpr ConvFunctions wgrad_tiles() {
   ConvFunctions f = {};
-  f.band = conv_band_tiles<T, S>, f.flat = conv_flat<P>, f.next_pairs = conv_next_pairs;
+  f.band = conv_band_tiles<T, S>, f.pairs = conv_pairs<T, S>, f.next_pairs = conv_next_pairs, f.flat = conv_flat<P>;
+  if constexpr (S::limited) f.raise = conv_raise;
   return f;
 }
 

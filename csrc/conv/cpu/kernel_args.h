@@ -79,14 +79,24 @@ struct ConvWgradArgs {
   bool accumulate;
 };
 
-// C(i,j) = [C(i,j) +] sum_s A(i,s) * B(s,j) on tiles of 16-bit elements, i, j < 32.
+// C(i,j) = [C(i,j) +] sum_s A(i,s) * B(s,j) on tiles of bfloat16 parts, i, j < 32.
 struct ConvFlatArgs {
-  const void* a;   // rows a_row bytes apart
-  const float* b;  // rows of pairs, b_row floats apart
-  i64 a_row, b_row;
+  const void* a;   // rows a_row bytes apart, [step][part][32]
+  const float* b;  // rows of pairs, b_row floats apart, a matrix for each part, b_part floats apart
+  i64 a_row, b_row, b_part;
   float* c;   // C(i,j) = c[i*32 + j]
   i64 steps;  // of 32 elements
   bool accumulate;
+};
+
+// dst[p/2*row + c] = (src[p*pixel_step + c*c_step], that of pixel p + 1, or 0) for even p < pixels, as parts of
+// bfloat16 `part` floats apart; zeros from the last channel to a multiple of 32.
+struct ConvPairsArgs {
+  const void* src;
+  i64 pixel_step, c_step;
+  i64 pixels, channels;
+  float* dst;
+  i64 row, part;
 };
 
 enum class ConvKind : std::uint8_t {
@@ -107,7 +117,10 @@ struct ConvFunctions {
   const DirectOps* direct = nullptr;
   // Tiles: C (+)= A B, A in runs of t.k floats from t.a, `count` of them, or a gathered panel (runs null).
   void (*product)(const TileArgs& t, const i64* runs, i64 count) = nullptr;
-  void (*flat)(const ConvFlatArgs&) = nullptr;  // wgrad on tiles
+  // Flat wgrad on tiles.
+  void (*flat)(const ConvFlatArgs&) = nullptr;
+  void (*pairs)(const ConvPairsArgs&) = nullptr;
+  void (*raise)(const ConvPairsArgs&) = nullptr;  // dst[c] = max(dst[c], |src|), where the kernel has peaks
   // out[i] = (the second element of in[i - row], the first of in[i]) of pairs, row <= i < count.
   void (*next_pairs)(const float* in, i64 row, i64 count, float* out) = nullptr;
   // Whether no element of the band, 16-bit ones side by side, is Inf or NaN.

@@ -290,7 +290,7 @@ void plan_dense(const ConvDesc& desc, const Machine& machine, ConvPlan* plan) {
   if (b.axis[2].taps > 1 && !p.shared[2] && !p.fold) p.shared[1] = false;  // see run: a band's weights lie side by side
   const auto large = [&] {
     b.count_bytes();
-    return p.per_thread_bytes() > kConvThreadBytes || (p.strips && p.repair && p.band_bytes > (i64{768} << 10));
+    return p.per_thread_bytes() > kConvThreadBytes || (p.strips && p.repair && p.band_bytes > (i64{896} << 10));
   };
   while (large()) {
     if (p.planes > 1) {

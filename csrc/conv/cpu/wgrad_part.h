@@ -66,7 +66,9 @@ struct Part {
   bool with_bias() const { return args.dbias && tap[0] + tap[1] + tap[2] + c.begin == 0; }
   // Behind the sums, where the kernel needs them: the largest magnitudes of the columns and of the rows.
   i64 sum_floats() const { return round_up(k.size(), kernel.nr) * panel_rows(); }
-  i64 peak_floats() const { return conv_has_peaks(kernel) ? round_up(k.size(), kernel.nr) + panel_rows() : 0; }
+  i64 peak_floats() const {
+    return conv_has_peaks(kernel) && !p.flat ? round_up(k.size(), kernel.nr) + panel_rows() : 0;
+  }
   float* column_peaks(float* sums) const { return conv_has_peaks(kernel) ? sums + sum_floats() : nullptr; }
   float* row_peaks(float* sums) const {
     return conv_has_peaks(kernel) ? sums + sum_floats() + round_up(k.size(), kernel.nr) : nullptr;
@@ -83,6 +85,15 @@ struct Block {
   i64 steps;     // of a row, packed
   i64 cols;      // packed columns
 };
+
+// Rows that blocks do not reach beyond: flat ones stay in an image, or have whole ones.
+inline i64 rows_together(const Part& x) {
+  return x.p.flat && x.p.rows < x.d.out[1] ? x.d.out[1] : x.d.N * x.d.out[0] * x.d.out[1];
+}
+inline i64 first_row(const Part& x, i64 block) {
+  const i64 all = rows_together(x), blocks = ceil_div(all, x.p.rows), i = block / x.p.segments;
+  return i / blocks * all + i % blocks * x.p.rows;
+}
 
 // Few channels: element by element costs less than a vector store each pixel that reaches over its neighbours.
 constexpr i64 kFewChannels = 4;
@@ -102,12 +113,14 @@ struct Flat {
 };
 // Of the box of taps from `tap` on.
 Flat flat_of(const ConvDesc& d, const i64* tap, const i64* taps, i64 h, i64 rows, i64 w, i64 width, i64 planes);
-i64 flat_y_row(i64 pixels);    // bytes of a channel of dy
-i64 flat_x_row(i64 channels);  // floats of a pair of pixels of x
+i64 flat_y_row(const ConvKernel& kernel, i64 pixels);  // bytes of a channel of dy
+i64 flat_x_row(i64 channels);                          // floats of a pair of pixels of x
 i64 flat_x_floats(i64 pixels, i64 channels);
 void run_flat(const Part& x, const Block& b, const Scratch& s, bool accumulate);
-// Whether all sums are numbers. Zeros between the rows of dy, times Inf or NaN of x, are NaN.
-bool finite(const Part& x, const float* sums);
+// Whether all sums of flat blocks can be trusted. Zeros between the rows of dy, times Inf or NaN of x, are NaN; of tiny
+// values tiles lose some (kTinyPeak).
+bool trusted(const Part& x, const Scratch& s);
+i64 flat_peaks(i64 sub_images, i64 columns, i64 channels);  // floats, behind the copies of x
 // What tiles got wrong (GemmHelpers::suspects), once all is summed.
 void repair(const Part& x, const Scratch& s);
 

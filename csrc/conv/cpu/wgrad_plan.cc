@@ -21,6 +21,8 @@ constexpr i64 kFlatPixels = 512;
 // Whether turning x once beats making a panel of it for each tap: several of them meet a pixel, and few pixels lie
 // between the rows.
 bool flat_pays(const ConvDesc& d, const ConvKernel& kernel) {
+  if (conv_has_peaks(kernel) && d.kernel[0] > 1) return false;           // peaks know no depths
+  if (kernel.planes > 1 && d.stride[1] * d.stride[2] > 1) return false;  // the parts of sub-images leave L2
   if (!kernel.functions->flat || d.kernel[1] * d.kernel[2] == 1 || d.out[1] == 0 || d.out[2] == 0) return false;
   if (d.C / d.groups < wgrad::kTileRows || d.K / d.groups < wgrad::kTileRows / 2) return false;
   const i64 tap[3] = {}, width = even(d.out[2], kFlatPixels);
@@ -32,15 +34,16 @@ bool flat_pays(const ConvDesc& d, const ConvKernel& kernel) {
   return 2 * (f.h.each * f.w.each) <= 3 * d.out[1] * d.out[2];
 }
 
-void measure_flat(const ConvDesc& d, ConvWgradPlan* plan) {
+void measure_flat(const ConvDesc& d, const ConvKernel& kernel, ConvWgradPlan* plan) {
   ConvWgradPlan& p = *plan;
   const i64 tap[3] = {}, rows = std::min(p.rows, d.out[1]), planes = p.rows / rows;
   const wgrad::Flat f = wgrad::flat_of(d, tap, p.box, 0, rows, 0, p.w_block, planes);
   dense::Line h = f.h, w = f.w;  // no block has longer ones
   h.each = std::max(h.each, h.longest()), w.each = std::max(w.each, round_up(w.longest(), 2));
   p.x_floats = wgrad::flat_x_floats(dense::sub_pixels(h, w, planes), p.c_block);
-  p.y_row = wgrad::flat_y_row(((planes - 1) * h.each + rows) * w.each);
-  p.band_bytes = pages(2 * h.step * w.step * p.x_floats * 4);
+  p.y_row = wgrad::flat_y_row(kernel, ((planes - 1) * h.each + rows) * w.each);
+  const i64 subs = h.step * w.step;
+  p.band_bytes = pages((2 * subs * kernel.planes * p.x_floats + wgrad::flat_peaks(subs, p.k_block, p.c_block)) * 4);
   p.y_bytes = pages(p.k_block * p.y_row);
 }
 
@@ -51,8 +54,9 @@ void measure_tiles(const ConvDesc& d, const ConvKernel& kernel, ConvWgradPlan* p
             lines = p.box[0] * p.box[1] * p.box[2] * (p.flat ? round_up(p.c_block, wgrad::kTileRows) : p.c_block) + 1;
   p.band_bytes = pages(steps * (kernel.mr + 16) * 4);
   p.y_bytes = pages(steps * p.k_block * 4);
-  if (p.flat) measure_flat(d, &p);
-  p.stage_bytes = pages(p.flat ? p.y_bytes : round_up(pixels, 32) * kernel.mr * item_size(kernel.dtype));
+  if (p.flat) measure_flat(d, kernel, &p);
+  p.stage_bytes = pages(p.flat ? p.y_bytes * item_size(kernel.dtype) / 2 / kernel.planes
+                               : round_up(pixels, 32) * kernel.mr * item_size(kernel.dtype));
   const i64 width = vector_width(kernel), taps = p.box[0] * p.box[1] * p.box[2];
   const i64 leave = taps * width * width + 2 * width * round_up(taps, width) + 4 * kSlack;
   p.stage_bytes = std::max(p.stage_bytes, pages(leave * 4));

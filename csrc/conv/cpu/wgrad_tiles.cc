@@ -208,7 +208,7 @@ void run_tiles(const Part& x, const Block& b, const Scratch& s, bool accumulate)
 }
 
 void repair(const Part& x, const Scratch& s) {
-  if (!x.packer.helpers->suspects) return;
+  if (x.p.flat || !x.packer.helpers->suspects) return;  // flat: see trusted
   const i64 nr = x.kernel.nr, mr = x.kernel.mr, C = x.c.size(), last = x.panel_rows() - 1;
   unsigned columns[32];
   for (i64 j = 0; j < x.k.size(); j += nr) {
