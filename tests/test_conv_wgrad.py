@@ -256,6 +256,25 @@ def test_special_values_stay_where_they_belong(row, value, generator):
             assert torch.equal(dbias.isfinite(), bias.isfinite())
 
 
+def test_tiny_values_that_some_taps_meet(generator):
+    """Each sum is as good as its own values: large ones that its tap does not meet are no excuse."""
+    case = CASES["flat"]
+    for channels in ("x", "x but for a column", "x but for a row", "dy", "both"):
+        dy, x = (torch.randn(s, generator=generator) for s in (case.y_shape, case.x_shape))
+        if channels == "both":
+            x[:, 3], dy[:, 5] = x[:, 3] * 2.0**-60, dy[:, 5] * 2.0**-60
+        elif channels == "dy":
+            dy[:, 5] *= 2.0**-122
+        else:
+            rows, columns = slice(channels == "x but for a row", None), slice(channels == "x but for a column", None)
+            x[:, 3, rows, columns] *= 2.0**-122
+        expected, scale = case.torch(dy.double(), x.double()), case.torch(dy.double().abs(), x.double().abs())
+        reference = GemmReference(expected[0], scale[0], case.depth)
+        for lay in (contiguous, channels_last):
+            dw, _ = wgrad(case, lay(dy), lay(x), threads=2)
+            assert_within_bound(dw, reference)
+
+
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_nothing_to_sum_is_zero(dtype):
     for case in (Case(N=0, C=3, K=5, out=(4, 4), kernel=(3, 3)), Case(N=2, C=0, K=5, out=(4, 4), kernel=(3, 3))):

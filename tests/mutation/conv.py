@@ -189,8 +189,8 @@ MUTATIONS = [
     Mutation(
         "a thread's scratch above its limit",
         PLAN,
-        "p.per_thread_bytes() > kConvThreadBytes;",
-        "p.per_thread_bytes() > 4 * kConvThreadBytes;",
+        "p.per_thread_bytes() > kConvThreadBytes ||",
+        "p.per_thread_bytes() > 4 * kConvThreadBytes ||",
         f"{TESTS} -k 'test_workspace'",
     ),
     Mutation(
@@ -216,7 +216,7 @@ MUTATIONS = [
     ),
     Mutation(
         "largest magnitudes of one tap for all",
-        DENSE,
+        BAND,
         "peak[tap_at(t1, t2)]",
         "peak[0 * tap_at(t1, t2)]",
         f"{SPLIT} -k 'ordinary or test_special_and_tiny_values and f32_split'",

@@ -100,8 +100,8 @@ MUTATIONS = [
     Mutation(
         "the last pixel of a row cleared with the row of padding behind it",
         FLAT,
-        "std::fill_n(to + odd * x_row,",
-        "std::fill_n(to,",
+        "copy + (pixel / 2 + odd) * x_row;",
+        "copy + pixel / 2 * x_row;",
         f"{TESTS} -k 'test_exact and flat'",
     ),
     Mutation(
@@ -112,11 +112,18 @@ MUTATIONS = [
         f"{TESTS} -k 'test_exact and flat'",
     ),
     Mutation(
-        "a pixel of dy behind the last of a block multiplied",
+        "what some taps meet taken for what all do",
         FLAT,
-        "  const i64 behind = round_up(f.pixels, kDepth) - f.pixels;\n",
-        "  const i64 behind = 0;\n",
-        f"{TESTS} -k 'test_exact and flat'",
+        "pixels(low, std::max(low, high), met);",
+        "pixels(begin, std::max(low, high), met);",
+        f"{TESTS} -k test_tiny_values_that_some_taps_meet",
+    ),
+    Mutation(
+        "tiny values of dy in float32 relied on",
+        FLAT,
+        "y_least = y[k] > 0 ? std::min(y_least, y[k]) : y_least;",
+        "y_least = std::max(y_least, y[k]);",
+        f"{TESTS} -k test_tiny_values_that_some_taps_meet",
     ),
     Mutation(
         "boxes of fewer taps with rows closer together",
