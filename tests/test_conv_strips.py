@@ -101,3 +101,26 @@ def test_nan_between_rows_stays_there():
     expected = problem.reference("forward").isfinite()
     assert torch.equal(run(problem, "forward").isfinite(), expected)
     assert (~expected).any(1).sum() == 8
+
+
+@pytest.mark.parametrize("which", ("pixels", "columns", "both"))
+def test_tiny_values(which):
+    """Sums of float32 in parts that lose what is below 2^-126 are computed again: each as exact as any."""
+    row = "conv_f32_split_32x32_amx"
+    problem = Conv(**CASES["rows"], high=0)
+    x, w = problem.x, problem.w
+    if which == "both":
+        x[1] *= 2.0**-60
+        w[7] *= 2.0**-60
+    else:
+        x[1] *= 2.0**-122 if which == "pixels" else 1
+        w[7] *= 2.0**-122 if which == "columns" else 1
+    plan = _C.conv_plan("forward", *(list(t.shape) for t in (x, w, problem.dy)), **problem.options, kernel=row)
+    assert plan["strips"]
+    y = lay(torch.full_like(problem.dy, math.nan), "channels_last")
+    before = _C.recomputed()
+    _C.conv(y, lay(x, "channels_last"), lay(w, "channels_last"), kernel=row, **problem.options)
+    assert 0 < _C.recomputed() - before < y.numel()
+    problem.bias *= 0
+    error = (y - problem.reference("forward")).abs()
+    assert (error <= 2e-6 * problem.reference("forward", absolute=True)).all()

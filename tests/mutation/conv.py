@@ -117,6 +117,20 @@ MUTATIONS = [
         f"{TESTS} -k 'test_grid_is_exact and conv_bf16_32x32_amx and forward'",
     ),
     Mutation(
+        "tiny values in strips relied on",
+        STRIPS,
+        "if (band_peak_ && tiny()) return false;",
+        "",
+        "tests/test_conv_strips.py -k test_tiny_values",
+    ),
+    Mutation(
+        "special sums of strips in parts kept",
+        STRIPS,
+        "return waiting_.special == 0;",
+        "return true;",
+        f"{SPLIT} -k test_special_and_tiny_values",
+    ),
+    Mutation(
         "a strip that ends with the image read behind it",
         STRIPS,
         "in_place_ && m % 16 != 0",
