@@ -124,3 +124,17 @@ def test_tiny_values(which):
     problem.bias *= 0
     error = (y - problem.reference("forward")).abs()
     assert (error <= 2e-6 * problem.reference("forward", absolute=True)).all()
+
+
+def test_special_values_in_parts():
+    """Inf, whose second part is none, and what the first part rounds to Inf: as in float64, everything else finite."""
+    row = "conv_f32_split_32x32_amx"
+    problem = Conv(**CASES["rows"], high=0)
+    problem.x[0, 3, 5, 5], problem.x[1, 9, 7, 0], problem.bias = math.inf, 3.4e38, problem.bias * 0
+    problem.w[:, 9] *= 0.01
+    y = lay(torch.full_like(problem.dy, math.nan), "channels_last")
+    _C.conv(y, lay(problem.x, "channels_last"), lay(problem.w, "channels_last"), kernel=row, **problem.options)
+    expected, scale = problem.reference("forward"), problem.reference("forward", absolute=True)
+    assert torch.equal(y.isinf(), expected.isinf()) and torch.equal(y.isnan(), expected.isnan())
+    finite = expected.isfinite()
+    assert ((y - expected)[finite].abs() <= 2e-6 * scale[finite]).all()
