@@ -58,6 +58,11 @@ struct GemmStripWaiting {
   const void* bias;
   const i64* row_at;
   i64 left, slot;
+  // The last block, still in tiles: its rows, or 0.
+  void* held_c;
+  const void* held_bias;
+  const i64* held_at;
+  i64 held;
   i64 special;  // not 0: sums that are Inf or NaN have been met, where the kernel has suspects
 };
 struct GemmStripArgs {
