@@ -341,22 +341,22 @@ MUTATIONS = [
     Mutation(
         "last rows of a strip left waiting",
         STRIP,
-        "  if (f.n == 0) waiting.some(kBlock);\n",
+        "  if (f.n == 0) release();\n",
         "",
         f"{EXACT} -k test_strips_of_whole_blocks",
     ),
     Mutation(
         "sums of a strip on top of those that wait",
         STRIP,
-        "slot ^= 1;",
-        "slot ^= 0;",
+        "      slot ^= 1;\n      float* const before",
+        "      float* const before",
         f"{EXACT} -k test_strips",
     ),
     Mutation(
         "bias of waiting rows not advanced",
         STRIP,
-        "b = f.bias ? static_cast<const T*>(f.bias) + j : nullptr;",
-        "b = static_cast<const T*>(f.bias);",
+        "held_b = t.finish.bias ? static_cast<const T*>(t.finish.bias) + j : nullptr;",
+        "held_b = static_cast<const T*>(t.finish.bias);",
         f"{EXACT} -k test_strips",
     ),
     Mutation(
