@@ -105,11 +105,39 @@ void pack_panel(const Problem& x, const ConvPhase& phase, i64 group, i64 panel, 
                out + x.panel_at(phase, group, panel), peak);
 }
 
+// Panels `begin` to `end` of one tap whose columns lie side by side: a few rows of all of them at a time, as they
+// follow each other in memory. (1x1 stride 2, dgrad of 1024 -> 2048, 1x14x14: 164 -> 330 GFLOP/s.)
+void pack_along_rows(const Problem& x, const ConvPhase& phase, i64 group, i64 begin, i64 end, float* out) {
+  const i64 nr = x.p.kernel->nr, step = std::max(8, x.p.kernel->k_step);
+  const ConvTensor& w = x.args.w;
+  i64 first = group * (x.d.K / x.d.groups) * w.n_step;
+  for (int i = 0; i < 3; ++i) first += phase.axis[i].tap_first * w.step[i];
+  const bool peaks = conv_has_peaks(*x.p.kernel);
+  for (i64 p = begin; p < end && peaks; ++p) std::fill_n(out + x.peaks_at(phase, group, p), nr, 0.0f);
+  for (i64 c = 0; c < x.channels; c += step) {
+    for (i64 p = begin; p < end; ++p) {
+      x.helpers.pack_b(at(w.data, first + c * x.w_channel + p * nr, x.d.dtype), x.w_channel, 1,
+                       std::min(step, x.channels - c), static_cast<int>(std::min(nr, x.columns - p * nr)),
+                       static_cast<int>(nr), out + x.panel_at(phase, group, p) + x.units(c) * nr,
+                       peaks ? out + x.peaks_at(phase, group, p) : nullptr);
+    }
+  }
+}
+
 }  // namespace
 
 void pack_weights(const Problem& x, float* out, int threads) {
   const i64 panels = x.panels(), phases = static_cast<i64>(x.p.phases.size());
   const i64 units = x.d.groups * phases * panels;
+  const i64* const k = x.d.kernel;
+  if (k[0] * k[1] * k[2] == 1 && x.w_column == 1 && !x.p.fold && x.p.merge == 1) {
+    parallel(threads, [&](int thread, int n) {
+      for (i64 group = 0; group < x.d.groups; ++group)
+        for (const ConvPhase& phase : x.p.phases)
+          if (phase.steps > 0) pack_along_rows(x, phase, group, panels * thread / n, panels * (thread + 1) / n, out);
+    });
+    return;
+  }
   parallel(threads, [&](int thread, int n) {
     for (i64 u = units * thread / n; u < units * (thread + 1) / n; ++u) {
       const i64 group = u / panels / phases, panel = u % panels;

@@ -281,7 +281,8 @@ void plan_dense(const ConvDesc& desc, const Machine& machine, ConvPlan* plan) {
   // Channels of a band. Sizes have no say: frozen packs do not know them. (Zen 4, 64 for 3x3, so that a run of taps is
   // one product, against 256: ten shapes of ResNet forward 1% slower in the mean, up to 5%.)
   const bool strips = is_tiled(kernel) && conv_tiles(kernel).helpers->strip;
-  const i64 units = !strips ? 256 : kernel.planes > 1 ? 384 : 512;  // what strips sum is in one band
+  const bool one_tap = d.kernel[0] * d.kernel[1] * d.kernel[2] == 1;
+  const i64 units = !strips ? 256 : kernel.planes > 1 ? 384 : one_tap ? 2048 : 512;  // strips need all in one band
   const i64 channel_limit = kernel.k_unit * units / kernel.planes / kernel.k_step * kernel.k_step;
   p.c_block = even_block(std::max<i64>(1, channels), channel_limit, kernel.k_step);
   p.fold = folds(d, kernel);
