@@ -21,7 +21,9 @@ CASES = {
     "images": dict(N=9, C=48, K=96, size=(7, 7), kernel=(3, 3), padding=(1, 1)),
     "odd images": dict(N=5, C=33, K=70, size=(9, 6), kernel=(3, 5), padding=(1, 2)),
     "no padding": dict(N=3, C=32, K=64, size=(8, 11), kernel=(2, 3)),
-    "padding on one side of a phase": dict(N=3, C=64, K=64, size=(8, 9), kernel=(4, 4), stride=(2, 2), padding=(1, 1)),
+    "padding on one side of a phase": dict(
+        N=3, C=64, K=64, size=(12, 13), kernel=(4, 4), stride=(2, 2), padding=(1, 1)
+    ),
     "stride": dict(N=2, C=64, K=64, size=(29, 24), kernel=(3, 3), stride=(2, 2), padding=(1, 1)),
     "strides": dict(N=2, C=32, K=40, size=(20, 31), kernel=(5, 4), stride=(2, 3), padding=(2, 1)),
     "dilation": dict(N=1, C=64, K=64, size=(19, 23), kernel=(3, 3), padding=(3, 3), dilation=(3, 3)),

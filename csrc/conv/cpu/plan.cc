@@ -131,9 +131,9 @@ struct Blocks {
   const ConvDesc& d;
   ConvPlan& p;
   i64 l2, channels;
-  bool one_phase;
-  i64 size[3];       // of the image
-  ConvAxis axis[3];  // the longest of every phase
+  bool one_phase, several;  // images in a part, before it is cut for threads
+  i64 size[3];              // of the image
+  ConvAxis axis[3];         // the longest of every phase
 
   bool share(int dim, i64 n) const {  // taps of a dimension meet the same positions: copy them once
     const ConvAxis& a = axis[dim];
@@ -168,12 +168,19 @@ struct Blocks {
   // 1630, 8x128x28x28 1610 / 2100, 8x256x14x14, a third of whose pixels lie between, 1660 / 1530; float32 360 / 360,
   // 470 / 540, 460 / 460.)
   bool flat() const {
-    constexpr double kGathered = 24, kBetween = 0.5, kDeep = 1024;
+    constexpr double kGathered = 24, kDeep = 1024;
+    if (p.strips) return true;
     const auto taps = static_cast<double>(axis[0].taps * axis[1].taps * axis[2].taps);
     if (!is_tiled(*p.kernel)) return false;
-    if (p.repair && !p.strips && taps * static_cast<double>(p.c_block) < kDeep) return false;
+    if (p.repair && taps * static_cast<double>(p.c_block) < kDeep) return false;
     const double extra = static_cast<double>(flat_pixels()) / static_cast<double>(p.planes * p.rows * p.w_block) - 1;
-    return p.strips ? extra < kBetween : static_cast<double>(p.k_block) * extra < kGathered;
+    return static_cast<double>(p.k_block) * extra < kGathered;
+  }
+  // Pixels between rows, and images if a part may have several, are less than a third of all. How parts are cut among
+  // threads has no say: strips sum in another order.
+  bool few_between() const {
+    const i64 h = axis[1].count, w = p.w_block;
+    return 2 * (several ? line(1, h).each : h) * line(2, w).each < 3 * h * w;
   }
   bool strips() const {
     if (!is_tiled(*p.kernel) || !conv_tiles(*p.kernel).helpers->strip || !d.channels_last || p.mixes_groups())
@@ -181,12 +188,11 @@ struct Blocks {
     if (p.c_block < channels || axis[0].taps > 1 || axis[1].taps * axis[2].taps > dense::kMaxRuns) return false;
     for (int i = 1; i < 3; ++i)
       if (axis[i].taps > 1 && !p.shared[i] && !(i == 2 && p.fold)) return false;
-    return true;
+    return few_between();
   }
   void count_bytes() const {
     p.strips = strips();
     p.flat = flat();
-    p.strips = p.strips && p.flat;
     p.band_bytes = pages(band_pixels() * pixel_floats() * 4);
     p.stage_floats = p.fold ? extent(axis[2], p.w_block, true) * p.c_block : 0;
     p.band_pixels = is_tiled(*p.kernel) ? band_pixels() : 0;
@@ -260,7 +266,7 @@ void plan_dense(const ConvDesc& desc, const Machine& machine, ConvPlan* plan) {
   const ConvDesc d = conv_merged(desc, p.merge);
   const bool forward = d.pass == ConvPass::forward;
   const i64 columns = (forward ? d.K : d.C) / d.groups, channels = (forward ? d.C : d.K) / d.groups;
-  Blocks b = {d, p, machine.l2, channels, true, {}, {}};
+  Blocks b = {d, p, machine.l2, channels, true, false, {}, {}};
   i64 phases[3];
   for (int i = 0; i < 3; ++i) {
     phases[i] = forward ? 1 : d.frozen ? d.stride[i] : std::min(d.stride[i], std::max<i64>(1, d.in[i]));
@@ -301,6 +307,7 @@ void plan_dense(const ConvDesc& desc, const Machine& machine, ConvPlan* plan) {
   p.shared[0] = false;
   for (int i = 1; i < 3; ++i) p.shared[i] = b.share(i, i == 1 ? p.rows : p.w_block) && !(p.fold && i == 2);
   if (b.axis[2].taps > 1 && !p.shared[2] && !p.fold) p.shared[1] = false;  // see run: a band's weights lie side by side
+  b.several = p.planes > 1;
   // Strips keep no sums: one band for all columns. (1x1, stride 2, 8x1024x14x14 -> 2048: 1280 -> 1690 GFLOP/s.)
   b.count_bytes();
   if (p.strips && !p.repair) p.k_block = even_block(std::max<i64>(1, columns), 8 * kColumns, kernel.nr);
