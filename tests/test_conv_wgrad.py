@@ -260,22 +260,26 @@ def test_special_values_stay_where_they_belong(row, value, generator):
 def test_tiny_values_that_some_taps_meet(row, generator):
     """Each sum is as good as its own values: large ones that its tap does not meet are no excuse."""
     case = CASES["flat"]
-    for channels in ("x", "x but for a column", "x but for a row", "dy", "both"):
+    for channels in ("x", "x but for a column", "x but for a row", "x inside", "dy", "both"):
         dy, x = (torch.randn(s, generator=generator) for s in (case.y_shape, case.x_shape))
         if channels == "both":
             x[:, 3], dy[:, 5] = x[:, 3] * 2.0**-60, dy[:, 5] * 2.0**-60
         elif channels == "dy":
             dy[:, 5] *= 2.0**-122
         else:
-            rows, columns = slice(channels == "x but for a row", None), slice(channels == "x but for a column", None)
+            inside = slice(1, -1) if channels == "x inside" else None
+            rows = inside or slice(channels == "x but for a row", None)
+            columns = inside or slice(channels == "x but for a column", None)
             x[:, 3, rows, columns] *= 2.0**-122
         expected, scale = case.torch(dy.double(), x.double()), case.torch(dy.double().abs(), x.double().abs())
         reference = GemmReference(expected[0], scale[0], case.depth)
         for lay in (contiguous, channels_last):
             dw, _ = wgrad(case, lay(dy), lay(x), kernel=row["name"], threads=2)
+            for threads in (1, 3, 8):
+                assert torch.equal(wgrad(case, lay(dy), lay(x), kernel=row["name"], threads=threads)[0], dw), threads
             assert_within_bound(dw, reference, precision=row["precision"])
             tiny = (scale[0] > 2.0**-126) & (scale[0] < 2.0**-100)
-            assert tiny.any() or channels == "both"
+            assert tiny.any() or channels in ("both", "x inside")
             if row["precision"] in ("fma", "ieee"):
                 assert ((dw - expected[0]).abs()[tiny] < 2e-6 * scale[0][tiny]).all(), channels
 

@@ -26,7 +26,7 @@ class Strips : Band {
       if (t_.run_count > 0) raise_peaks(axis(1).taps, width_taps(), sums.peak);
       for (i64 i = 0; i < pixels_; ++i) row_at_[i] = i * sums.row;
     } else {
-      if (band_peak_ && tiny()) return false;
+      if (band_peak_ && t_.run_count > 0 && tiny()) return false;
       list_rows();
     }
     const i64 column = group_ * x_.columns + k0_;

@@ -51,24 +51,26 @@ float* flat_peaks_of(const Part& x, const Scratch& s, i64 sub_images) {
   return s.band + 2 * x.kernel.planes * sub_images * x.p.x_floats;
 }
 
-// Taps of a dimension that read a sub-image: their offsets in it, from `least` to `most`.
+// Taps of a dimension, those of other boxes too, that read a sub-image: their offsets in it, from `least` to `most`.
 struct Offsets {
   i64 least, most;
   bool none() const { return least > most; }
 };
-Offsets offsets_of(i64 taps, i64 dilation, i64 step, i64 sub) {
-  Offsets o = {taps * dilation, -1};
-  for (i64 t = 0; t < taps; ++t) {
-    if (t * dilation % step != sub) continue;
-    o.least = std::min(o.least, t * dilation / step), o.most = t * dilation / step;
+Offsets offsets_of(const Part& x, int dim, i64 step, i64 sub) {
+  Offsets o = {1, 0};
+  for (i64 t = 0; t < x.d.kernel[dim]; ++t) {
+    const i64 at = (t - x.tap[dim]) * x.d.dilation[dim] - sub;
+    if (at % step != 0) continue;
+    o = {o.none() ? at / step : o.least, at / step};
   }
   return o;
 }
 
-// The rows of image `n, z` that the chunk of this part has.
+// The rows of image `n, z` that the chunk of this part has, whole ones.
 Range rows_of_chunk(const Part& x, const Row& r) {
   const i64 H = x.d.out[1], image = (r.n * x.d.out[0] + r.z) * H;
-  const i64 begin = first_row(x, x.blocks.begin), end = first_row(x, x.blocks.end - 1) + x.p.rows;
+  const i64 part = x.blocks.begin % x.p.segments > 0, rest = x.blocks.end % x.p.segments > 0;
+  const i64 begin = first_row(x, x.blocks.begin) + part, end = first_row(x, x.blocks.end - 1) + (rest ? 0 : x.p.rows);
   return {std::clamp<i64>(begin - image, 0, H), std::clamp<i64>(end - image, 0, H)};
 }
 
@@ -84,8 +86,7 @@ void pair_x(const Part& x, const Block& b, const Flat& f, i64 planes, i64 t0, fl
   a.row = x_row, a.part = x.p.x_floats;
   for (i64 sub = 0; sub < f.h.step * f.w.step; ++sub, out += 2 * parts * x.p.x_floats) {
     const i64 h0 = sub / f.w.step, w0 = sub % f.w.step;
-    const Offsets h_taps = offsets_of(x.taps[1], d.dilation[1], f.h.step, h0);
-    const Offsets w_taps = offsets_of(x.taps[2], d.dilation[2], f.w.step, w0);
+    const Offsets h_taps = offsets_of(x, 1, f.h.step, h0), w_taps = offsets_of(x, 2, f.w.step, w0);
     if (h_taps.none() || w_taps.none()) continue;
     const i64 begin = std::max<i64>(0, ceil_div(f.w.begin - w0, f.w.step));
     const i64 end = std::max(begin, ceil_div(f.w.end - w0, f.w.step));
