@@ -143,7 +143,7 @@ def test_which_blocks_are_flat(name):
             ("avx512bf16", "bfloat16", ""),
         )
     ]
-    in_parts = name not in ("flat strided", "flat cubes")
+    in_parts = name not in ("flat strided", "flat in one dimension", "flat cubes")
     assert [plan["flat"] for plan in plans] == [True, in_parts, False, False]
 
 

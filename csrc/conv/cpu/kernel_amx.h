@@ -146,6 +146,10 @@ inline void conv_raise(const ConvPairsArgs& t) {
     auto peak = L::set1(t.dst[c]);
     for (i64 p = 0; p < t.pixels; p += 16) {
       const int n = t.pixels - p < 16 ? static_cast<int>(t.pixels - p) : 16;
+      if (t.pixel_step == 1) {
+        Parts<1>::raise(&peak, L::load(src + p + c * t.c_step, L::first(n)));
+        continue;
+      }
       float some[16] = {};
       for (int i = 0; i < n; ++i) some[i] = src[(p + i) * t.pixel_step + c * t.c_step];
       Parts<1>::raise(&peak, L::load(some));
