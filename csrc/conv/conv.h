@@ -110,7 +110,7 @@ ConvPlan conv_plan(const ConvDesc& desc, const Machine& machine, const ConvKerne
 std::vector<std::string> conv_candidates(const ConvDesc& desc, const Machine& machine, const ConvPlan& chosen);
 std::string describe(const ConvDesc& desc, const ConvPlan& plan);
 
-// may_be_flat: see wgrad::finite.
+// may_be_flat: see wgrad::trusted.
 ConvWgradPlan conv_wgrad_plan(const ConvDesc& desc, const ConvKernel& kernel, int threads, bool may_be_flat = true);
 
 void conv_run_dense(const ConvDesc& desc, const ConvPlan& plan, const ConvArgs& args);

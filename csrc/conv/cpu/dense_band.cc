@@ -166,8 +166,7 @@ void Band::copy_row(const void* row, const Line& w, float* out, float* peak) {
       continue;
     }
     // Those of this sub-image that are inside.
-    const i64 begin = std::max<i64>(0, ceil_div(w.begin - f, w.step));
-    const i64 end = std::max(begin, ceil_div(w.end - f, w.step));
+    const i64 begin = w.begin_of(f), end = w.end_of(f);
     std::fill_n(out, begin * floats_, 0.0f);
     std::fill_n(out + end * floats_, (each - end) * floats_, 0.0f);
     b.src = at(row, (w.first + (f + begin * w.step) * w.stride) * in.step[2], x_.d.dtype);

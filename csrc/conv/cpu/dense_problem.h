@@ -19,6 +19,9 @@ struct Line {
   i64 begin, end;
 
   i64 longest() const { return positions / step; }
+  // Of sub-image s, those inside the image.
+  i64 begin_of(i64 s) const { return std::max<i64>(0, ceil_div(begin - s, step)); }
+  i64 end_of(i64 s) const { return std::max(begin_of(s), ceil_div(end - s, step)); }
 };
 
 // Of n outputs from the one `from` on; shared: with all taps, else with one.

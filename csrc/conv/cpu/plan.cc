@@ -200,9 +200,7 @@ struct Blocks {
     p.strip_bytes = p.sum_bytes = p.tile_bytes = 0;
     const i64 peaks = conv_has_peaks(*p.kernel) ? p.band_pixels : 0;
     if (p.strips) {
-      constexpr i64 kStripShare = 3, kStripShares = 8;  // of L2
-      p.n_block = std::max<i64>(
-          p.kernel->nr, l2 * kStripShare / kStripShares / std::max<i64>(1, depth() * 4) / p.kernel->nr * p.kernel->nr);
+      p.n_block = strip_columns(l2, depth() * 4, p.kernel->nr);
       p.strip_bytes = pages((kGemmStripFloats + kGemmStripRows * pixel_floats() + p.stage_floats + peaks) * 4);
       if (!p.repair) return;
     }

@@ -88,8 +88,7 @@ void pair_x(const Part& x, const Block& b, const Flat& f, i64 planes, i64 t0, fl
     const i64 h0 = sub / f.w.step, w0 = sub % f.w.step;
     const Offsets h_taps = offsets_of(x, 1, f.h.step, h0), w_taps = offsets_of(x, 2, f.w.step, w0);
     if (h_taps.none() || w_taps.none()) continue;
-    const i64 begin = std::max<i64>(0, ceil_div(f.w.begin - w0, f.w.step));
-    const i64 end = std::max(begin, ceil_div(f.w.end - w0, f.w.step));
+    const i64 begin = f.w.begin_of(w0), end = f.w.end_of(w0);
     // The copy whose pairs the first pixel inside begins; the other one follows from it.
     const i64 odd = begin % 2;
     float* const copy = out + odd * parts * x.p.x_floats;

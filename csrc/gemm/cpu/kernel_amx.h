@@ -79,9 +79,9 @@ FASTDL_INLINE void multiply(const TileLayout& a, const char* at_a, const TileLay
 }
 
 // Asks for what TileArgs::ahead says, spread over the products, the second range from the block on that finds the first
-// done. Where there is much of it
-// and little to multiply, the processor's own prefetch is faster: software's holds its few buffers. (Granite Rapids,
-// two threads, bfloat16, 16 x 4096 x 4096 with / without: 600 / 850 GFLOP/s; 512 x 3072 x 768 frozen: 2790 / 2510.)
+// done. Where there is much of it and little to multiply, the processor's own prefetch is faster: software's holds its
+// few buffers. (Granite Rapids, two threads, bfloat16, 16 x 4096 x 4096 with / without: 600 / 850 GFLOP/s; 512 x 3072 x
+// 768 frozen: 2790 / 2510.)
 struct Fetch {
   static constexpr i64 kMost = 8, kMostOfStrip = 32;  // lines a turn
   Ahead now = {}, next = {};

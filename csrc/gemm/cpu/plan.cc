@@ -160,19 +160,16 @@ void choose_grid(const GemmDesc& d, const GemmKernel& kernel, int parts, GemmPla
   }
 }
 
-// See strips.cc. A block of B takes 3/8 of L2 (512 x 3072 x 768 and 2048 x 1024 x 1024 frozen, GFLOP/s: 1/4 2740 and
-// 2870, 3/8 3020 and 2970, 1/2 3020 and 2960). A that has to be turned is packed once for all blocks of B, 4 MiB at a
-// time.
-constexpr i64 kStripShare = 3, kStripShares = 8, kStripPack = i64{4} << 20;
+// See strips.cc. A that has to be turned is packed once for all blocks of B, 4 MiB at a time.
+constexpr i64 kStripPack = i64{4} << 20;
 void plan_strips(const GemmDesc& d, const Machine& machine, GemmPlan* p) {
   const GemmKernel& kernel = *p->kernel;
   const i64 nr = kernel.nr, depth_bytes = gemm_packed_steps(d.K, kernel) * 4;
   const i64 rows = std::min(d.M, ceil_div(ceil_div(d.M, kGemmStripRows), p->grid_m) * kGemmStripRows);
   const i64 cols = ceil_div(ceil_div(d.N, nr), p->grid_n) * nr;
-  const i64 most = machine.l2 * kStripShare / kStripShares / std::max<i64>(1, depth_bytes) / nr * nr;
   p->strips = true;
   p->tile_m = kGemmStripRows;
-  p->nc = even_block(std::max<i64>(1, cols), std::max(nr, most), nr);
+  p->nc = even_block(std::max<i64>(1, cols), strip_columns(machine.l2, depth_bytes, nr), nr);
   p->finish_cols = nr;
   p->pack_a = d.a_col != 1;
   p->pack_b = !d.packed, p->by_panel = p->pack_b && d.b_col != 1;
