@@ -272,17 +272,19 @@ def test_ordinary_values_are_not_recomputed(kernel, recomputed, generator):
 
 
 @split_rows
-def test_pairs_are_recomputed_as_a_whole(kernel, generator):
+def test_pairs_are_recomputed_as_a_whole(kernel, recomputed, generator):
     """linear_wgrad over leading dimensions that do not merge: several products summed into one."""
     if not kernel["available"] or kernel["precision"] != "ieee":
         pytest.skip("linear_wgrad takes the default row")
-    grad, x = torch.randn(20, 3, 40, generator=generator).transpose(0, 1), torch.randn(3, 20, 50, generator=generator)
-    grad, x = grad.clone(memory_format=torch.preserve_format), x.transpose(0, 1).contiguous().transpose(0, 1)
+    grad, x = torch.randn(300, 3, 200, generator=generator), torch.randn(3, 300, 250, generator=generator)
+    grad, x = grad.transpose(0, 1), x.transpose(0, 1).contiguous().transpose(0, 1)
     grad[:, :, 5] *= 2.0**-120
     grad[1, 2, 7] = INF
-    out = torch.empty(40, 50)
-    _C.linear_wgrad(out, grad, x[..., :])
-    reference = testing.gemm_reference(grad.reshape(-1, 40).t(), x.reshape(-1, 50))
+    out = torch.empty(200, 250)
+    recomputed()
+    _C.linear_wgrad(out, grad, x)
+    assert recomputed() == 2 * 250, "rows 5 and 7, of a kernel of parts"
+    reference = testing.gemm_reference(grad.reshape(-1, 200).t(), x.reshape(-1, 250))
     testing.assert_special_values(out, reference.expected)
     relative = ((out.double() - reference.expected).abs() / reference.scale)[5]
     assert bool((relative < 1e-6).all())
