@@ -146,12 +146,13 @@ def test_several_blocks_of_rows(kernel, threads, integers, guarded):
             out.assert_guards_intact()
 
 
-@pytest.mark.rows(kind="tile", isa="amx", dtype="bfloat16")
+@pytest.mark.rows(kind="tile", isa="amx", dtype=("bfloat16", "float32"))
 @pytest.mark.parametrize("rows_of_a", [True, False])
 @pytest.mark.parametrize("K", [1, 64, 500, 960])
 def test_strips(kernel, rows_of_a, K, integers, guarded):
-    """Several strips and blocks of B, and where A is turned while it is packed, blocks of packed A; all the last ones
-    short, and the last step along K."""
+    """Several strips and blocks of B, and where A is packed for all of those, blocks of packed A; all the last ones
+    short, and the last step along K. float32: several blocks along K, whose sums wait in C.
+    """
     strides = {"a_strides": None if rows_of_a else (1, 9000), "b_strides": (1, K)}
 
     def planned(M, N):
@@ -159,10 +160,12 @@ def test_strips(kernel, rows_of_a, K, integers, guarded):
 
     plan = planned(8192, 8192)
     assert plan["strips"]
-    M, N = min(plan["mc"], 2500) + 69, min(plan["nc"], 2000) + 45
-    while not rows_of_a and M < 2500 and planned(M, N)["mc"] >= M:  # blocks are even: this one may be cut otherwise
+    assert (plan["kc"] < K) == (kernel["dtype"] == "float32" and K > 256)
+    M, N = min(plan["mc"], 2800) + 69, min(plan["nc"], 2000) + 45
+    packs = plan["pack_a"]
+    while packs and M < 3000 and planned(M, N)["mc"] >= M:  # blocks are even: this one may be cut otherwise
         M += 64
-    assert rows_of_a or K < 960 or planned(M, N)["mc"] < M
+    assert not packs or plan["kc"] * kernel["planes"] < 700 or planned(M, N)["mc"] < M
     a = integers((M, K), K) if rows_of_a else integers((K, M), K).t()
     bt, bias = integers((N, K), K), integers((N,), 1)
     for b in (bt.t(), bt.t().contiguous()):
@@ -173,15 +176,23 @@ def test_strips(kernel, rows_of_a, K, integers, guarded):
             out.assert_guards_intact()
 
 
-@pytest.mark.rows(kind="tile", isa="amx", dtype="bfloat16")
+@pytest.mark.rows(kind="tile", isa="amx", dtype=("bfloat16", "float32"))
 @pytest.mark.parametrize("M", [64, 65, 1000])
-def test_strips_of_whole_blocks(kernel, M, integers, guarded):
-    """The last block of the last strip waits for a call that finishes it."""
-    N, K = 96, 256
+@pytest.mark.parametrize("K", [256, 520])
+def test_strips_of_whole_blocks(kernel, M, K, integers, guarded):
+    """The last block of the last strip waits for a call that finishes it; one that is packed before, too."""
+    N = 96
     a, bt, bias = integers((M, K), K), integers((N, K), K), integers((N,), 1)
+    expected = exact_product(a, bt.t(), bias)
     out = guarded((M, N), fill=float("nan"))
     _C.gemm(out.view, a, bt.t(), bias, False, kernel=kernel["name"], threads=2)
-    assert torch.equal(out.view, exact_product(a, bt.t(), bias))
+    assert torch.equal(out.view, expected)
+    out.assert_guards_intact()
+    pack = torch.empty(_C.pack_numel(K, N, kernel["name"]))
+    _C.pack(pack, bt.t(), kernel["name"])
+    out = guarded((M, N), fill=float("nan"))
+    _C.linear_packed(out.view, a, pack, bias, N, kernel["name"], 2)
+    assert torch.equal(out.view, expected)
     out.assert_guards_intact()
 
 

@@ -104,16 +104,16 @@ def test_workspace_is_the_packed_blocks_and_the_sums(a_strides, b_strides):
         columns = max(1, min(N, -(-up(N, plan["nr"]) // plan["nr"] // along_n) * plan["nr"]))
         rows = part_rows(plan, row)
         sums = row["mr"] * row["nr"] * (1 + plan["turned"]) if once and keeps_sums(row) else 0
-        if plan["strips"]:  # one of A, or all that is turned for several blocks of B; two blocks of sums
-            kept = plan["pack_a"] and plan["nc"] < up(columns, row["nr"])
-            blocks = (plan["mc"] if kept else 32) * kc + plan["pack_b"] * kc * plan["nc"]
-            sums = 2 * 32 * 32
         apart = plan["span"] < K
         if apart or (keeps_sums(row) and not once):
             sums = rows * (up(columns, row["nr"]) if row["k_step"] == 32 else columns) * (1 + apart)
         elif plan["streamed"]:
             sums = rows * plan["nc"]
         again = row["mr"] * 32 + 192 * (14 + 32) if repairs(row) else 0
+        if plan["strips"]:  # one of A, or all that is packed for several blocks of B; a block of sums
+            kept = plan["pack_a"] and plan["nc"] < up(columns, row["nr"])
+            blocks = (plan["mc"] if kept else 32) * kc + plan["pack_b"] * kc * plan["nc"]
+            sums, again = 32 * 32, 0
         again += rows + columns if row["precision"] != "fma" else 0
         slack = 8192 * ((plan["pack_a"] or plan["strips"]) + plan["pack_b"] + (sums > 0) + repairs(row))
         assert plan["workspace_bytes"] % plan["threads"] == 0

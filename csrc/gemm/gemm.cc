@@ -49,10 +49,10 @@ GemmPlan gemm(GemmDesc d, GemmArgs args, const GemmKernel* forced, int threads) 
   const Machine machine = this_machine(threads, operations);
   if (args.pack && gemm_pack_pays(d, machine))
     gemm_use_pack(&d, &args, gemm_pack_kernel(machine.isa, d.dtype, d.precision));
-  const GemmPlan plan = gemm_plan(d, machine, forced);
+  const GemmPlan plan = gemm_plan(d, machine, forced, !args.accumulate);
   if (log_enabled()) log_once(describe(d, plan), gemm_candidates(d, machine, plan));
   gemm_calls().add(*plan.kernel);
-  gemm_run(d, plan, args);
+  if (!gemm_run(d, plan, args)) gemm_run(d, gemm_plan(d, machine, plan.kernel, false), args);
   return plan;
 }
 

@@ -86,8 +86,9 @@ const std::vector<GemmKernel>& gemm_kernels();
 // The row that frozen packs are laid out for.
 const GemmKernel& gemm_pack_kernel(Isa isa, DType dtype, Precision precision = Precision::ieee);
 
-// forced: a row to use, or null. The machine's isa must be compiled in, not necessarily runnable here.
-GemmPlan gemm_plan(const GemmDesc& desc, const Machine& machine, const GemmKernel* forced = nullptr);
+// forced: a row to use, or null. The machine's isa must be compiled in, not necessarily runnable here. twice: C may be
+// computed again where a faster plan shows afterwards that it is not to be trusted.
+GemmPlan gemm_plan(const GemmDesc& desc, const Machine& machine, const GemmKernel* forced = nullptr, bool twice = true);
 std::vector<std::string> gemm_candidates(const GemmDesc& desc, const Machine& machine, const GemmPlan& chosen);
 // Whether the frozen pack of B beats reading B where it lies; desc: as it is without the pack.
 bool gemm_pack_pays(const GemmDesc& desc, const Machine& machine);
@@ -95,7 +96,8 @@ void gemm_use_pack(GemmDesc* desc, GemmArgs* args, const GemmKernel& kernel);
 std::string describe(const GemmDesc& desc);
 std::string describe(const GemmDesc& desc, const GemmPlan& plan);
 
-void gemm_run(const GemmDesc& desc, const GemmPlan& plan, const GemmArgs& args);
+// False: C is to be computed again, by a plan that does not rely on that.
+bool gemm_run(const GemmDesc& desc, const GemmPlan& plan, const GemmArgs& args);
 
 // Frozen packs: out[gemm_pack_size] = B[K,N] in panels [ceil(N/nr)][K][nr], the last one padded with zeros; behind
 // them, for float32 split into parts, the largest |B| of each column. Columns of tiny values are scaled (kTinyScale).
@@ -126,6 +128,8 @@ void gemm_sum_rows(const void* x, const RowsDesc& desc, void* out, Isa isa, int 
 inline i64 gemm_row_unit(const GemmKernel& kernel) { return is_tiled(kernel) ? 32 : 1; }
 // Floats of a packed panel, a row or column of it, that hold this many elements along K.
 i64 gemm_packed_steps(i64 depth, const GemmKernel& kernel);
+// Floats of all panels of B[K,N].
+i64 gemm_packed_panels(i64 K, i64 N, const GemmKernel& kernel);
 i64 gemm_repair_bytes(const GemmPlan& plan, i64 rows, i64 cols);  // for a part of so many
 // Elements of C that were computed a second time since the process began: see GemmPlan::repair.
 i64 gemm_repaired();

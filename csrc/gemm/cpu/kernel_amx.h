@@ -83,7 +83,7 @@ FASTDL_INLINE void multiply(const TileLayout& a, const char* at_a, const TileLay
 // few buffers. (Granite Rapids, two threads, bfloat16, 16 x 4096 x 4096 with / without: 600 / 850 GFLOP/s; 512 x 3072 x
 // 768 frozen: 2790 / 2510.)
 struct Fetch {
-  static constexpr i64 kMost = 8, kMostOfStrip = 32;  // lines a turn
+  static constexpr i64 kMost = 8, kMostOfStrip = 128;  // lines a turn
   Ahead now = {}, next = {};
   i64 each = 0;
 

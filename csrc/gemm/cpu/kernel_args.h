@@ -51,18 +51,13 @@ struct FinishArgs {
 
 // A strip of C: finish.m <= 32 rows of A, all of K, against the panels of finish.n columns of B, 32 each. Calls that
 // follow each other leave their last block waiting; one of no columns finishes it.
-constexpr i64 kGemmStripRows = 32, kGemmStripFloats = 2 * kGemmStripRows * kGemmStripRows;
+constexpr i64 kGemmStripRows = 32, kGemmStripFloats = kGemmStripRows * kGemmStripRows;
 struct GemmStripWaiting {
-  const float* sum;
+  // The last block, still in tiles: its rows, or 0.
   void* c;
   const void* bias;
   const i64* row_at;
-  i64 left, slot;
-  // The last block, still in tiles: its rows, or 0.
-  void* held_c;
-  const void* held_bias;
-  const i64* held_at;
-  i64 held;
+  i64 rows;
   i64 special;  // not 0: sums that are Inf or NaN have been met, where the kernel has suspects
 };
 struct GemmStripArgs {

@@ -12,59 +12,53 @@ namespace {
 // Lanes that are Inf or NaN.
 FASTDL_INLINE unsigned specials(L::V x) { return _mm512_fpclass_ps_mask(x, 0x99); }
 
-// Rows of a block of sums that are still to be activated, rounded and written: sums, bias and activation alone.
+// Rows of a block of sums that are still to be activated, rounded and written: sums, bias and activation alone. All of
+// them are by the time the next block is multiplied.
 template <class T, Activation kActivation, bool kLooks>
 struct WaitingRows {
   using R = VecAvx512Rounding;
+  static constexpr bool kAdds = sizeof(T) == 4;
   const float* sum;
   T* c;
-  const T* b;
   const i64* row_at;
-  i64 left;
+  i64 left = 0;
+  L::V bias[2];
+  const bool adds;  // to what C holds
+  unsigned special = 0;
   // Of the block whose sums are still in tiles; rows 0: none are.
   T* held_c;
   const T* held_b;
   const i64* held_at;
   i64 held;
-  unsigned special = 0;
-  L::V bias[2];
 
-  explicit WaitingRows(const GemmStripWaiting& w)
-      : sum(w.sum),
-        c(static_cast<T*>(w.c)),
-        b(static_cast<const T*>(w.bias)),
-        row_at(w.row_at),
-        left(w.left),
-        held_c(static_cast<T*>(w.held_c)),
-        held_b(static_cast<const T*>(w.held_bias)),
-        held_at(w.held_at),
-        held(w.held) {
-    load_bias();
-  }
+  WaitingRows(const GemmStripWaiting& w, bool accumulate)
+      : adds(accumulate),
+        held_c(static_cast<T*>(w.c)),
+        held_b(static_cast<const T*>(w.bias)),
+        held_at(w.row_at),
+        held(w.rows) {}
   FASTDL_INLINE void save(GemmStripWaiting* w) const {
-    w->sum = sum, w->c = c, w->bias = b, w->row_at = row_at, w->left = left;
-    w->held_c = held_c, w->held_bias = held_b, w->held_at = held_at, w->held = held;
+    w->c = held_c, w->bias = held_b, w->row_at = held_at, w->rows = held;
     if constexpr (kLooks) w->special |= special;
-  }
-  FASTDL_INLINE void load_bias() {
-    for (int v = 0; v < 2; ++v) bias[v] = b ? R::load(b + 16 * v) : R::set1(-0.0f);
   }
   // Columns j to j + 32 of t are in tiles.
   FASTDL_INLINE void hold(const GemmStripArgs& t, i64 j) {
     held_c = static_cast<T*>(t.finish.c) + j, held_at = t.row_at, held = t.finish.m;
     held_b = t.finish.bias ? static_cast<const T*>(t.finish.bias) + j : nullptr;
   }
-  // What tiles held lies at `sums`, and what waited is done.
+  // What tiles held lies at `sums`.
   FASTDL_INLINE void begin(const float* sums) {
-    some(left);
-    sum = sums, c = held_c, b = held_b, row_at = held_at, left = held;
+    sum = sums, c = held_c, row_at = held_at, left = held;
     held = 0;
-    load_bias();
+    for (int v = 0; v < 2; ++v) bias[v] = held_b ? R::load(held_b + 16 * v) : R::set1(-0.0f);
   }
   FASTDL_INLINE void some(i64 count) {
     for (; count > 0 && left > 0; --count, --left, sum += kBlock, ++row_at) {
       if (*row_at < 0) continue;
-      const L::V x = L::load(sum), y = L::load(sum + 16);
+      L::V x = L::load(sum), y = L::load(sum + 16);
+      if constexpr (kAdds) {
+        if (adds) x = L::add(x, R::load(c + *row_at)), y = L::add(y, R::load(c + *row_at + 16));
+      }
       if constexpr (kLooks) special |= specials(x) | specials(y);
       store(c + *row_at, activate<R, kActivation>(R::add(x, bias[0])), activate<R, kActivation>(R::add(y, bias[1])));
     }
@@ -169,6 +163,7 @@ void finish_block(const GemmStripArgs& t, const float* sums, i64 j, int cols) {
 
 template <class P, class T, bool kLooks, Activation kActivation>
 void run_strip(const GemmStripArgs& t) {
+  using Waiting = WaitingRows<T, kActivation, kLooks>;
   const FinishArgs& f = t.finish;
   const i64 depth = P::parts * 2 * kTileBytes, steps = t.run_count * (t.run / (16 * P::parts));
   const char *const first_a = static_cast<const char*>(t.a), *const first_b = reinterpret_cast<const char*>(t.b);
@@ -176,28 +171,23 @@ void run_strip(const GemmStripArgs& t) {
                                    : TileLayout{first_a, kTileRowBytes, kTileBytes, 2 * kTileBytes, depth};
   const TileLayout tail = {static_cast<const char*>(t.tail), kTileRowBytes, kTileBytes, 2 * kTileBytes, depth};
   TileLayout b = {first_b, kTileRowBytes, kTileBytes, 2 * kTileBytes, depth};
-  const bool wait = !f.accumulate && !f.pre && !f.residual && (!f.bias || f.bias_step == 1);
+  const bool wait = (Waiting::kAdds || !f.accumulate) && !f.pre && !f.residual && (!f.bias || f.bias_step == 1);
   const i64 each = steps > 0 ? (kBlock + steps - 1) / steps : 0;
   Fetch fetch(t.ahead, (f.n + kBlock - 1) / kBlock * steps, Fetch::kMostOfStrip);
-  WaitingRows<T, kActivation, kLooks> waiting(*t.waiting);
-  i64 slot = t.waiting->slot;
+  Waiting waiting(*t.waiting, f.accumulate);
   const auto release = [&]() __attribute__((always_inline)) {
-    if (waiting.held > 0) {
-      slot ^= 1;
-      store_tiles<2, 2>(t.sums + slot * kBlock * kBlock);
-      waiting.begin(t.sums + slot * kBlock * kBlock);
-    }
+    if (waiting.held == 0) return;
+    store_tiles<2, 2>(t.sums);
+    waiting.begin(t.sums);
     waiting.some(waiting.left);
   };
   if (f.n == 0) release();
   for (int j = 0; j < f.n; j += kBlock, b.p += t.b_panel * 4) {
     const int cols = f.n - j < kBlock ? f.n - j : kBlock;
     if (wait && steps > 0 && f.m > 16 && cols == kBlock) {
-      slot ^= 1;
-      float* const before = t.sums + slot * kBlock * kBlock;
       bool first = true;
-      strip_block<P, 2, 2, true>(t, a, tail, b, before, [&]() __attribute__((always_inline)) {
-        if (first) waiting.begin(before);
+      strip_block<P, 2, 2, true>(t, a, tail, b, t.sums, [&]() __attribute__((always_inline)) {
+        if (first) waiting.begin(t.sums);
         first = false;
         fetch.turn();
         waiting.some(each);
@@ -206,7 +196,7 @@ void run_strip(const GemmStripArgs& t) {
       continue;
     }
     release();
-    float* const sums = t.sums + slot * kBlock * kBlock;
+    float* const sums = t.sums;
     if (f.m > 16) {
       if (cols > 16) {
         strip_block<P, 2, 2, false>(t, a, tail, b, sums, [] {});
@@ -226,7 +216,6 @@ void run_strip(const GemmStripArgs& t) {
     finish_block<T>(t, sums, j, cols);
   }
   waiting.save(t.waiting);
-  t.waiting->slot = slot;
 }
 
 // See GemmHelpers::strip.

@@ -81,7 +81,18 @@ inline void gemm_pack_block(const GemmDesc& d, const GemmKernel& kernel, const v
   }
 }
 
-// The strips of a part, see strips.cc; memory: as the plan says.
-void gemm_run_strips(const GemmDesc& d, const GemmPlan& p, const GemmArgs& args, const Part& whole, char* memory);
+// The smallest of n largest magnitudes, at most 1: zeros lose nothing.
+inline float least_peak(const float* peak, i64 n) {
+  float least = 1;
+  for (i64 i = 0; i < n; ++i) least = peak[i] > 0 ? std::min(least, peak[i]) : least;
+  return least;
+}
+// Whether rows and columns of these magnitudes may lose parts or sums on tiles: see kTinyPeak.
+inline bool tiles_lose(float a_least, float b_least) {
+  return a_least < kTinyPeak || b_least < kTinyPeak || a_least * b_least < kTinyProduct;
+}
+
+// The strips of a part, see strips.cc; memory: as the plan says. False: tiles may have got some of C wrong.
+bool gemm_run_strips(const GemmDesc& d, const GemmPlan& p, const GemmArgs& args, const Part& whole, char* memory);
 
 }  // namespace fastdl

@@ -160,18 +160,31 @@ void choose_grid(const GemmDesc& d, const GemmKernel& kernel, int parts, GemmPla
   }
 }
 
-// See strips.cc. A that has to be turned is packed once for all blocks of B, 4 MiB at a time.
-constexpr i64 kStripPack = i64{4} << 20;
+// See strips.cc. bfloat16 is summed whole, up to kWhole along K. Sums of float32 parts wait in C after each kStripDepth:
+// longer blocks have fewer columns in L2, and A comes from L3 for each of those blocks. (Granite Rapids, a core, 512 x
+// 3072 x 768, frozen / packing, by depth, GFLOP/s: 1024 300 / 290, 512 330 / 315, 384 340 / 305, 256 350 / 320.) A that
+// has to be packed is packed once for all blocks of B, 4 MiB at a time.
+constexpr i64 kWhole = 1024, kStripDepth = 256, kStripPack = i64{4} << 20;
+// At most kStripSums blocks: each is rounded at the magnitude of all of them. (All positive, K = 16384, 64 of them: 1.4
+// times MKL's error.)
+constexpr i64 kStripSums = 32;
+bool strips_pay(const GemmDesc& d, const GemmKernel& kernel, bool twice) {
+  if (!kernel.helpers->strip || d.pairs != 1) return false;
+  return kernel.helpers->suspects ? twice && d.K <= kWhole * kStripSums : d.K <= kWhole;
+}
+
 void plan_strips(const GemmDesc& d, const Machine& machine, GemmPlan* p) {
   const GemmKernel& kernel = *p->kernel;
-  const i64 nr = kernel.nr, depth_bytes = gemm_packed_steps(d.K, kernel) * 4;
+  const i64 depth = kernel.helpers->suspects ? std::max(kStripDepth, ceil_div(d.K, kStripSums)) : kWhole;
+  p->kc = even_block(d.K, depth, kernel.k_step), p->span = d.K;
+  const i64 nr = kernel.nr, depth_bytes = gemm_packed_steps(p->kc, kernel) * 4;
   const i64 rows = std::min(d.M, ceil_div(ceil_div(d.M, kGemmStripRows), p->grid_m) * kGemmStripRows);
   const i64 cols = ceil_div(ceil_div(d.N, nr), p->grid_n) * nr;
   p->strips = true;
   p->tile_m = kGemmStripRows;
   p->nc = even_block(std::max<i64>(1, cols), strip_columns(machine.l2, depth_bytes, nr), nr);
   p->finish_cols = nr;
-  p->pack_a = d.a_col != 1;
+  p->pack_a = d.a_col != 1 || kernel.helpers->suspects;
   p->pack_b = !d.packed, p->by_panel = p->pack_b && d.b_col != 1;
   p->tile_sums = true, p->sum_row = nr;
   const bool kept = p->pack_a && p->nc < cols;
@@ -179,11 +192,12 @@ void plan_strips(const GemmDesc& d, const Machine& machine, GemmPlan* p) {
   p->a_bytes = pages((kept ? p->mc : kGemmStripRows) * depth_bytes + kSlack);
   p->b_bytes = p->pack_b ? pages(p->nc * depth_bytes + kSlack) : 0;
   p->sum_bytes = pages(kGemmStripFloats * 4);
+  if (kernel.helpers->suspects) p->repair_bytes = pages((rows + cols) * 4);
 }
 
 }  // namespace
 
-GemmPlan gemm_plan(const GemmDesc& d, const Machine& machine, const GemmKernel* forced) {
+GemmPlan gemm_plan(const GemmDesc& d, const Machine& machine, const GemmKernel* forced, bool twice) {
   GemmPlan p = {};
   p.kernel = forced ? forced : choose(d, machine, &p.why);
   if (forced) p.why = "forced";
@@ -212,7 +226,7 @@ GemmPlan gemm_plan(const GemmDesc& d, const Machine& machine, const GemmKernel* 
   p.kc = even_block(d.K, p.turned ? d.K : kernel.kc, std::max(8, kernel.k_step));
   p.span = d.dtype == DType::f32 && !dot && !p.streamed && d.K > kSpan ? kSpan / p.kc * p.kc : d.K;
   const bool narrow = p.span < d.K || d.dtype != DType::f32 || kernel.precision != Precision::fma;
-  if (kernel.helpers->strip && !kernel.helpers->suspects && !p.turned && d.pairs == 1 && d.K <= kernel.kc) {
+  if (!p.turned && strips_pay(d, kernel, twice)) {
     plan_strips(d, machine, &p);
     return p;
   }

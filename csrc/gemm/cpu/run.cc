@@ -14,11 +14,6 @@ namespace {
 
 std::atomic<i64> g_repaired{0};
 
-// Floats of all panels of B[K,N].
-i64 packed_panels(i64 K, i64 N, const GemmKernel& kernel) {
-  return round_up(N, kernel.nr) * gemm_packed_steps(K, kernel);
-}
-
 void pack_a(const GemmDesc& d, const GemmPlan& p, const void* a, i64 depth, i64 m, float* out, float* peak) {
   const i64 steps = gemm_packed_steps(depth, *p.kernel);
   for (i64 i = 0; i < m; i += p.tile_m) {
@@ -333,7 +328,6 @@ void run_streamed(const GemmDesc& d, const GemmPlan& p, const GemmArgs& args, co
 }
 
 void run_part(const GemmDesc& d, const GemmPlan& p, const GemmArgs& args, const Part& whole, char* memory) {
-  if (p.strips) return gemm_run_strips(d, p, args, whole, memory);
   Scratch scratch = {};
   const auto take = [&](i64 bytes) {
     float* const piece = reinterpret_cast<float*>(memory);
@@ -348,7 +342,7 @@ void run_part(const GemmDesc& d, const GemmPlan& p, const GemmArgs& args, const 
   if (has_peaks(p)) {
     scratch.a_peak = take(rows * 4), scratch.b_peak = take(cols * 4);
     std::fill(scratch.a_peak, scratch.b_peak + cols, 0.0f);
-    b_peak = d.packed ? static_cast<const float*>(whole.b) + packed_panels(d.K, d.N, *p.kernel) + whole.n_begin
+    b_peak = d.packed ? static_cast<const float*>(whole.b) + gemm_packed_panels(d.K, d.N, *p.kernel) + whole.n_begin
                       : scratch.b_peak;
   }
   scratch.repair = take(0);
@@ -358,20 +352,32 @@ void run_part(const GemmDesc& d, const GemmPlan& p, const GemmArgs& args, const 
 
 }  // namespace
 
-void gemm_run(const GemmDesc& d, const GemmPlan& p, const GemmArgs& args) {
-  if (d.M == 0 || d.N == 0 || d.batch == 0) return;
+bool gemm_run(const GemmDesc& d, const GemmPlan& p, const GemmArgs& args) {
+  if (d.M == 0 || d.N == 0 || d.batch == 0) return true;
+  std::atomic<bool> trusted{true};
   ArenaLease scratch(p.workspace_bytes());
   const i64 parts = d.batch * p.grid_m * p.grid_n;
   parallel(p.threads, [&](int thread, int threads) {
     if (p.kernel->helpers->begin) p.kernel->helpers->begin();
-    for (i64 i = parts * thread / threads, end = parts * (thread + 1) / threads; i < end; ++i)
-      run_part(d, p, args, part_at(d, p, args, i), scratch.data() + thread * p.per_thread_bytes());
+    char* const own = scratch.data() + thread * p.per_thread_bytes();
+    for (i64 i = parts * thread / threads, end = parts * (thread + 1) / threads; i < end; ++i) {
+      const Part part = part_at(d, p, args, i);
+      if (!p.strips)
+        run_part(d, p, args, part, own);
+      else if (!gemm_run_strips(d, p, args, part, own))
+        trusted = false;
+    }
     if (p.kernel->helpers->end) p.kernel->helpers->end();
   });
+  return trusted;
 }
 
 i64 gemm_packed_steps(i64 depth, const GemmKernel& kernel) {
   return round_up(depth, kernel.k_step) / kernel.k_unit * kernel.planes;
+}
+
+i64 gemm_packed_panels(i64 K, i64 N, const GemmKernel& kernel) {
+  return round_up(N, kernel.nr) * gemm_packed_steps(K, kernel);
 }
 
 i64 gemm_repair_bytes(const GemmPlan& p, i64 rows, i64 cols) {
@@ -383,7 +389,7 @@ void gemm_add_repaired(i64 elements) { g_repaired.fetch_add(elements, std::memor
 
 i64 gemm_pack_size(i64 K, i64 N, const GemmKernel& kernel) {
   const bool peaks = kernel.helpers->suspects && kernel.dtype == DType::f32;
-  return packed_panels(K, N, kernel) + (peaks ? round_up(N, kernel.nr) : 0);
+  return gemm_packed_panels(K, N, kernel) + (peaks ? round_up(N, kernel.nr) : 0);
 }
 
 void gemm_pack_panels(const void* b, i64 b_row, i64 b_col, i64 K, i64 N, const GemmKernel& kernel, float* out,
@@ -398,7 +404,7 @@ void gemm_pack_b(const void* b, i64 b_row, i64 b_col, i64 K, i64 N, const GemmKe
   d.b_row = b_row;
   d.b_col = b_col;
   d.dtype = kernel.dtype;
-  const i64 nr = kernel.nr, size = packed_panels(K, N, kernel), all = gemm_pack_size(K, N, kernel);
+  const i64 nr = kernel.nr, size = gemm_packed_panels(K, N, kernel), all = gemm_pack_size(K, N, kernel);
   float* const peak = all > size ? out + size : nullptr;
   std::fill(out + size, out + all, 0.0f);
   gemm_pack_block(d, kernel, b, K, N, K, out, peak);
