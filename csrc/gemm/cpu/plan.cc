@@ -45,16 +45,19 @@ double products(const GemmDesc& d, const GemmKernel& k) {  // with an element of
   return static_cast<double>(is_tiled(k) ? round_up(d.M, 16) : d.M) * filled(d, k) / rate(k);
 }
 
-// An element of B costs its products, packing, on tiles its share of packing A and of each sum, which is looked at,
-// added to and moved, and its bytes, as read from L3: whichever of the two, work or bytes, takes longer. (Granite
-// Rapids, float32, two threads, split / FMA, us: 128 x 128 x 64 14.9 / 12.5, 256 x 512 x 64 64 / 63, 512 x 512 x 13 85
-// / 36, 512 x 64 x 512 107 / 118.)
-constexpr double kTileSumCost = 30;
+// An element of B costs its products, packing, on tiles its share of packing A and of each sum, which waits in C, and
+// its bytes, as read from L3: whichever of the two, work or bytes, takes longer. Beside strips in parts FMA keeps more of
+// its rate. (Granite Rapids, float32, two threads, split / FMA, us: 128 x 128 x 64 12.7 / 10.7, 256 x 512 x 64 47 / 64,
+// 512 x 512 x 13 50 / 34, 512 x 64 x 512 102 / 112, 32 x 512 x 512 87 / 72, 48 x 2048 x 512 436 / 379, 64 x 512 x 512
+// 120 / 136, 96 x 1024 x 1024 610 / 710.)
+constexpr double kTileSumCost = 10, kPartsShare = 1.15, kPartsPack = 31.0 / 24;
 double tile_cost(const GemmDesc& d, const GemmKernel& k) {
-  double work = products(d, k) + (d.packed ? 0 : pack_cost(k) * filled(d, k));
-  if (is_tiled(k) && k.helpers->suspects) {
+  const bool parts = is_tiled(k) && k.helpers->suspects;
+  const double pack = pack_cost(k) * filled(d, k) * (parts ? kPartsPack : 1);
+  double work = products(d, k) * (parts ? kPartsShare : 1) + (d.packed ? 0 : pack);
+  if (parts) {
     const double m = static_cast<double>(d.M), n = static_cast<double>(std::max<i64>(1, d.N));
-    work += pack_cost(k) * filled(d, k) * m / n + kTileSumCost * m / static_cast<double>(std::max<i64>(1, d.K));
+    work += pack * m / n + kTileSumCost * m / static_cast<double>(std::max<i64>(1, d.K));
   }
   const double bytes = d.packed ? 4.0 * k.planes / k.k_unit : item_size(d.dtype);
   return std::max(work, bytes * kL3Byte);
