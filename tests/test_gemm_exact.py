@@ -146,7 +146,7 @@ def test_several_blocks_of_rows(kernel, threads, integers, guarded):
             out.assert_guards_intact()
 
 
-@pytest.mark.rows(kind="tile", isa="amx", dtype=("bfloat16", "float32"))
+@pytest.mark.rows(kind="tile", isa="amx")
 @pytest.mark.parametrize("rows_of_a", [True, False])
 @pytest.mark.parametrize("K", [1, 64, 500, 960])
 def test_strips(kernel, rows_of_a, K, integers, guarded):
@@ -176,7 +176,7 @@ def test_strips(kernel, rows_of_a, K, integers, guarded):
             out.assert_guards_intact()
 
 
-@pytest.mark.rows(kind="tile", isa="amx", dtype=("bfloat16", "float32"))
+@pytest.mark.rows(kind="tile", isa="amx")
 @pytest.mark.parametrize("M", [64, 65, 1000])
 @pytest.mark.parametrize("K", [256, 520])
 def test_strips_of_whole_blocks(kernel, M, K, integers, guarded):

@@ -3,15 +3,17 @@
 namespace fastdl::amx {
 
 extern const GemmHelpers helpers_bf16, helpers_f16, helpers_f32_medium, helpers_f32_high, helpers_f32_split;
-constexpr GemmHelpers with_strips(GemmHelpers helpers, void (*strip)(const GemmStripArgs&)) {
-  helpers.strip = strip;
+template <class P, class T, class S>
+constexpr GemmHelpers with_strips() {
+  GemmHelpers helpers = tile_helpers<T, S>();
+  helpers.strip = strip<P, T, S::limited>;
   return helpers;
 }
-const GemmHelpers helpers_bf16 = with_strips(tile_helpers<bf16, Whole>(), strip<Products1, bf16>);
-const GemmHelpers helpers_f16 = tile_helpers<f16, Parts<2>>();
-const GemmHelpers helpers_f32_medium = with_strips(tile_helpers<float, Parts<1>>(), strip<Products1, float, true>);
-const GemmHelpers helpers_f32_high = with_strips(tile_helpers<float, Parts<2>>(), strip<Products3, float, true>);
-const GemmHelpers helpers_f32_split = with_strips(tile_helpers<float, Parts<3>>(), strip<Products6, float, true>);
+const GemmHelpers helpers_bf16 = with_strips<Products1, bf16, Whole>();
+const GemmHelpers helpers_f16 = with_strips<Products4, f16, Parts<2>>();
+const GemmHelpers helpers_f32_medium = with_strips<Products1, float, Parts<1>>();
+const GemmHelpers helpers_f32_high = with_strips<Products3, float, Parts<2>>();
+const GemmHelpers helpers_f32_split = with_strips<Products6, float, Parts<3>>();
 
 void tile_bf16_near(const TileArgs& t) { run_block<Products1, true>(t); }
 void tile_f16(const TileArgs& t) { run_block<Products4>(t); }

@@ -56,6 +56,7 @@ struct GemmStripWaiting {
   // The last block, still in tiles: its rows, or 0.
   void* c;
   const void* bias;
+  const float* onto;
   const i64* row_at;
   i64 rows;
   i64 special;  // not 0: sums that are Inf or NaN have been met, where the kernel has suspects
@@ -72,6 +73,8 @@ struct GemmStripArgs {
   float* sums;        // kGemmStripFloats of scratch
   FinishArgs finish;  // of the strip, but for the sums; c_row is not read
   const i64* row_at;  // of C, residual and pre, in elements from their first; below 0: nobody wants it
+  const float* onto;  // what is added to the sums, rows onto_row apart, or null
+  i64 onto_row;
   GemmStripWaiting* waiting;
   Ahead ahead[2];
 };
@@ -113,7 +116,7 @@ struct GemmHelpers {
   void (*unpack_b)(const float* packed, i64 k_count, int n, int panel, const float* peak, float* dst);
   // out[j*out_row + i] = sum[i*32 + j], i, j < 32: where rows of B can take the place of A as they lie.
   void (*turn)(const float* sum, float* out, i64 out_row);
-  void (*strip)(const GemmStripArgs&);  // where rows of A are tile rows as they lie: see strips.cc
+  void (*strip)(const GemmStripArgs&);  // see strips.cc
 };
 
 struct GemmKernel {

@@ -163,23 +163,25 @@ void choose_grid(const GemmDesc& d, const GemmKernel& kernel, int parts, GemmPla
   }
 }
 
-// See strips.cc. bfloat16 is summed whole, up to kWhole along K. Sums of float32 parts wait in C after each kStripDepth:
-// longer blocks have fewer columns in L2, and A comes from L3 for each of those blocks. (Granite Rapids, a core, 512 x
-// 3072 x 768, frozen / packing, by depth, GFLOP/s: 1024 300 / 290, 512 330 / 315, 384 340 / 305, 256 350 / 320.) A that
-// has to be packed is packed once for all blocks of B, 4 MiB at a time.
-constexpr i64 kWhole = 1024, kStripDepth = 256, kStripPack = i64{4} << 20;
-// At most kStripSums blocks: each is rounded at the magnitude of all of them. (All positive, K = 16384, 64 of them: 1.4
-// times MKL's error.)
-constexpr i64 kStripSums = 32;
+// See strips.cc. Sums in C wait after each kStripDepth: longer blocks have fewer columns in L2, and A comes from L3 for
+// each of those blocks. (Granite Rapids, a core, float32, 512 x 3072 x 768, frozen / packing, by depth, GFLOP/s: 1024
+// 300 / 290, 512 330 / 315, 384 340 / 305, 256 350 / 320.) At most kStripSums times: each is rounded at the magnitude
+// of all of them. (All positive, K = 16384, 64 of them: 1.4 times MKL's error.)
+constexpr i64 kStripDepth = 256, kStripSums = 32;
+// Sums of 16 bits do not wait: up to kWhole along K they are taken at once. (bfloat16, 512 x 768 x 3072, frozen, two
+// threads: sums in scratch in L2 beside B 2350 GFLOP/s, panels 2550.) A that has to be packed is packed once for all
+// columns, 4 MiB at a time.
+constexpr i64 kWhole = 1024, kStripPack = i64{4} << 20;
 bool strips_pay(const GemmDesc& d, const GemmKernel& kernel, bool twice) {
-  if (!kernel.helpers->strip || d.pairs != 1) return false;
-  return kernel.helpers->suspects ? twice && d.K <= kWhole * kStripSums : d.K <= kWhole;
+  if (!kernel.helpers->strip || d.pairs != 1 || (kernel.helpers->suspects && !twice)) return false;
+  return d.K <= (d.dtype == DType::f32 ? kWhole * kStripSums : kWhole);
 }
 
 void plan_strips(const GemmDesc& d, const Machine& machine, GemmPlan* p) {
   const GemmKernel& kernel = *p->kernel;
-  const i64 depth = kernel.helpers->suspects ? std::max(kStripDepth, ceil_div(d.K, kStripSums)) : kWhole;
-  p->kc = even_block(d.K, depth, kernel.k_step), p->span = d.K;
+  const bool in_c = d.dtype == DType::f32, limited = kernel.helpers->suspects;
+  p->kc = even_block(d.K, in_c ? std::max(kStripDepth, ceil_div(d.K, kStripSums)) : kWhole, kernel.k_step);
+  p->span = d.K;
   const i64 nr = kernel.nr, depth_bytes = gemm_packed_steps(p->kc, kernel) * 4;
   const i64 rows = std::min(d.M, ceil_div(ceil_div(d.M, kGemmStripRows), p->grid_m) * kGemmStripRows);
   const i64 cols = ceil_div(ceil_div(d.N, nr), p->grid_n) * nr;
@@ -187,7 +189,7 @@ void plan_strips(const GemmDesc& d, const Machine& machine, GemmPlan* p) {
   p->tile_m = kGemmStripRows;
   p->nc = even_block(std::max<i64>(1, cols), strip_columns(machine.l2, depth_bytes, nr), nr);
   p->finish_cols = nr;
-  p->pack_a = d.a_col != 1 || kernel.helpers->suspects;
+  p->pack_a = d.a_col != 1 || limited;
   p->pack_b = !d.packed, p->by_panel = p->pack_b && d.b_col != 1;
   p->tile_sums = true, p->sum_row = nr;
   const bool kept = p->pack_a && p->nc < cols;
@@ -195,7 +197,7 @@ void plan_strips(const GemmDesc& d, const Machine& machine, GemmPlan* p) {
   p->a_bytes = pages((kept ? p->mc : kGemmStripRows) * depth_bytes + kSlack);
   p->b_bytes = p->pack_b ? pages(p->nc * depth_bytes + kSlack) : 0;
   p->sum_bytes = pages(kGemmStripFloats * 4);
-  if (kernel.helpers->suspects) p->repair_bytes = pages((rows + cols) * 4);
+  if (limited && in_c) p->repair_bytes = pages((rows + cols) * 4);
 }
 
 }  // namespace
