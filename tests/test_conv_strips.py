@@ -9,6 +9,7 @@ from conv_reference import Conv, lay
 from fastdl import _C
 
 ROW = "conv_bf16_32x32_amx"
+ROWS = {torch.bfloat16: ROW, torch.float32: "conv_f32_split_32x32_amx"}
 PASSES = {"forward": _C.conv, "dgrad": _C.conv_dgrad}
 
 pytestmark = pytest.mark.skipif(
@@ -31,6 +32,7 @@ CASES = {
     "pixels apart": dict(N=1, C=512, K=32, size=(9, 9), kernel=(3, 3), padding=(1, 1)),
     "more padding than taps reach": dict(N=3, C=32, K=64, size=(10, 9), kernel=(3, 3), padding=(4, 5)),
     "blocks of columns": dict(N=1, C=256, K=448, size=(6, 6), kernel=(3, 3), padding=(1, 1)),
+    "blocks of channels": dict(N=2, C=320, K=64, size=(6, 7), kernel=(3, 3), padding=(1, 1)),
     "wide": dict(N=1, C=32, K=64, size=(2, 1100), kernel=(1, 3), padding=(0, 1)),
     "long": dict(N=2, C=64, K=32, size=(700,), kernel=(5,), padding=(2,)),
     "cubes": dict(N=2, C=32, K=64, size=(3, 6, 7), kernel=(1, 3, 3), padding=(0, 1, 1)),
@@ -43,7 +45,9 @@ CASES = {
 
 def plan_of(problem, pass_, threads=1):
     shapes = problem.x.shape, problem.w.shape, problem.dy.shape
-    return _C.conv_plan(pass_, *map(list, shapes), **problem.options, dtype="bfloat16", kernel=ROW, threads=threads)
+    dtype = str(problem.dtype).removeprefix("torch.")
+    options = {**problem.options, "dtype": dtype, "kernel": ROWS[problem.dtype], "threads": threads}
+    return _C.conv_plan(pass_, *map(list, shapes), **options)
 
 
 def run(problem, pass_, **options):
@@ -53,7 +57,7 @@ def run(problem, pass_, **options):
     out = lay(wide, "channels_last")
     view = out[::2, ..., : shape[-1]]
     source, weight = lay(source, "channels_last"), lay(problem.w, "channels_last")
-    PASSES[pass_](view, source, weight, bias, kernel=ROW, **problem.options, **options)
+    PASSES[pass_](view, source, weight, bias, kernel=ROWS[problem.dtype], **problem.options, **options)
     assert out[1::2].isnan().all()
     assert out[..., shape[-1] :].isnan().all()
     return view
@@ -61,9 +65,10 @@ def run(problem, pass_, **options):
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("pass_", PASSES)
-def test_exact(name, pass_):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_exact(name, pass_, dtype):
     """Integers whose sums float32 holds: rounded once, bit for bit, whatever the number of threads."""
-    problem = Conv(**CASES[name], dtype=torch.bfloat16, high=2)
+    problem = Conv(**CASES[name], dtype=dtype, high=2)
     expected = problem.reference(pass_).to(problem.dtype)
     for threads in (1, 2, 3):
         assert torch.equal(run(problem, pass_, threads=threads), expected), threads
@@ -74,6 +79,14 @@ def test_these_are_strips(name):
     plan = plan_of(Conv(**CASES[name], dtype=torch.bfloat16), "forward")
     assert plan["strips"] and plan["flat"]
     assert (plan["n_block"] < plan["k_block"]) == (name == "blocks of columns")
+
+
+@pytest.mark.parametrize("name, blocks", [("blocks of channels", 2), ("pixels apart", 2), ("rows", 1)])
+def test_channels_of_a_band(name, blocks):
+    """Three parts of as many as fit; the sums of several bands wait in what is written."""
+    plan = plan_of(Conv(**CASES[name], dtype=torch.float32), "forward")
+    assert plan["strips"]
+    assert -(-CASES[name]["C"] // plan["c_block"]) == blocks
 
 
 @pytest.mark.parametrize("pass_", PASSES)
@@ -106,10 +119,11 @@ def test_nan_between_rows_stays_there():
 
 
 @pytest.mark.parametrize("which", ("pixels", "columns", "both"))
-def test_tiny_values(which):
+@pytest.mark.parametrize("name", ["rows", "blocks of channels"])
+def test_tiny_values(name, which):
     """Sums of float32 in parts that lose what is below 2^-126 are computed again: each as exact as any."""
-    row = "conv_f32_split_32x32_amx"
-    problem = Conv(**CASES["rows"], high=0)
+    row = ROWS[torch.float32]
+    problem = Conv(**CASES[name], high=0)
     x, w = problem.x, problem.w
     if which == "both":
         x[1] *= 2.0**-60
@@ -128,11 +142,12 @@ def test_tiny_values(which):
     assert (error <= 2e-6 * problem.reference("forward", absolute=True)).all()
 
 
-def test_special_values_in_parts():
+@pytest.mark.parametrize("name", ["rows", "blocks of channels"])
+def test_special_values_in_parts(name):
     """Inf, whose second part is none, and what the first part rounds to Inf: as in float64, everything else finite."""
-    row = "conv_f32_split_32x32_amx"
-    problem = Conv(**CASES["rows"], high=0)
-    problem.x[0, 3, 5, 5], problem.x[1, 9, 7, 0], problem.bias = math.inf, 3.4e38, problem.bias * 0
+    row = ROWS[torch.float32]
+    problem = Conv(**CASES[name], high=0)
+    problem.x[0, 3, 5, 5], problem.x[1, 9, 4, 0], problem.bias = math.inf, 3.4e38, problem.bias * 0
     problem.w[:, 9] *= 0.01
     y = lay(torch.full_like(problem.dy, math.nan), "channels_last")
     _C.conv(y, lay(problem.x, "channels_last"), lay(problem.w, "channels_last"), kernel=row, **problem.options)

@@ -119,9 +119,30 @@ MUTATIONS = [
     Mutation(
         "tiny values in strips relied on",
         STRIPS,
-        "if (band_peak_ && t_.run_count > 0 && tiny()) return false;",
+        "if (!sums.sum && band_peak_ && summed && tiny()) return false;",
         "",
         "tests/test_conv_strips.py -k test_tiny_values",
+    ),
+    Mutation(
+        "sums of blocks of channels written, not added",
+        STRIPS,
+        "t_.finish.accumulate = c0 > 0;",
+        "",
+        "tests/test_conv_strips.py -k test_exact",
+    ),
+    Mutation(
+        "every block of channels finished",
+        STRIPS,
+        "c0 + count == x_.channels",
+        "true",
+        "tests/test_conv_strips.py -k test_exact",
+    ),
+    Mutation(
+        "weights of the first channels for every block of them",
+        STRIPS,
+        " + all_taps() * x_.units(c0) * kernel_.nr",
+        "",
+        "tests/test_conv_strips.py -k test_exact",
     ),
     Mutation(
         "special sums of strips in parts kept",

@@ -9,7 +9,7 @@ namespace {
 class Strips : Band {
  public:
   Strips(const Problem& problem, i64 index, char* scratch) : Band(problem, index, scratch) {
-    take_channels(x_.channels);
+    take_channels(p_.c_block);  // no block has more
     row_at_ = reinterpret_cast<i64*>(pointers_ + kGemmStripRows);
     t_.sums = reinterpret_cast<float*>(scratch + p_.band_bytes + p_.pointer_bytes), t_.waiting = &waiting_;
     gathered_ = t_.sums + kGemmStripFloats;
@@ -18,22 +18,34 @@ class Strips : Band {
   }
 
   bool run(const Sums& sums) {
-    list_runs();
-    if (!in_place_ && t_.run_count > 0) copy(0, 0, 0, 0);
-    t_.b_panel = phase_->steps * kernel_.nr;
     if (sums.sum) {
       std::fill_n(sums.peak, pixels_, 0.0f);
-      if (t_.run_count > 0) raise_peaks(axis(1).taps, width_taps(), sums.peak);
       for (i64 i = 0; i < pixels_; ++i) row_at_[i] = i * sums.row;
     } else {
-      if (band_peak_ && t_.run_count > 0 && tiny()) return false;
       list_rows();
     }
+    for (i64 c0 = 0; c0 < x_.channels || c0 == 0; c0 += p_.c_block)  // once for no channels, too
+      if (!add_channels(c0, std::min(p_.c_block, x_.channels - c0), sums)) return false;
+    return waiting_.special == 0;
+  }
+
+ private:
+  // Those of the first block write what they sum to, the others add to it, the last ones finish it.
+  bool add_channels(i64 c0, i64 count, const Sums& sums) {
+    take_channels(count);
+    list_runs();
+    const bool summed = t_.run_count > 0;
+    if (!in_place_ && summed) copy(c0, 0, 0, 0);
+    if (sums.sum && summed) raise_peaks(axis(1).taps, width_taps(), sums.peak);
+    if (!sums.sum && band_peak_ && summed && tiny()) return false;
+    t_.b_panel = phase_->steps * kernel_.nr;
     const i64 column = group_ * x_.columns + k0_;
-    const float* const weights = x_.pack + x_.panel_at(*phase_, group_, k0_ / kernel_.nr);
+    const float* const weights =
+        x_.pack + x_.panel_at(*phase_, group_, k0_ / kernel_.nr) + all_taps() * x_.units(c0) * kernel_.nr;
     for (i64 k = 0; k < columns_; k += p_.n_block) {
-      t_.finish = sums.sum ? FinishArgs{} : epilogue(column + k);
+      t_.finish = sums.sum ? FinishArgs{} : epilogue(column + k, c0 + count == x_.channels);
       if (sums.sum) t_.finish.c = sums.sum + k;
+      t_.finish.accumulate = c0 > 0;
       t_.finish.n = static_cast<int>(std::min(p_.n_block, columns_ - k));
       t_.b = weights + k * phase_->steps;
       const bool last = k + p_.n_block >= columns_;
@@ -41,10 +53,9 @@ class Strips : Band {
     }
     t_.finish.n = 0;
     x_.helpers.strip(t_);
-    return waiting_.special == 0;
+    return true;
   }
 
- private:
   void list_runs() {
     const bool fold = taps_follow();
     const i64 n1 = in_place_ ? 1 : axis(1).taps, n2 = in_place_ ? 1 : width_taps();
@@ -65,12 +76,14 @@ class Strips : Band {
     return a < kTinyPeak || b < kTinyPeak || a * b < kTinyProduct;
   }
 
-  FinishArgs epilogue(i64 column) const {
+  FinishArgs epilogue(i64 column, bool complete) const {
     const DType dtype = x_.d.dtype;
     const ConvArgs& a = x_.args;
     const i64 offset = column * x_.out.c_step;
     FinishArgs f = {};
-    f.c = at(x_.out.data, offset, dtype), f.activation = a.activation, f.bias_step = a.bias_step;
+    f.c = at(x_.out.data, offset, dtype);
+    if (!complete) return f;
+    f.activation = a.activation, f.bias_step = a.bias_step;
     if (a.bias) f.bias = at(a.bias, column * a.bias_step, dtype);
     if (a.residual) f.residual = at(a.residual, offset, dtype);
     if (a.pre) f.pre = at(a.pre, offset, dtype);

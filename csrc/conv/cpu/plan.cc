@@ -127,6 +127,11 @@ i64 extent(const ConvAxis& a, i64 n, bool shared) {
 constexpr i64 kPixels = 512;   // of a part: their sums, the band and a panel stay in L2
 constexpr i64 kColumns = 256;  // output channels of a part
 
+// Not float16: what strips get wrong is summed in float32 by them again, for the repair.
+bool has_strips(const ConvKernel& k) {
+  return is_tiled(k) && conv_tiles(k).helpers->strip && k.dtype != DType::f16;
+}
+
 struct Blocks {
   const ConvDesc& d;
   ConvPlan& p;
@@ -183,9 +188,13 @@ struct Blocks {
     return 2 * (several ? line(1, h).each : h) * line(2, w).each < 3 * h * w;
   }
   bool strips() const {
-    if (!is_tiled(*p.kernel) || !conv_tiles(*p.kernel).helpers->strip || !d.channels_last || p.mixes_groups())
-      return false;
-    if (p.c_block < channels || axis[0].taps > 1 || axis[1].taps * axis[2].taps > dense::kMaxRuns) return false;
+    if (!has_strips(*p.kernel) || !d.channels_last || p.mixes_groups()) return false;
+    // Sums of several blocks of channels wait in what is written, of float32. (Granite Rapids, two threads, float32,
+    // GFLOP/s, without / with: 3x3 512 -> 512 of 8x14x14 389 / 464, 8x7x7 305 / 360; stride 2 of 8x28x28 341 / 295, 1x1
+    // stride 2 1024 -> 2048 of 8x14x14 275 / 200.)
+    const bool near = axis[1].in_step * axis[2].in_step == 1 && axis[1].taps * axis[2].taps > 1;
+    if (p.c_block < channels && (d.dtype != DType::f32 || !near)) return false;
+    if (axis[0].taps > 1 || axis[1].taps * axis[2].taps > dense::kMaxRuns) return false;
     for (int i = 1; i < 3; ++i)
       if (axis[i].taps > 1 && !p.shared[i] && !(i == 2 && p.fold)) return false;
     return few_between();
@@ -284,9 +293,9 @@ void plan_dense(const ConvDesc& desc, const Machine& machine, ConvPlan* plan) {
   p.k_block = even_block(std::max<i64>(1, columns), kColumns, kernel.nr);
   // Channels of a band. Sizes have no say: frozen packs do not know them. (Zen 4, 64 for 3x3, so that a run of taps is
   // one product, against 256: ten shapes of ResNet forward 1% slower in the mean, up to 5%.)
-  const bool strips = is_tiled(kernel) && conv_tiles(kernel).helpers->strip;
+  const bool strips = has_strips(kernel);
   const bool one_tap = d.kernel[0] * d.kernel[1] * d.kernel[2] == 1;
-  const i64 units = !strips ? 256 : kernel.planes > 1 ? 384 : one_tap ? 2048 : 512;  // strips need all in one band
+  const i64 units = !strips ? 256 : kernel.planes > 1 ? 384 : one_tap ? 2048 : 512;  // strips of 16 bits need all in one band
   const i64 channel_limit = kernel.k_unit * units / kernel.planes / kernel.k_step * kernel.k_step;
   p.c_block = even_block(std::max<i64>(1, channels), channel_limit, kernel.k_step);
   p.fold = folds(d, kernel);

@@ -56,7 +56,6 @@ struct GemmStripWaiting {
   // The last block, still in tiles: its rows, or 0.
   void* c;
   const void* bias;
-  const float* onto;
   const i64* row_at;
   i64 rows;
   i64 special;  // not 0: sums that are Inf or NaN have been met, where the kernel has suspects
@@ -73,8 +72,6 @@ struct GemmStripArgs {
   float* sums;        // kGemmStripFloats of scratch
   FinishArgs finish;  // of the strip, but for the sums; c_row is not read
   const i64* row_at;  // of C, residual and pre, in elements from their first; below 0: nobody wants it
-  const float* onto;  // what is added to the sums, rows onto_row apart, or null
-  i64 onto_row;
   GemmStripWaiting* waiting;
   Ahead ahead[2];
 };

@@ -17,41 +17,38 @@ FASTDL_INLINE unsigned specials(L::V x) { return _mm512_fpclass_ps_mask(x, 0x99)
 template <class T, Activation kActivation, bool kLooks>
 struct WaitingRows {
   using R = VecAvx512Rounding;
+  static constexpr bool kAdds = sizeof(T) == 4;  // sums of float32 may wait in C
   const float* sum;
   T* c;
   const i64* row_at;
   i64 left = 0;
-  const float* onto = nullptr;
-  const i64 onto_row;
+  const bool adds;
   L::V bias[2];
   unsigned special = 0;
   // Of the block whose sums are still in tiles; rows 0: none are.
   T* held_c;
   const T* held_b;
-  const float* held_onto;
   const i64* held_at;
   i64 held;
 
-  WaitingRows(const GemmStripWaiting& w, i64 row)
-      : onto_row(row),
+  WaitingRows(const GemmStripWaiting& w, bool accumulate)
+      : adds(accumulate),
         held_c(static_cast<T*>(w.c)),
         held_b(static_cast<const T*>(w.bias)),
-        held_onto(w.onto),
         held_at(w.row_at),
         held(w.rows) {}
   FASTDL_INLINE void save(GemmStripWaiting* w) const {
-    w->c = held_c, w->bias = held_b, w->onto = held_onto, w->row_at = held_at, w->rows = held;
+    w->c = held_c, w->bias = held_b, w->row_at = held_at, w->rows = held;
     if constexpr (kLooks) w->special |= special;
   }
   // Columns j to j + 32 of t are in tiles.
   FASTDL_INLINE void hold(const GemmStripArgs& t, i64 j) {
     held_c = static_cast<T*>(t.finish.c) + j, held_at = t.row_at, held = t.finish.m;
     held_b = t.finish.bias ? static_cast<const T*>(t.finish.bias) + j : nullptr;
-    held_onto = t.onto ? t.onto + j : nullptr;
   }
   // What tiles held lies at `sums`.
   FASTDL_INLINE void begin(const float* sums) {
-    sum = sums, c = held_c, onto = held_onto, row_at = held_at, left = held;
+    sum = sums, c = held_c, row_at = held_at, left = held;
     held = 0;
     for (int v = 0; v < 2; ++v) bias[v] = held_b ? R::load(held_b + 16 * v) : R::set1(-0.0f);
   }
@@ -59,7 +56,9 @@ struct WaitingRows {
     for (; count > 0 && left > 0; --count, --left, sum += kBlock, ++row_at) {
       if (*row_at < 0) continue;
       L::V x = L::load(sum), y = L::load(sum + 16);
-      if (onto) x = L::add(x, L::load(onto)), y = L::add(y, L::load(onto + 16)), onto += onto_row;
+      if constexpr (kAdds) {
+        if (adds) x = L::add(x, R::load(c + *row_at)), y = L::add(y, R::load(c + *row_at + 16));
+      }
       if constexpr (kLooks) special |= specials(x) | specials(y);
       store(c + *row_at, activate<R, kActivation>(R::add(x, bias[0])), activate<R, kActivation>(R::add(y, bias[1])));
     }
@@ -147,15 +146,6 @@ inline unsigned specials_of(const float* sums, int m, int n) {
   return some;
 }
 
-inline void add_onto(const float* onto, i64 row, float* sums, int m, int n) {
-  for (int i = 0; i < m; ++i) {
-    for (int j = 0; j < n; j += 16) {
-      float* const to = sums + i * kBlock + j;
-      L::store(to, L::add(L::load(to), L::load(onto + i * row + j, L::first(n - j < 16 ? n - j : 16))));
-    }
-  }
-}
-
 // What does not wait: blocks that are not whole, and all that FinishArgs may ask for; rows evenly apart at a time.
 template <class T>
 void finish_block(const GemmStripArgs& t, const float* sums, i64 j, int cols) {
@@ -185,10 +175,10 @@ void run_strip(const GemmStripArgs& t) {
                                    : TileLayout{first_a, kTileRowBytes, kTileBytes, 2 * kTileBytes, depth};
   const TileLayout tail = {static_cast<const char*>(t.tail), kTileRowBytes, kTileBytes, 2 * kTileBytes, depth};
   TileLayout b = {first_b, kTileRowBytes, kTileBytes, 2 * kTileBytes, depth};
-  const bool wait = !f.accumulate && !f.pre && !f.residual && (!f.bias || f.bias_step == 1);
+  const bool wait = (Waiting::kAdds || !f.accumulate) && !f.pre && !f.residual && (!f.bias || f.bias_step == 1);
   const i64 each = steps > 0 ? (kBlock + steps - 1) / steps : 0;
   Fetch fetch(t.ahead, (f.n + kBlock - 1) / kBlock * steps, Fetch::kMostOfStrip);
-  Waiting waiting(*t.waiting, t.onto_row);
+  Waiting waiting(*t.waiting, f.accumulate);
   const auto release = [&]() __attribute__((always_inline)) {
     if (waiting.held == 0) return;
     store_tiles<2, 2>(t.sums);
@@ -226,7 +216,6 @@ void run_strip(const GemmStripArgs& t) {
       strip_block<P, 1, 1, false>(t, a, tail, b, sums, [] {});
       store_tiles<1, 1>(sums);
     }
-    if (t.onto) add_onto(t.onto + j, t.onto_row, sums, f.m, cols);
     if constexpr (kLooks) waiting.special |= specials_of(sums, f.m, cols);
     finish_block<T>(t, sums, j, cols);
   }

@@ -28,7 +28,7 @@ class Strips {
     for (i64 i = 0; i < kGemmStripRows; ++i) row_at_[i] = i * args.c_row;
     t_.b_panel = (d.packed ? gemm_packed_steps(d.K, kernel_) : gemm_packed_steps(p.kc, kernel_)) * kernel_.nr;
     t_.runs = &first_, t_.run_count = 1;
-    t_.row_at = row_at_, t_.onto_row = args.c_row;
+    t_.row_at = row_at_;
     t_.waiting = &waiting_;
   }
 
@@ -99,11 +99,11 @@ class Strips {
   // add theirs, the last ones finish them.
   void multiply(i64 i, i64 m, i64 j, int cols) {
     t_.finish = epilogue_at(d_, args_, part_, m0_ + i, n0_ + j);
-    t_.onto = k0_ > 0 ? static_cast<const float*>(t_.finish.c) : nullptr;
     if (k0_ + p_.kc < d_.K) {
-      void* const c = t_.finish.c;
-      t_.finish = {}, t_.finish.c = c;
+      const FinishArgs all = t_.finish;
+      t_.finish = {}, t_.finish.c = all.c, t_.finish.c_row = all.c_row;
     }
+    t_.finish.accumulate |= k0_ > 0;
     t_.finish.m = static_cast<int>(m), t_.finish.n = cols;
     helpers_.strip(t_);
   }
