@@ -128,9 +128,7 @@ constexpr i64 kPixels = 512;   // of a part: their sums, the band and a panel st
 constexpr i64 kColumns = 256;  // output channels of a part
 
 // Not float16: what strips get wrong is summed in float32 by them again, for the repair.
-bool has_strips(const ConvKernel& k) {
-  return is_tiled(k) && conv_tiles(k).helpers->strip && k.dtype != DType::f16;
-}
+bool has_strips(const ConvKernel& k) { return is_tiled(k) && conv_tiles(k).helpers->strip && k.dtype != DType::f16; }
 
 struct Blocks {
   const ConvDesc& d;
@@ -295,7 +293,10 @@ void plan_dense(const ConvDesc& desc, const Machine& machine, ConvPlan* plan) {
   // one product, against 256: ten shapes of ResNet forward 1% slower in the mean, up to 5%.)
   const bool strips = has_strips(kernel);
   const bool one_tap = d.kernel[0] * d.kernel[1] * d.kernel[2] == 1;
-  const i64 units = !strips ? 256 : kernel.planes > 1 ? 384 : one_tap ? 2048 : 512;  // strips of 16 bits need all in one band
+  const i64 units = !strips             ? 256
+                    : kernel.planes > 1 ? 384
+                    : one_tap           ? 2048
+                                        : 512;  // strips of 16 bits need all in one band
   const i64 channel_limit = kernel.k_unit * units / kernel.planes / kernel.k_step * kernel.k_step;
   p.c_block = even_block(std::max<i64>(1, channels), channel_limit, kernel.k_step);
   p.fold = folds(d, kernel);

@@ -46,10 +46,10 @@ double products(const GemmDesc& d, const GemmKernel& k) {  // with an element of
 }
 
 // An element of B costs its products, packing, on tiles its share of packing A and of each sum, which waits in C, and
-// its bytes, as read from L3: whichever of the two, work or bytes, takes longer. Beside strips in parts FMA keeps more of
-// its rate. (Granite Rapids, float32, two threads, split / FMA, us: 128 x 128 x 64 12.7 / 10.7, 256 x 512 x 64 47 / 64,
-// 512 x 512 x 13 50 / 34, 512 x 64 x 512 102 / 112, 32 x 512 x 512 87 / 72, 48 x 2048 x 512 436 / 379, 64 x 512 x 512
-// 120 / 136, 96 x 1024 x 1024 610 / 710.)
+// its bytes, as read from L3: whichever of the two, work or bytes, takes longer. Beside strips in parts FMA keeps more
+// of its rate. (Granite Rapids, float32, two threads, split / FMA, us: 128 x 128 x 64 12.7 / 10.7, 256 x 512 x 64 47 /
+// 64, 512 x 512 x 13 50 / 34, 512 x 64 x 512 102 / 112, 32 x 512 x 512 87 / 72, 48 x 2048 x 512 436 / 379, 64 x 512 x
+// 512 120 / 136, 96 x 1024 x 1024 610 / 710.)
 constexpr double kTileSumCost = 10, kPartsShare = 1.15, kPartsPack = 33.0 / 24;
 double tile_cost(const GemmDesc& d, const GemmKernel& k) {
   const bool parts = is_tiled(k) && k.helpers->suspects;

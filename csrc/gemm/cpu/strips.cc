@@ -50,9 +50,9 @@ class Strips {
     const void* const source = at(part_.b, k0 * d_.b_row + n0 * d_.b_col, d_.dtype);
     float* const peak = b_peak_ ? b_peak_ + n0 - part_.n_begin : nullptr;
     if (p_.pack_b && !p_.by_panel) gemm_pack_block(d_, kernel_, source, depth_, n, p_.kc, packed_b_, peak);
-    const float* const panels = d_.packed ? static_cast<const float*>(part_.b) + n0 / nr * t_.b_panel +
-                                                gemm_packed_steps(k0, kernel_) * nr
-                                          : packed_b_;
+    const float* const panels =
+        d_.packed ? static_cast<const float*>(part_.b) + n0 / nr * t_.b_panel + gemm_packed_steps(k0, kernel_) * nr
+                  : packed_b_;
     for (i64 i = 0; i < rows; i += kGemmStripRows) {
       const i64 m = std::min(kGemmStripRows, rows - i);
       point_at_rows(i, m, std::min(kGemmStripRows, rows - i - m));
@@ -95,8 +95,8 @@ class Strips {
     }
   }
 
-  // Columns j to j + cols of the strip from row i of the block on. The first blocks along K write their sums, the others
-  // add theirs, the last ones finish them.
+  // Columns j to j + cols of the strip from row i of the block on. The first blocks along K write their sums, the
+  // others add theirs, the last ones finish them.
   void multiply(i64 i, i64 m, i64 j, int cols) {
     t_.finish = epilogue_at(d_, args_, part_, m0_ + i, n0_ + j);
     if (k0_ + p_.kc < d_.K) {
@@ -110,9 +110,9 @@ class Strips {
 
   bool tiny() const {
     const i64 rows = part_.m_end - part_.m_begin, cols = part_.n_end - part_.n_begin;
-    const float* const b = d_.packed ? static_cast<const float*>(args_.b) + gemm_packed_panels(d_.K, d_.N, kernel_) +
-                                           part_.n_begin
-                                     : b_peak_;
+    const float* const b =
+        d_.packed ? static_cast<const float*>(args_.b) + gemm_packed_panels(d_.K, d_.N, kernel_) + part_.n_begin
+                  : b_peak_;
     return tiles_lose(least_peak(a_peak_, rows), least_peak(b, cols));
   }
 
