@@ -196,6 +196,18 @@ def test_strips_of_whole_blocks(kernel, M, K, integers, guarded):
     out.assert_guards_intact()
 
 
+@pytest.mark.rows(kind="dot")
+@pytest.mark.parametrize("K", [1024, 1025, 2500, 9000])
+def test_dots_of_many_rows(kernel, K, integers, guarded):
+    """Tiles of rows that share pieces of the columns, their lanes waiting; more tiles than wait at a time."""
+    for M in (kernel["mr"] + 1, 3 * kernel["mr"], 19 * kernel["mr"] - 1):
+        a, bt, bias = integers((M, K), K), integers((11, K), K), integers((11,), 1)
+        out = guarded((M, 11), fill=float("nan"))
+        _C.gemm(out.view, a, bt.t(), bias, False, kernel=kernel["name"], threads=2)
+        assert torch.equal(out.view, exact_product(a, bt.t(), bias)), M
+        out.assert_guards_intact()
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_linear(kernel, threads, integers, guarded):
     mr, nr = kernel["mr"], kernel["nr"]

@@ -9,6 +9,7 @@ LINES = "csrc/conv/cpu/dense_problem.h"
 STRIPS = "csrc/conv/cpu/dense_strips.cc"
 PACK = "csrc/conv/cpu/dense_pack.cc"
 PLAN = "csrc/conv/cpu/plan.cc"
+DENSE_PLAN = "csrc/conv/cpu/dense_plan.cc"
 KERNEL = "csrc/conv/cpu/kernel.h"
 BIND = "csrc/bind/conv.cc"
 TILES = "csrc/conv/cpu/kernel_amx.h"
@@ -216,14 +217,14 @@ MUTATIONS = [
     ),
     Mutation(
         "blocks of channels that follow the number of threads",
-        PLAN,
+        DENSE_PLAN,
         "  balance(d, b, columns, p.threads);\n",
         "  balance(d, b, columns, p.threads);\n  p.c_block = std::max<i64>(2, p.c_block / p.threads / 2 * 2);\n",
         f"{TESTS} -k 'do_not_depend_on_threads'",
     ),
     Mutation(
         "a thread's scratch above its limit",
-        PLAN,
+        DENSE_PLAN,
         "p.per_thread_bytes() > kConvThreadBytes ||",
         "p.per_thread_bytes() > 4 * kConvThreadBytes ||",
         f"{TESTS} -k 'test_workspace'",

@@ -423,6 +423,27 @@ MUTATIONS = [
         f"{SPLIT} -k test_tiny_against_large",
     ),
     Mutation(
+        "lanes of unfinished sums of the tile before",
+        RUN,
+        "lanes + i * kDotLanes",
+        "lanes",
+        f"{EXACT} -k test_dots_of_many_rows",
+    ),
+    Mutation(
+        "lanes of unfinished sums forgotten",
+        "csrc/gemm/cpu/kernel.h",
+        "t.lanes && !t.first",
+        "false",
+        f"{EXACT} -k test_dots_of_many_rows",
+    ),
+    Mutation(
+        "rows of A from their first element for every piece",
+        RUN,
+        "row * x.a_row + k, x.dtype",
+        "row * x.a_row, x.dtype",
+        f"{EXACT} -k test_dots_of_many_rows",
+    ),
+    Mutation(
         "rows of a part cut in two where half of L2 holds them",
         "csrc/gemm/cpu/plan.cc",
         "  const i64 mc_rows = machine.l2 / 2 / depth_bytes;\n",

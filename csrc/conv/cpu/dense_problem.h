@@ -79,6 +79,14 @@ struct Problem {
   }
 };
 
+// Whether the taps along the width make up for channels that are too few for tiles, or whose last would be paired with
+// zero: neighbours in the image, and not more of them than are computed again at a time.
+bool folds(const ConvDesc& desc, const ConvKernel& kernel);
+// How many groups tiles take as one: as many as fit a step of channels and a panel of columns; 0: not even one does.
+i64 merged_groups(const ConvDesc& desc, const ConvKernel& kernel);
+// All of plan but the kernel and its threads, which are given.
+void plan_dense(const ConvDesc& desc, const Machine& machine, ConvPlan* plan);
+
 // All weights as tiles read them: see ConvPlan.
 void pack_weights(const Problem& x, float* out, int threads);
 

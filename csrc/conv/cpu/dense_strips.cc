@@ -64,16 +64,10 @@ class Strips : Band {
     for (i64 r = 0; r < t_.run_count; ++r) runs_[r] = (fold ? tap_at(r, 0) : tap_at(r / n2, r % n2)) * floats_;
   }
 
-  // Whether values are so small that tiles may lose them: see kTinyPeak. Zeros lose nothing.
+  // Whether values are so small that tiles may lose them.
   bool tiny() const {
-    const auto least = [](const float* peak, i64 n) {
-      float some = 1;
-      for (i64 i = 0; i < n; ++i) some = std::min(some, peak[i] > 0 ? peak[i] : 1);
-      return some;
-    };
-    const float a = least(band_peak_, h_.step * w_.step * sub_pixels_);
-    const float b = least(x_.pack + x_.peaks_at(*phase_, group_, k0_ / kernel_.nr), columns_);
-    return a < kTinyPeak || b < kTinyPeak || a * b < kTinyProduct;
+    return tiles_lose(least_peak(band_peak_, h_.step * w_.step * sub_pixels_),
+                      least_peak(x_.pack + x_.peaks_at(*phase_, group_, k0_ / kernel_.nr), columns_));
   }
 
   FinishArgs epilogue(i64 column, bool complete) const {

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "conv/cpu/wgrad_part.h"
+#include "gemm/cpu/part.h"
 #include "simd/vec.h"
 
 namespace fastdl::wgrad {
@@ -215,12 +216,11 @@ bool trusted(const Part& x, const Scratch& s) {
   const Flat f = flat_of(x.d, x.tap, x.taps, 0, 1, 0, 1, 1);
   const i64 subs = f.h.step * f.w.step;
   const float* const y = flat_peaks_of(x, s, subs);
-  float y_least = 1, x_least = 1;
-  for (i64 k = 0; k < x.k.size(); ++k) y_least = y[k] > 0 ? std::min(y_least, y[k]) : y_least;
+  float x_least = 1;
   for (const float* met = y + x.p.k_block; subs > 0 && met < y + flat_peaks(subs, x.p.k_block, x.p.c_block);
        met += 2 * x.p.c_block)
     for (i64 c = 0; c < x.c.size(); ++c) x_least = met[x.p.c_block + c] > 0 ? std::min(x_least, met[c]) : x_least;
-  return y_least >= kTinyPeak && x_least >= kTinyPeak && y_least * x_least >= kTinyProduct;
+  return !tiles_lose(least_peak(y, x.k.size()), x_least);
 }
 
 }  // namespace fastdl::wgrad

@@ -26,7 +26,14 @@ struct TileArgs {
   int m, n;
   bool accumulate;
   Ahead ahead[2];  // what calls to come will read; only tiles of bfloat16 parts ask for it
+  // Dot kernels: where K comes in several calls, lanes of unfinished sums wait here, kDotLanes floats at most; of the
+  // first call they are taken as zeros, and the last one finishes the sums. Null: one call. Columns to come are asked
+  // for by `turns` calls in turns.
+  float* lanes;
+  bool first, last;
+  int turn, turns;
 };
+constexpr i64 kDotLanes = 6 * 4 * 16;
 
 enum class GemmKind : std::uint8_t {
   kTile,  // rows of A broadcast against panels of B: vectors along N

@@ -110,6 +110,32 @@ void add(const TileArgs& t, float* sums) {
     for (int j = 0; j < t.n; ++j) sums[i * t.c_row + j] += t.c[i * t.c_row + j];
 }
 
+// The four columns of B at t.b against all m rows of A, for dot kernels. A piece of the columns stays in L1 for the
+// tiles of several rows, whose lanes wait in L1, too. (Granite Rapids, two threads, float32, 16 and 30 x 4096 x 4096,
+// pieces of 4096 / 1024 / 512 elements, ms: 2.7 / 2.5 / 2.6, 4.6 / 4.1 / 4.3.)
+constexpr i64 kDotBytes = 4096, kDotTiles = 8;
+void run_dots(const GemmKernel& kernel, const Blocks& x, TileArgs t, i64 sum_row, i64 m) {
+  const TileArgs origin = t;
+  const i64 tiles = ceil_div(m, kernel.mr), K = t.k;
+  alignas(64) float lanes[kDotTiles * kDotLanes];
+  const i64 piece = kDotBytes / item_size(x.dtype);
+  for (i64 first = 0; first < tiles; first += kDotTiles) {
+    const i64 some = std::min(kDotTiles, tiles - first), step = some > 1 && K > piece ? piece : K;
+    t.turns = static_cast<int>(some);
+    for (i64 k = 0; k < K || k == 0; k += step) {
+      t.b = at(origin.b, k, x.dtype), t.k = std::min(step, K - k);
+      t.first = k == 0, t.last = k + step >= K;
+      for (i64 i = 0; i < some; ++i) {
+        const i64 row = m * (first + i) / tiles;  // not packed, rows can be cut evenly
+        t.m = static_cast<int>(m * (first + i + 1) / tiles - row), t.turn = static_cast<int>(i);
+        t.a = at(x.a, row * x.a_row + k, x.dtype), t.c = origin.c + row * sum_row;
+        t.lanes = step < K ? lanes + i * kDotLanes : nullptr;
+        kernel.tile(t);
+      }
+    }
+  }
+}
+
 // All register tiles of a block. `finish`, or null, is applied to their sums, a few columns at a time: see
 // GemmPlan::finish_cols. total: sums of the spans before, as those of the tiles lie, that this block completes by one;
 // or null.
@@ -155,11 +181,16 @@ void run_tiles(const GemmDesc& d, const GemmPlan& p, const Blocks& x, TileArgs t
     if (x.source)
       kernel.helpers->pack_b(at(x.source, j * d.b_col, d.dtype), d.b_row, d.b_col, x.depth, t.n, kernel.nr,
                              static_cast<float*>(const_cast<void*>(t.b)), x.peak ? x.peak + j : nullptr);
-    for (i64 i = 0; i < m; i += t.m) {
-      // What is not packed can be cut evenly: a last tile of two rows would load more than it multiplies.
-      const i64 tiles = ceil_div(m - i, p.tile_m);
-      t.m = static_cast<int>(dot ? ceil_div(m - i, tiles) : std::min<i64>(p.tile_m, m - i));
-      t.a = dot ? at(x.a, i * x.a_row, x.dtype) : at(x.a, i / p.tile_m * x.a_tile, x.dtype);
+    t.c = origin.c + sums_at;
+    if (dot && m <= kernel.mr) {
+      t.a = x.a, t.m = static_cast<int>(m);
+      kernel.tile(t);
+    } else if (dot) {
+      run_dots(kernel, x, t, sum_row, m);
+    }
+    for (i64 i = 0; i < m && !dot; i += t.m) {
+      t.m = static_cast<int>(std::min<i64>(p.tile_m, m - i));
+      t.a = at(x.a, i / p.tile_m * x.a_tile, x.dtype);
       t.c = origin.c + i * sum_row + sums_at;
       if (is_tiled(kernel)) {
         // The next panel, or what it will be packed from, a share with each tile of this one; and the next tile's sums.
@@ -173,13 +204,13 @@ void run_tiles(const GemmDesc& d, const GemmPlan& p, const Blocks& x, TileArgs t
           t.ahead[0] = {};
         const i64 next = origin.accumulate && !p.tile_sums ? std::min<i64>(t.m, m - end) : 0;
         t.ahead[1] = share(t.c + t.m * t.c_row, t.c_row * 4, nr / 16, next, 0, 1, 1);
-      } else if (finish && !dot && narrow) {
+      } else if (finish && narrow) {
         fetch(finish->c, i, j, t.m, t.n);
       }
       kernel.tile(t);
       float* const sums = total ? total + i * sum_row + sums_at : t.c;
       if (total) add(t, sums);
-      if (!finish || dot) continue;
+      if (!finish) continue;
       for (int r = 0; p.repair && r < t.m; r += kBlockRows)
         repair(sums + r * t.c_row, t.c_row, m0 + i + r, n0 + j, std::min(kBlockRows, t.m - r), t.n);
       if (!grouped) finish_sums(i, j, t.m, t.n);
