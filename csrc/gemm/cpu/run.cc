@@ -120,7 +120,7 @@ void run_dots(const GemmKernel& kernel, const Blocks& x, TileArgs t, i64 sum_row
   alignas(64) float lanes[kDotTiles * kDotLanes];
   const i64 piece = kDotBytes / item_size(x.dtype);
   for (i64 first = 0; first < tiles; first += kDotTiles) {
-    const i64 some = std::min(kDotTiles, tiles - first), step = some > 1 && K > piece ? piece : K;
+    const i64 some = std::min(kDotTiles, tiles - first), step = std::max<i64>(1, some > 1 ? std::min(piece, K) : K);
     t.turns = static_cast<int>(some);
     for (i64 k = 0; k < K || k == 0; k += step) {
       t.b = at(origin.b, k, x.dtype), t.k = std::min(step, K - k);
